@@ -1,0 +1,11 @@
+# Fails if any of OBJECTS defines a weak or unique global symbol (nm letters V, W, u; undefined ones are fine).
+foreach(object IN LISTS OBJECTS)
+  execute_process(COMMAND ${NM} --defined-only ${object} OUTPUT_VARIABLE symbols RESULT_VARIABLE status)
+  if(NOT status EQUAL 0)
+    message(FATAL_ERROR "nm failed on ${object}")
+  endif()
+  string(REGEX MATCHALL "[0-9a-f]+ [VWu] [^\n]+" weak "${symbols}")
+  if(weak)
+    message(FATAL_ERROR "weak symbols in ${object}; the linker could mix instruction sets:\n${weak}")
+  endif()
+endforeach()

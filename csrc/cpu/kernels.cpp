@@ -1,0 +1,32 @@
+// Compiled once per instruction-set tier, with KN_ISA naming the tier and the matching compiler flags. Exports one
+// symbol, `table`. Nothing here or in the headers below may leave a weak symbol (no std containers, no templates or
+// inline functions that are not static): the linker could hand this tier's copy to an older processor.
+#include "cpu/dispatch.h"
+
+#define KN_CONCAT_(a, b) a##b
+#define KN_CONCAT(a, b) KN_CONCAT_(a, b)
+#define KN_INLINE static inline __attribute__((always_inline))
+
+#define KN_ISA_generic 0
+#define KN_ISA_avx2 1
+#define KN_ISA_avx512 2
+#define KN_TIER KN_CONCAT(KN_ISA_, KN_ISA)
+
+#if KN_TIER == 2
+#include "cpu/simd/avx512.h"
+#elif KN_TIER == 1
+#include "cpu/simd/avx2.h"
+#else
+#include "cpu/simd/generic.h"
+#endif
+
+#include "cpu/rms_norm_kernel.h"
+
+namespace kn::cpu::KN_ISA {
+
+extern const Kernels table;
+const Kernels table = {
+    .rms_norm_row = rms_norm_row,
+};
+
+}  // namespace kn::cpu::KN_ISA

@@ -1,0 +1,82 @@
+// AVX2 + FMA + F16C tier: 16 lanes as two registers.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "kimi_native/types.h"
+
+namespace kn::cpu::KN_ISA {
+
+struct f32x16 {
+  __m256 lo, hi;
+};
+
+KN_INLINE f32x16 zero_f32() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+KN_INLINE f32x16 splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+KN_INLINE f32x16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+KN_INLINE void store(float* p, f32x16 a) {
+  _mm256_storeu_ps(p, a.lo);
+  _mm256_storeu_ps(p + 8, a.hi);
+}
+KN_INLINE __m256 widen_bf16(__m128i bits) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+KN_INLINE f32x16 load(const bf16* p) {
+  return {widen_bf16(_mm_loadu_si128((const __m128i*)p)), widen_bf16(_mm_loadu_si128((const __m128i*)(p + 8)))};
+}
+// Round to nearest even; NaN stays NaN.
+KN_INLINE __m256i bf16_bits(__m256 a) {
+  const __m256i u = _mm256_castps_si256(a);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i nan =
+      _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x8000)), _mm256_set1_epi32(0x7fc0));
+  return _mm256_blendv_epi8(rounded, nan, _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)));
+}
+KN_INLINE void store(bf16* p, f32x16 a) {
+  const __m256i packed = _mm256_packus_epi32(bf16_bits(a.lo), bf16_bits(a.hi));
+  _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(packed, 0xd8));
+}
+KN_INLINE f32x16 round_to_bf16(f32x16 a) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(bf16_bits(a.lo), 16)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(bf16_bits(a.hi), 16))};
+}
+KN_INLINE f32x16 add(f32x16 a, f32x16 b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+KN_INLINE f32x16 mul(f32x16 a, f32x16 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+// a * b + c
+KN_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
+  return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+// Sum of the lanes as a fixed tree: halves, quarters, ... (lane i + lane i + 8 first).
+KN_INLINE float sum_lanes(f32x16 a) {
+  const __m256 s8 = _mm256_add_ps(a.lo, a.hi);
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+// The first n of 16 lanes from memory, the rest zero; and only the first n to memory.
+KN_INLINE f32x16 load(const float* p, int n) {
+  float t[16] = {};
+  std::memcpy(t, p, n * sizeof(float));
+  return load(t);
+}
+KN_INLINE f32x16 load(const bf16* p, int n) {
+  bf16 t[16] = {};
+  std::memcpy(t, p, n * sizeof(bf16));
+  return load(t);
+}
+KN_INLINE void store(float* p, f32x16 a, int n) {
+  float t[16];
+  store(t, a);
+  std::memcpy(p, t, n * sizeof(float));
+}
+KN_INLINE void store(bf16* p, f32x16 a, int n) {
+  bf16 t[16];
+  store(t, a);
+  std::memcpy(p, t, n * sizeof(bf16));
+}
+
+}  // namespace kn::cpu::KN_ISA

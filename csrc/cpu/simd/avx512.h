@@ -1,0 +1,57 @@
+// AVX-512 (F, BW, VL, DQ, VNNI) tier: 16 lanes in one register.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "kimi_native/types.h"
+
+namespace kn::cpu::KN_ISA {
+
+struct f32x16 {
+  __m512 v;
+};
+
+KN_INLINE f32x16 zero_f32() { return {_mm512_setzero_ps()}; }
+KN_INLINE f32x16 splat(float x) { return {_mm512_set1_ps(x)}; }
+KN_INLINE f32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+KN_INLINE void store(float* p, f32x16 a) { _mm512_storeu_ps(p, a.v); }
+KN_INLINE f32x16 load(const bf16* p) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
+}
+// Round to nearest even; NaN stays NaN. (vcvtneps2bf16 would flush subnormals, and is not in this tier.)
+KN_INLINE __m512i bf16_bits(__m512 a) {
+  const __m512i u = _mm512_castps_si512(a);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __m512i nan =
+      _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x8000)), _mm512_set1_epi32(0x7fc0));
+  return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), nan);
+}
+KN_INLINE void store(bf16* p, f32x16 a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(bf16_bits(a.v))); }
+KN_INLINE f32x16 round_to_bf16(f32x16 a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(bf16_bits(a.v), 16))}; }
+KN_INLINE f32x16 add(f32x16 a, f32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+KN_INLINE f32x16 mul(f32x16 a, f32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+// a * b + c
+KN_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// Sum of the lanes as a fixed tree: halves, quarters, ... (lane i + lane i + 8 first).
+KN_INLINE float sum_lanes(f32x16 a) {
+  const __m256 s8 = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+// The first n of 16 lanes from memory, the rest zero; and only the first n to memory.
+KN_INLINE __mmask16 first(int n) { return __mmask16((1u << n) - 1); }
+KN_INLINE f32x16 load(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+KN_INLINE f32x16 load(const bf16* p, int n) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), p)), 16))};
+}
+KN_INLINE void store(float* p, f32x16 a, int n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
+KN_INLINE void store(bf16* p, f32x16 a, int n) {
+  _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtepi32_epi16(bf16_bits(a.v)));
+}
+
+}  // namespace kn::cpu::KN_ISA

@@ -1,0 +1,98 @@
+// Generic tier: 16 lanes as a plain array. Same names as the other tiers; no fused multiply-add is assumed.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "kimi_native/types.h"
+
+namespace kn::cpu::KN_ISA {
+
+struct f32x16 {
+  float v[16];
+};
+
+KN_INLINE f32x16 zero_f32() { return {}; }
+KN_INLINE f32x16 splat(float x) {
+  f32x16 r;
+  for (int i = 0; i < 16; ++i) r.v[i] = x;
+  return r;
+}
+KN_INLINE f32x16 load(const float* p) {
+  f32x16 r;
+  std::memcpy(r.v, p, sizeof r.v);
+  return r;
+}
+KN_INLINE void store(float* p, f32x16 a) { std::memcpy(p, a.v, sizeof a.v); }
+KN_INLINE f32x16 load(const bf16* p) {
+  uint16_t bits[16];
+  std::memcpy(bits, p, sizeof bits);
+  f32x16 r;
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t u = uint32_t(bits[i]) << 16;
+    std::memcpy(&r.v[i], &u, 4);
+  }
+  return r;
+}
+// Round to nearest even; NaN stays NaN.
+KN_INLINE uint16_t bf16_bits(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  const uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  return uint16_t((u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 | (u >> 16 & 0x8000) : rounded);
+}
+KN_INLINE void store(bf16* p, f32x16 a) {
+  uint16_t bits[16];
+  for (int i = 0; i < 16; ++i) bits[i] = bf16_bits(a.v[i]);
+  std::memcpy(p, bits, sizeof bits);
+}
+KN_INLINE f32x16 round_to_bf16(f32x16 a) {
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t u = uint32_t(bf16_bits(a.v[i])) << 16;
+    std::memcpy(&a.v[i], &u, 4);
+  }
+  return a;
+}
+KN_INLINE f32x16 add(f32x16 a, f32x16 b) {
+  for (int i = 0; i < 16; ++i) a.v[i] += b.v[i];
+  return a;
+}
+KN_INLINE f32x16 mul(f32x16 a, f32x16 b) {
+  for (int i = 0; i < 16; ++i) a.v[i] *= b.v[i];
+  return a;
+}
+// a * b + c; fused where the tier has it.
+KN_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
+  for (int i = 0; i < 16; ++i) c.v[i] += a.v[i] * b.v[i];
+  return c;
+}
+// Sum of the lanes as a fixed tree: halves, quarters, ... (lane i + lane i + 8 first).
+KN_INLINE float sum_lanes(f32x16 a) {
+  for (int w = 8; w; w /= 2)
+    for (int i = 0; i < w; ++i) a.v[i] += a.v[i + w];
+  return a.v[0];
+}
+
+// The first n of 16 lanes from memory, the rest zero; and only the first n to memory.
+KN_INLINE f32x16 load(const float* p, int n) {
+  float t[16] = {};
+  std::memcpy(t, p, n * sizeof(float));
+  return load(t);
+}
+KN_INLINE f32x16 load(const bf16* p, int n) {
+  bf16 t[16] = {};
+  std::memcpy(t, p, n * sizeof(bf16));
+  return load(t);
+}
+KN_INLINE void store(float* p, f32x16 a, int n) {
+  float t[16];
+  store(t, a);
+  std::memcpy(p, t, n * sizeof(float));
+}
+KN_INLINE void store(bf16* p, f32x16 a, int n) {
+  bf16 t[16];
+  store(t, a);
+  std::memcpy(p, t, n * sizeof(bf16));
+}
+
+}  // namespace kn::cpu::KN_ISA

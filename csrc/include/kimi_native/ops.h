@@ -1,0 +1,172 @@
+// The torch-free C++ API: one Args struct and one function per op and device.
+//
+// Shapes are in words and row-major; pointers may be unaligned unless said otherwise. An op checks every size
+// relation once, throws std::invalid_argument("op: what must hold (got ...)"), allocates nothing, and takes scratch
+// from the caller: `<op>_workspace_bytes` says how much, 64-byte aligned. Zero tokens or rows is valid and does
+// nothing.
+//
+// Fixed reduction order: an output row depends on its own inputs only, to the last bit. Neither the number of rows in
+// the call, nor the thread count, nor which kernel variant a row count selects may change it.
+#pragma once
+#include <cstdint>
+
+#include "kimi_native/types.h"
+
+namespace kn {
+
+// Router scores to expert choice. Selection uses score + correction_bias, the weights never see the bias.
+// Ties go to the lowest index. A row with a NaN logit gets NaN weights (and valid ids).
+struct MoeRouteArgs {
+  const float* logits;           // [tokens, experts]
+  const float* correction_bias;  // [experts] or null
+  int32_t* topk_ids;             // [tokens, topk], best first
+  float* topk_weights;           // [tokens, topk]
+  int64_t tokens, experts, topk;
+  int64_t n_group, topk_group;  // 1, 1: no group limit
+  Scoring scoring;
+  GroupScore group_score;
+  bool norm_topk_prob;
+  float routed_scaling_factor;
+};
+
+// Expert choice to rows sorted by expert: stable (token order within an expert), no atomics.
+struct MoeDispatchArgs {
+  const int32_t* topk_ids;  // [tokens, topk], each in [0, experts)
+  int32_t* token_index;     // [tokens * topk]  row -> token
+  int32_t* row_index;       // [tokens, topk]   (token, slot) -> row
+  int32_t* expert_offsets;  // [experts + 1]    rows of expert e: expert_offsets[e] .. expert_offsets[e + 1]
+  int64_t tokens, topk, experts;
+};
+
+// Weighted sum of a token's expert rows, slot 0 first, in fp32, plus the shared expert, rounded once.
+struct MoeCombineArgs {
+  const void* rows;           // [tokens * topk, hidden]
+  const int32_t* row_index;   // [tokens, topk]
+  const float* topk_weights;  // [tokens, topk]
+  const void* shared;         // [tokens, hidden] of out_dtype, or null
+  void* out;                  // [tokens, hidden]
+  DType rows_dtype, out_dtype;
+  int64_t tokens, topk, hidden;
+};
+
+// y = x * Wt with INT4 weights in the checkpoint layout (layout.h).
+struct Int4GemmArgs {
+  const void* x;                 // [tokens, in]
+  const uint8_t* weight_packed;  // [out, in / 2]
+  const bf16* weight_scale;      // [out, in / 32]
+  void* y;                       // [tokens, out]
+  DType x_dtype, y_dtype;
+  int64_t tokens, out, in;
+  int32_t group_size;  // 32
+  void* workspace;
+  int64_t workspace_bytes;
+};
+
+// The same for rows grouped by expert; one pointer per expert, experts without rows are never touched.
+struct Int4GroupedGemmArgs {
+  const void* x;                        // [x_rows, in]
+  const int32_t* x_index;               // [rows] in [0, x_rows), or null: row r reads x[r]
+  const int32_t* expert_offsets;        // [experts + 1], ascending from 0 to rows
+  const uint8_t* const* weight_packed;  // [experts] -> [out, in / 2]
+  const bf16* const* weight_scale;      // [experts] -> [out, in / 32]
+  void* y;                              // [rows, out]
+  DType x_dtype, y_dtype;
+  int64_t x_rows, rows, experts, out, in;
+  int32_t group_size;
+  void* workspace;
+  int64_t workspace_bytes;
+};
+
+// y = silu(x * Wgate_t) * (x * Wup_t) per expert, both halves in one pass over x; products and silu in fp32.
+struct Int4GroupedSwigluArgs {
+  const void* x;                      // [x_rows, in]
+  const int32_t* x_index;             // [rows] or null
+  const int32_t* expert_offsets;      // [experts + 1]
+  const uint8_t* const* gate_packed;  // [experts] -> [out, in / 2]
+  const bf16* const* gate_scale;      // [experts] -> [out, in / 32]
+  const uint8_t* const* up_packed;
+  const bf16* const* up_scale;
+  void* y;  // [rows, out]
+  DType x_dtype, y_dtype;
+  int64_t x_rows, rows, experts, out, in;
+  int32_t group_size;
+  void* workspace;
+  int64_t workspace_bytes;
+};
+
+// y = x * Wt with BF16 weights, optionally one matrix per head: y[t, h] = x[t, h] * W[h]t. Products and sums in fp32.
+struct Bf16GemmArgs {
+  const void* x;       // [tokens, heads, in], strides in elements
+  const bf16* weight;  // [heads, out, in], rows of `in` contiguous
+  void* y;             // [tokens, heads, out] contiguous
+  DType x_dtype, y_dtype;
+  int64_t tokens, heads, out, in;
+  int64_t x_token_stride, x_head_stride, weight_head_stride;
+  void* workspace;
+  int64_t workspace_bytes;
+};
+
+// y = x * Wt with signed 8-bit weights and one bf16 scale per 32.
+struct Int8GemmArgs {
+  const void* x;             // [tokens, in]
+  const int8_t* weight;      // [out, in], values in [-127, 127]
+  const bf16* weight_scale;  // [out, in / 32]
+  void* y;                   // [tokens, out]
+  DType x_dtype, y_dtype;
+  int64_t tokens, out, in;
+  int32_t group_size;
+  void* workspace;
+  int64_t workspace_bytes;
+};
+
+// Attention of one new token per sequence over the paged latent cache (absorbed MLA). The key is the whole cache row,
+// the value its first kv_lora_rank entries. seq_lens counts the tokens to attend to; 0 gives a zero row.
+struct MlaDecodeArgs {
+  const void* q;              // [batch, heads, kv_lora_rank + qk_rope_head_dim]
+  const void* cache;          // [pages, page_size, kv_lora_rank + qk_rope_head_dim]
+  const int32_t* page_table;  // [batch, max_pages]; entries past the last used page are never read
+  const int32_t* seq_lens;    // [batch]
+  void* out;                  // [batch, heads, kv_lora_rank], of q_dtype
+  DType q_dtype, cache_dtype;
+  int64_t batch, heads, kv_lora_rank, qk_rope_head_dim;
+  int64_t pages, page_size, max_pages;
+  float softmax_scale;
+  void* workspace;
+  int64_t workspace_bytes;
+};
+
+// y = round(x / sqrt(mean(x^2) + eps)) * weight, the cast to the activation dtype before the weight as published.
+struct RmsNormArgs {
+  const void* x;       // [tokens, hidden], x_token_stride elements from row to row
+  const bf16* weight;  // [hidden]
+  void* y;             // [tokens, hidden] contiguous
+  DType dtype;         // of x and y
+  int64_t tokens, hidden, x_token_stride;
+  float eps;
+};
+
+namespace cpu {
+
+void moe_route(const MoeRouteArgs&);
+void moe_dispatch(const MoeDispatchArgs&);
+void moe_combine(const MoeCombineArgs&);
+
+int64_t int4_gemm_workspace_bytes(const Int4GemmArgs&);
+void int4_gemm(const Int4GemmArgs&);
+int64_t int4_grouped_gemm_workspace_bytes(const Int4GroupedGemmArgs&);
+void int4_grouped_gemm(const Int4GroupedGemmArgs&);
+int64_t int4_grouped_swiglu_workspace_bytes(const Int4GroupedSwigluArgs&);
+void int4_grouped_swiglu(const Int4GroupedSwigluArgs&);
+
+int64_t bf16_gemm_workspace_bytes(const Bf16GemmArgs&);
+void bf16_gemm(const Bf16GemmArgs&);
+int64_t int8_gemm_workspace_bytes(const Int8GemmArgs&);
+void int8_gemm(const Int8GemmArgs&);
+
+int64_t mla_decode_workspace_bytes(const MlaDecodeArgs&);
+void mla_decode(const MlaDecodeArgs&);
+
+void rms_norm(const RmsNormArgs&);
+
+}  // namespace cpu
+}  // namespace kn

@@ -1,0 +1,39 @@
+"""Checks at an op's door: "op: what must hold (got ...)"."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def check_dtype(op: str, name: str, x: Tensor, *dtypes: torch.dtype) -> None:
+    if x.dtype not in dtypes:
+        raise TypeError(f"{op}: {name} must be {' or '.join(map(str, dtypes))} (got {x.dtype})")
+
+
+def check_contiguous(op: str, name: str, x: Tensor) -> None:
+    require(x.is_contiguous(), f"{op}: {name} must be contiguous (got strides {x.stride()})")
+
+
+def check_tensor(
+    op: str, name: str, x: Tensor, shape: tuple[int | None, ...], *dtypes: torch.dtype
+) -> None:
+    """dtype, shape (None: any size), contiguity and device of one tensor."""
+    check_dtype(op, name, x, *dtypes)
+    require(
+        x.dim() == len(shape)
+        and all(s is None or s == d for s, d in zip(shape, x.shape, strict=True)),
+        f"{op}: {name} must be [{', '.join('*' if s is None else str(s) for s in shape)}] (got {list(x.shape)})",
+    )
+    check_contiguous(op, name, x)
+    if x.device.type != "cpu":
+        raise RuntimeError(f"{op}: no kernel for device {x.device} in this build (supported: cpu)")
+
+
+def check_activation(op: str, name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
+    check_tensor(op, name, x, shape, torch.bfloat16, torch.float32)

@@ -1,4 +1,5 @@
-// What the processor and the operating system allow: CPUID says what the silicon has, XGETBV what the kernel saves.
+// What the processor and the operating system allow: CPUID says what the silicon has, XGETBV what
+// the kernel saves.
 #pragma once
 #include <string>
 #include <vector>

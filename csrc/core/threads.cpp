@@ -1,5 +1,6 @@
-// Workers spin for a few microseconds after a job, since the next op of a forward pass usually follows at once, then
-// sleep on a condition variable. Never more runnable threads than num_threads(): the caller works too.
+// Workers spin for a few microseconds after a job, since the next op of a forward pass usually
+// follows at once, then sleep on a condition variable. Never more runnable threads than
+// num_threads(): the caller works too.
 #include "core/threads.h"
 
 #include <pthread.h>
@@ -23,7 +24,8 @@
 namespace kn {
 namespace {
 
-constexpr int kSpinRounds = 2000;  // about 40 to 100 us of `pause`: longer than the gap between two ops of a layer
+constexpr int kSpinRounds =
+    2000;  // about 40 to 100 us of `pause`: longer than the gap between two ops of a layer
 constexpr int kMaxThreads = 1024;
 
 thread_local int current_thread = -1;  // index inside the running job, -1 outside of one
@@ -87,7 +89,9 @@ class Pool {
   void work(int thread) {
     uint64_t seen = 0;
     for (;;) {
-      for (int round = 0; round < kSpinRounds && generation_.load(std::memory_order_acquire) == seen; ++round) relax();
+      for (int round = 0;
+           round < kSpinRounds && generation_.load(std::memory_order_acquire) == seen; ++round)
+        relax();
       if (generation_.load(std::memory_order_acquire) == seen) {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, [&] { return stop_.load() || generation_.load() != seen; });
@@ -127,7 +131,8 @@ State* state_ptr() {
   static State* state = [] {
     static State* s = nullptr;
     s = new State;
-    // A forked child has no workers; it starts with a fresh state and its own pool. The old one is left alone.
+    // A forked child has no workers; it starts with a fresh state and its own pool. The old one is
+    // left alone.
     pthread_atfork(nullptr, nullptr, [] {
       const int threads = s->threads;
       s->pool.release();
@@ -144,7 +149,8 @@ State* state_ptr() {
 int num_threads() { return state_ptr()->threads; }
 
 void set_num_threads(int n) {
-  KN_REQUIRE(n >= 1 && n <= kMaxThreads, "threads: number of threads must be 1 to ", kMaxThreads, " (got ", n, ")");
+  KN_REQUIRE(n >= 1 && n <= kMaxThreads, "threads: number of threads must be 1 to ", kMaxThreads,
+             " (got ", n, ")");
   State& state = *state_ptr();
   std::lock_guard<std::mutex> lock(state.mutex);
   if (n == state.threads) return;
@@ -156,7 +162,8 @@ void run_tasks(int64_t num_tasks, void (*fn)(void*, int64_t, int), void* context
   if (num_tasks <= 0) return;
   State& state = *state_ptr();
   if (current_thread >= 0 || num_tasks == 1 || state.threads == 1) {
-    for (int64_t task = 0; task < num_tasks; ++task) fn(context, task, current_thread < 0 ? 0 : current_thread);
+    for (int64_t task = 0; task < num_tasks; ++task)
+      fn(context, task, current_thread < 0 ? 0 : current_thread);
     return;
   }
   std::lock_guard<std::mutex> lock(state.mutex);

@@ -36,7 +36,8 @@ const Tier kTiers[] = {
 #if defined(KN_HAVE_AVX512)
     {"avx512", &avx512::table,
      [](const CpuFeatures& f) {
-       return f.avx512f && f.avx512bw && f.avx512vl && f.avx512dq && f.avx512vnni && f.avx2 && f.fma && f.f16c;
+       return f.avx512f && f.avx512bw && f.avx512vl && f.avx512dq && f.avx512vnni && f.avx2 &&
+              f.fma && f.f16c;
      }},
 #endif
 #if defined(KN_HAVE_AVX2)
@@ -52,7 +53,8 @@ const Tier& find_tier(const std::string& name, const char* who) {
     if (name == t.name) return t;
     names = names.empty() ? t.name : names + ", " + t.name;
   }
-  throw std::runtime_error(concat("cpu: ", who, "=", name, " is not available here (supported: ", names, ")"));
+  throw std::runtime_error(
+      concat("cpu: ", who, "=", name, " is not available here (supported: ", names, ")"));
 }
 
 const Tier& default_tier() {

@@ -1,5 +1,5 @@
-// The table of inner loops, one instance per instruction-set tier. Each entry does one tile on one thread: no checks,
-// no allocation, no threads. The op's .cpp has done all of that once.
+// The table of inner loops, one instance per instruction-set tier. Each entry does one tile on one
+// thread: no checks, no allocation, no threads. The op's .cpp has done all of that once.
 #pragma once
 #include <cstdint>
 
@@ -10,10 +10,12 @@ namespace kn::cpu {
 
 struct Kernels {
   // rms_norm_kernel.h: one row.
-  void (*rms_norm_row)(const void* x, const bf16* weight, void* y, DType dtype, int64_t hidden, float eps);
+  void (*rms_norm_row)(const void* x, const bf16* weight, void* y, DType dtype, int64_t hidden,
+                       float eps);
 };
 
-// The active tier's table (runtime.h: force_isa, KIMI_NATIVE_CPU_ISA, else the best this machine supports).
+// The active tier's table (runtime.h: force_isa, KIMI_NATIVE_CPU_ISA, else the best this machine
+// supports).
 const Kernels& kernels();
 
 }  // namespace kn::cpu

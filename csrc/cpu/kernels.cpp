@@ -1,6 +1,7 @@
-// Compiled once per instruction-set tier, with KN_ISA naming the tier and the matching compiler flags. Exports one
-// symbol, `table`. Nothing here or in the headers below may leave a weak symbol (no std containers, no templates or
-// inline functions that are not static): the linker could hand this tier's copy to an older processor.
+// Compiled once per instruction-set tier, with KN_ISA naming the tier and the matching compiler
+// flags. Exports one symbol, `table`. Nothing here or in the headers below may leave a weak symbol
+// (no std containers, no templates or inline functions that are not static): the linker could hand
+// this tier's copy to an older processor.
 #include "cpu/dispatch.h"
 
 #define KN_CONCAT_(a, b) a##b

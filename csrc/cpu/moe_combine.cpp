@@ -3,6 +3,8 @@
 
 namespace kn::cpu {
 
-void moe_combine(const MoeCombineArgs&) { throw std::runtime_error("moe_combine: not written yet"); }
+void moe_combine(const MoeCombineArgs&) {
+  throw std::runtime_error("moe_combine: not written yet");
+}
 
 }  // namespace kn::cpu

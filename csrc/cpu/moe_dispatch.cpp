@@ -3,6 +3,8 @@
 
 namespace kn::cpu {
 
-void moe_dispatch(const MoeDispatchArgs&) { throw std::runtime_error("moe_dispatch: not written yet"); }
+void moe_dispatch(const MoeDispatchArgs&) {
+  throw std::runtime_error("moe_dispatch: not written yet");
+}
 
 }  // namespace kn::cpu

@@ -1,6 +1,7 @@
-// rms_norm, one row: two passes over a row that stays in L1 (7168 floats = 28 KB). Bytes: row in, weight, row out.
-// Sum of squares in 16 fp32 lanes (lane = column mod 16), lanes added as a fixed tree: the order depends on nothing but
-// `hidden`. The result is rounded to the activation dtype before the weight is applied, as the published model does.
+// rms_norm, one row: two passes over a row that stays in L1 (7168 floats = 28 KB). Bytes: row in,
+// weight, row out. Sum of squares in 16 fp32 lanes (lane = column mod 16), lanes added as a fixed
+// tree: the order depends on nothing but `hidden`. The result is rounded to the activation dtype
+// before the weight is applied, as the published model does.
 #pragma once
 
 namespace kn::cpu::KN_ISA {
@@ -22,11 +23,15 @@ static void rms_norm_typed_row(const T* x, const bf16* weight, T* y, int64_t hid
     squares = fma(v, v, squares);
   }
   const f32x16 scale = splat(1.0f / __builtin_sqrtf(sum_lanes(squares) / float(hidden) + eps));
-  for (int64_t i = 0; i < whole; i += 16) store(y + i, mul(round_as(x, mul(load(x + i), scale)), load(weight + i)));
-  if (rest) store(y + whole, mul(round_as(x, mul(load(x + whole, rest), scale)), load(weight + whole, rest)), rest);
+  for (int64_t i = 0; i < whole; i += 16)
+    store(y + i, mul(round_as(x, mul(load(x + i), scale)), load(weight + i)));
+  if (rest)
+    store(y + whole,
+          mul(round_as(x, mul(load(x + whole, rest), scale)), load(weight + whole, rest)), rest);
 }
 
-static void rms_norm_row(const void* x, const bf16* weight, void* y, DType dtype, int64_t hidden, float eps) {
+static void rms_norm_row(const void* x, const bf16* weight, void* y, DType dtype, int64_t hidden,
+                         float eps) {
   if (dtype == DType::kBf16)
     rms_norm_typed_row((const bf16*)x, weight, (bf16*)y, hidden, eps);
   else

@@ -18,19 +18,27 @@ KN_INLINE f32x16 splat(float x) { return {_mm512_set1_ps(x)}; }
 KN_INLINE f32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
 KN_INLINE void store(float* p, f32x16 a) { _mm512_storeu_ps(p, a.v); }
 KN_INLINE f32x16 load(const bf16* p) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
+  return {_mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
 }
-// Round to nearest even; NaN stays NaN. (vcvtneps2bf16 would flush subnormals, and is not in this tier.)
+// Round to nearest even; NaN stays NaN. (vcvtneps2bf16 would flush subnormals, and is not in this
+// tier.)
 KN_INLINE __m512i bf16_bits(__m512 a) {
   const __m512i u = _mm512_castps_si512(a);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __m512i rounded =
+      _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
   const __m512i nan =
-      _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x8000)), _mm512_set1_epi32(0x7fc0));
+      _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x8000)),
+                      _mm512_set1_epi32(0x7fc0));
   return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), nan);
 }
-KN_INLINE void store(bf16* p, f32x16 a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(bf16_bits(a.v))); }
-KN_INLINE f32x16 round_to_bf16(f32x16 a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(bf16_bits(a.v), 16))}; }
+KN_INLINE void store(bf16* p, f32x16 a) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(bf16_bits(a.v)));
+}
+KN_INLINE f32x16 round_to_bf16(f32x16 a) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(bf16_bits(a.v), 16))};
+}
 KN_INLINE f32x16 add(f32x16 a, f32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
 KN_INLINE f32x16 mul(f32x16 a, f32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 // a * b + c
@@ -47,7 +55,8 @@ KN_INLINE float sum_lanes(f32x16 a) {
 KN_INLINE __mmask16 first(int n) { return __mmask16((1u << n) - 1); }
 KN_INLINE f32x16 load(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
 KN_INLINE f32x16 load(const bf16* p, int n) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), p)), 16))};
+  return {_mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), p)), 16))};
 }
 KN_INLINE void store(float* p, f32x16 a, int n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
 KN_INLINE void store(bf16* p, f32x16 a, int n) {

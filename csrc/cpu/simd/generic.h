@@ -1,4 +1,5 @@
-// Generic tier: 16 lanes as a plain array. Same names as the other tiers; no fused multiply-add is assumed.
+// Generic tier: 16 lanes as a plain array. Same names as the other tiers; no fused multiply-add is
+// assumed.
 #pragma once
 #include <cmath>
 #include <cstdint>

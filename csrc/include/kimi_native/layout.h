@@ -1,9 +1,11 @@
-// Byte layouts of quantized weights, as index arithmetic. Everything here is `static constexpr`, so that
-// translation units compiled for different instruction sets never share a weak symbol.
+// Byte layouts of quantized weights, as index arithmetic. Everything here is `static constexpr`, so
+// that translation units compiled for different instruction sets never share a weak symbol.
 //
-// INT4, the layout of the published checkpoints (compressed-tensors "pack-quantized"), read in place:
+// INT4, the layout of the published checkpoints (compressed-tensors "pack-quantized"), read in
+// place:
 //
-//   weight_packed  [out, in / 2] bytes  byte b of a row holds column 2b in its low nibble, 2b + 1 in its high one;
+//   weight_packed  [out, in / 2] bytes  byte b of a row holds column 2b in its low nibble, 2b + 1
+//   in its high one;
 //                                       a nibble u stands for q = u - 8, q in [-8, 7]
 //   weight_scale   [out, in / 32] bf16  w[o, i] = q[o, i] * weight_scale[o, i / 32]
 //

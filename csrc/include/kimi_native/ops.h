@@ -1,12 +1,13 @@
 // The torch-free C++ API: one Args struct and one function per op and device.
 //
-// Shapes are in words and row-major; pointers may be unaligned unless said otherwise. An op checks every size
-// relation once, throws std::invalid_argument("op: what must hold (got ...)"), allocates nothing, and takes scratch
-// from the caller: `<op>_workspace_bytes` says how much, 64-byte aligned. Zero tokens or rows is valid and does
-// nothing.
+// Shapes are in words and row-major; pointers may be unaligned unless said otherwise. An op checks
+// every size relation once, throws std::invalid_argument("op: what must hold (got ...)"), allocates
+// nothing, and takes scratch from the caller: `<op>_workspace_bytes` says how much, 64-byte
+// aligned. Zero tokens or rows is valid and does nothing.
 //
-// Fixed reduction order: an output row depends on its own inputs only, to the last bit. Neither the number of rows in
-// the call, nor the thread count, nor which kernel variant a row count selects may change it.
+// Fixed reduction order: an output row depends on its own inputs only, to the last bit. Neither the
+// number of rows in the call, nor the thread count, nor which kernel variant a row count selects
+// may change it.
 #pragma once
 #include <cstdint>
 
@@ -14,8 +15,8 @@
 
 namespace kn {
 
-// Router scores to expert choice. Selection uses score + correction_bias, the weights never see the bias.
-// Ties go to the lowest index. A row with a NaN logit gets NaN weights (and valid ids).
+// Router scores to expert choice. Selection uses score + correction_bias, the weights never see the
+// bias. Ties go to the lowest index. A row with a NaN logit gets NaN weights (and valid ids).
 struct MoeRouteArgs {
   const float* logits;           // [tokens, experts]
   const float* correction_bias;  // [experts] or null
@@ -34,11 +35,13 @@ struct MoeDispatchArgs {
   const int32_t* topk_ids;  // [tokens, topk], each in [0, experts)
   int32_t* token_index;     // [tokens * topk]  row -> token
   int32_t* row_index;       // [tokens, topk]   (token, slot) -> row
-  int32_t* expert_offsets;  // [experts + 1]    rows of expert e: expert_offsets[e] .. expert_offsets[e + 1]
+  int32_t* expert_offsets;  // [experts + 1]    rows of expert e: expert_offsets[e] ..
+                            // expert_offsets[e + 1]
   int64_t tokens, topk, experts;
 };
 
-// Weighted sum of a token's expert rows, slot 0 first, in fp32, plus the shared expert, rounded once.
+// Weighted sum of a token's expert rows, slot 0 first, in fp32, plus the shared expert, rounded
+// once.
 struct MoeCombineArgs {
   const void* rows;           // [tokens * topk, hidden]
   const int32_t* row_index;   // [tokens, topk]
@@ -62,7 +65,8 @@ struct Int4GemmArgs {
   int64_t workspace_bytes;
 };
 
-// The same for rows grouped by expert; one pointer per expert, experts without rows are never touched.
+// The same for rows grouped by expert; one pointer per expert, experts without rows are never
+// touched.
 struct Int4GroupedGemmArgs {
   const void* x;                        // [x_rows, in]
   const int32_t* x_index;               // [rows] in [0, x_rows), or null: row r reads x[r]
@@ -77,7 +81,8 @@ struct Int4GroupedGemmArgs {
   int64_t workspace_bytes;
 };
 
-// y = silu(x * Wgate_t) * (x * Wup_t) per expert, both halves in one pass over x; products and silu in fp32.
+// y = silu(x * Wgate_t) * (x * Wup_t) per expert, both halves in one pass over x; products and silu
+// in fp32.
 struct Int4GroupedSwigluArgs {
   const void* x;                      // [x_rows, in]
   const int32_t* x_index;             // [rows] or null
@@ -94,7 +99,8 @@ struct Int4GroupedSwigluArgs {
   int64_t workspace_bytes;
 };
 
-// y = x * Wt with BF16 weights, optionally one matrix per head: y[t, h] = x[t, h] * W[h]t. Products and sums in fp32.
+// y = x * Wt with BF16 weights, optionally one matrix per head: y[t, h] = x[t, h] * W[h]t. Products
+// and sums in fp32.
 struct Bf16GemmArgs {
   const void* x;       // [tokens, heads, in], strides in elements
   const bf16* weight;  // [heads, out, in], rows of `in` contiguous
@@ -119,8 +125,9 @@ struct Int8GemmArgs {
   int64_t workspace_bytes;
 };
 
-// Attention of one new token per sequence over the paged latent cache (absorbed MLA). The key is the whole cache row,
-// the value its first kv_lora_rank entries. seq_lens counts the tokens to attend to; 0 gives a zero row.
+// Attention of one new token per sequence over the paged latent cache (absorbed MLA). The key is
+// the whole cache row, the value its first kv_lora_rank entries. seq_lens counts the tokens to
+// attend to; 0 gives a zero row.
 struct MlaDecodeArgs {
   const void* q;              // [batch, heads, kv_lora_rank + qk_rope_head_dim]
   const void* cache;          // [pages, page_size, kv_lora_rank + qk_rope_head_dim]
@@ -135,7 +142,8 @@ struct MlaDecodeArgs {
   int64_t workspace_bytes;
 };
 
-// y = round(x / sqrt(mean(x^2) + eps)) * weight, the cast to the activation dtype before the weight as published.
+// y = round(x / sqrt(mean(x^2) + eps)) * weight, the cast to the activation dtype before the weight
+// as published.
 struct RmsNormArgs {
   const void* x;       // [tokens, hidden], x_token_stride elements from row to row
   const bf16* weight;  // [hidden]

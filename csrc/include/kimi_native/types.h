@@ -4,7 +4,8 @@
 
 namespace kn {
 
-// A bfloat16 by its bits: the upper half of an IEEE float. Arithmetic happens in fp32, inside kernels.
+// A bfloat16 by its bits: the upper half of an IEEE float. Arithmetic happens in fp32, inside
+// kernels.
 struct bf16 {
   uint16_t bits;
 };
@@ -17,7 +18,8 @@ constexpr int64_t dtype_bytes(DType t) { return t == DType::kBf16 ? 2 : 4; }
 // How router logits become scores (kimi-k2: sigmoid; DeepSeek-V2: softmax).
 enum class Scoring : int32_t { kSigmoid = 0, kSoftmax = 1 };
 
-// How a group of experts is scored in group-limited routing (V3: sum of its two best; V2: its best).
+// How a group of experts is scored in group-limited routing (V3: sum of its two best; V2: its
+// best).
 enum class GroupScore : int32_t { kTop2Sum = 0, kMax = 1 };
 
 }  // namespace kn

@@ -1,6 +1,6 @@
 """Public ops: check the tensors, choose the backend, call the kernel. The only importer of `_native`.
 
-Every op has the same name in reference.py (plain torch, naive, the specification) and in csrc/include/kimi_native/ops.h.
+Every op has the same name in reference.py (plain torch, naive, the specification) and in ops.h.
 The native backend takes CPU tensors. `backend("reference")`, or KIMI_NATIVE_BACKEND=reference, runs the specification
 instead: for checking, and for training, since it is differentiable. There is no silent fallback between the two.
 

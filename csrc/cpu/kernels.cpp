@@ -21,6 +21,7 @@
 #include "cpu/simd/generic.h"
 #endif
 
+#include "cpu/moe_combine_kernel.h"
 #include "cpu/rms_norm_kernel.h"
 
 namespace kn::cpu::KN_ISA {
@@ -28,6 +29,7 @@ namespace kn::cpu::KN_ISA {
 extern const Kernels table;
 const Kernels table = {
     .rms_norm_row = rms_norm_row,
+    .moe_combine_row = moe_combine_row,
 };
 
 }  // namespace kn::cpu::KN_ISA

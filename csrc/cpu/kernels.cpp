@@ -21,6 +21,9 @@
 #include "cpu/simd/generic.h"
 #endif
 
+#include "cpu/dot_kernel.h"
+// Users of dot_kernel.h and exp_kernel.h.
+#include "cpu/bf16_gemm_kernel.h"
 #include "cpu/rms_norm_kernel.h"
 
 namespace kn::cpu::KN_ISA {
@@ -28,6 +31,8 @@ namespace kn::cpu::KN_ISA {
 extern const Kernels table;
 const Kernels table = {
     .rms_norm_row = rms_norm_row,
+    .dot_vectors = kDotVectors,
+    .bf16_gemm_tile = bf16_gemm_tile,
 };
 
 }  // namespace kn::cpu::KN_ISA

@@ -25,6 +25,8 @@ struct Kernels {
   // rms_norm_kernel.h: one row.
   void (*rms_norm_row)(const void* x, const bf16* weight, void* y, DType dtype, int64_t hidden,
                        float eps);
+  // swiglu_kernel.h: a run of elements.
+  void (*swiglu_run)(const void* gate, const void* up, void* y, DType dtype, int64_t n);
   // moe_combine_kernel.h: one token; row_index and weights are its own topk entries.
   void (*moe_combine_row)(const void* rows, DType rows_dtype, const int32_t* row_index,
                           const float* weights, int64_t topk, const void* shared, void* out,

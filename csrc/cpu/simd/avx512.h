@@ -41,6 +41,7 @@ KN_INLINE f32x16 round_to_bf16(f32x16 a) {
 }
 KN_INLINE f32x16 add(f32x16 a, f32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
 KN_INLINE f32x16 mul(f32x16 a, f32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+KN_INLINE f32x16 div(f32x16 a, f32x16 b) { return {_mm512_div_ps(a.v, b.v)}; }
 // a * b + c
 KN_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 // Sum of the lanes as a fixed tree: halves, quarters, ... (lane i + lane i + 8 first).
@@ -61,12 +62,11 @@ KN_INLINE float max_lanes(f32x16 a) { return _mm512_reduce_max_ps(a.v); }
 KN_INLINE f32x16 scale_by_pow2(f32x16 a, f32x16 n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 // sum_lanes of four registers at once, bit for bit.
 KN_INLINE void store_sum_lanes4(float* p, f32x16 a, f32x16 b, f32x16 c, f32x16 d) {
-  const __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a.v, b.v, 0x44),
-                                  _mm512_shuffle_f32x4(a.v, b.v, 0xee));
-  const __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(c.v, d.v, 0x44),
-                                  _mm512_shuffle_f32x4(c.v, d.v, 0xee));
-  __m512 s =
-      _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+  const __m512 ab =
+      _mm512_add_ps(_mm512_shuffle_f32x4(a.v, b.v, 0x44), _mm512_shuffle_f32x4(a.v, b.v, 0xee));
+  const __m512 cd =
+      _mm512_add_ps(_mm512_shuffle_f32x4(c.v, d.v, 0x44), _mm512_shuffle_f32x4(c.v, d.v, 0xee));
+  __m512 s = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
   s = _mm512_add_ps(s, _mm512_permute_ps(s, 0x4e));
   s = _mm512_add_ps(s, _mm512_permute_ps(s, 0xb1));
   const __m512i first_of_each = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);

@@ -62,6 +62,10 @@ KN_INLINE f32x16 mul(f32x16 a, f32x16 b) {
   for (int i = 0; i < 16; ++i) a.v[i] *= b.v[i];
   return a;
 }
+KN_INLINE f32x16 div(f32x16 a, f32x16 b) {
+  for (int i = 0; i < 16; ++i) a.v[i] /= b.v[i];
+  return a;
+}
 // a * b + c; fused where the tier has it.
 KN_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
   for (int i = 0; i < 16; ++i) c.v[i] += a.v[i] * b.v[i];

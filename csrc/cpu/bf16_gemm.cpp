@@ -13,13 +13,14 @@ namespace kn::cpu {
 namespace {
 
 constexpr const char* kOp = "bf16_gemm";
-constexpr int64_t kPackedBytes = 512 << 10;   // tokens of a task as fp32: half of a 1 MB L2
-constexpr int64_t kWeightBytes = 2 << 20;     // weights of a task: packing its tokens costs < 2 %
-constexpr int64_t kTasksPerThread = 8;        // a core that loses time takes fewer of them
-constexpr int64_t kRowStep = 16;              // rows of one store
+constexpr int64_t kPackedBytes = 512 << 10;  // tokens of a task as fp32: half of a 1 MB L2
+constexpr int64_t kWeightBytes = 2 << 20;    // weights of a task: packing its tokens costs < 2 %
+constexpr int64_t kTasksPerThread = 8;       // a core that loses time takes fewer of them
+constexpr int64_t kRowStep = 16;             // rows of one store
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+int64_t mul(int64_t a, int64_t b) { return checked_mul(kOp, a, b); }
 
 struct Plan {
   int64_t tokens_per_task, rows_per_task;
@@ -34,24 +35,21 @@ Plan plan(const Bf16GemmArgs& a, const Kernels& k) {
              ", heads=", a.heads, ", out=", a.out, ", in=", a.in, ")");
   KN_REQUIRE(a.x_token_stride >= 0 && a.x_head_stride >= 0 && a.weight_head_stride >= 0,
              "bf16_gemm: strides must not be negative (got x_token_stride=", a.x_token_stride,
-             ", x_head_stride=", a.x_head_stride, ", weight_head_stride=", a.weight_head_stride, ")");
-  const auto mul = [](int64_t x, int64_t y) { return checked_mul(kOp, x, y); };
-  // Bytes from the first to past the last element of each buffer; a quarter of the range is left
-  // for the sums.
-  const int64_t reach[] = {mul(mul(std::max<int64_t>(a.tokens, 1), a.x_token_stride), 16),
-                           mul(mul(a.heads, a.x_head_stride), 16),
-                           mul(mul(a.heads, a.weight_head_stride), 8),
-                           mul(mul(a.out, a.in), 8),
-                           mul(mul(mul(a.tokens, a.heads), a.out), 4),
-                           mul(a.in, 4096)};
-  (void)reach;
+             ", x_head_stride=", a.x_head_stride, ", weight_head_stride=", a.weight_head_stride,
+             ")");
+  // Each size stays 64 times below the limit, so sums and paddings of sizes fit too.
+  mul(mul(std::max<int64_t>(a.tokens, 1), a.x_token_stride), 256);
+  mul(mul(a.heads, a.x_head_stride), 256);
+  mul(mul(a.heads, a.weight_head_stride), 128);
+  mul(mul(a.out, a.in), 128);
+  mul(mul(mul(a.tokens, a.heads), a.out), 256);
   const int64_t width = round_up(a.in, 16);
   const int64_t tile = k.dot_vectors;
   const int64_t fit = std::max(tile, kPackedBytes / (width * 4) / tile * tile);
   Plan p;
   p.token_blocks = std::max<int64_t>(1, ceil_div(a.tokens, fit));
-  p.tokens_per_task = std::min(std::max<int64_t>(a.tokens, 1),
-                               round_up(ceil_div(a.tokens, p.token_blocks), tile));
+  p.tokens_per_task =
+      std::min(std::max<int64_t>(a.tokens, 1), round_up(ceil_div(a.tokens, p.token_blocks), tile));
   p.token_blocks = std::max<int64_t>(1, ceil_div(a.tokens, p.tokens_per_task));
   const int64_t wanted_blocks =
       ceil_div(kTasksPerThread * num_threads(), mul(a.heads, p.token_blocks));
@@ -62,9 +60,7 @@ Plan plan(const Bf16GemmArgs& a, const Kernels& k) {
   return p;
 }
 
-int64_t workspace_bytes(const Plan& p) {
-  return checked_mul(kOp, num_threads(), p.thread_floats * 4);
-}
+int64_t workspace_bytes(const Plan& p) { return mul(num_threads(), p.thread_floats * 4); }
 
 }  // namespace
 
@@ -78,10 +74,10 @@ void bf16_gemm(const Bf16GemmArgs& a) {
   if (a.tokens == 0) return;
   KN_REQUIRE(a.x && a.weight && a.y, "bf16_gemm: x, weight and y must not be null (got x=", a.x,
              ", weight=", a.weight, ", y=", a.y, ")");
-  KN_REQUIRE(a.workspace && uintptr_t(a.workspace) % 64 == 0 &&
-                 a.workspace_bytes >= workspace_bytes(p),
-             "bf16_gemm: workspace must be 64-byte aligned and hold ", workspace_bytes(p),
-             " bytes (got ", a.workspace_bytes, " at ", a.workspace, ")");
+  KN_REQUIRE(
+      a.workspace && uintptr_t(a.workspace) % 64 == 0 && a.workspace_bytes >= workspace_bytes(p),
+      "bf16_gemm: workspace must be 64-byte aligned and hold ", workspace_bytes(p), " bytes (got ",
+      a.workspace_bytes, " at ", a.workspace, ")");
   parallel_for(a.heads * p.row_blocks * p.token_blocks, [&](int64_t task, int thread) {
     const int64_t token = task % p.token_blocks * p.tokens_per_task;
     const int64_t row = task / p.token_blocks % p.row_blocks * p.rows_per_task;

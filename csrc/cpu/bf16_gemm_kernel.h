@@ -1,14 +1,15 @@
-// bf16_gemm, one task: a block of tokens times a block of weight rows. The tokens are packed to fp32
-// once; then kDotRows weight rows at a time meet every group of kDotVectors tokens, so a weight is
-// read from memory once per block of tokens and widened once per group.
+// bf16_gemm, one task: a block of tokens times a block of weight rows. The tokens are packed to
+// fp32 once; then kDotRows weight rows at a time meet every group of kDotVectors tokens, so a
+// weight is read from memory once per block of tokens and widened once per group.
 //
 //             tokens of the block: packed, in L2
 //   weight    [group 0] [group 1] ...       tile: dot_kernel.h
 //   rows |    rows from memory, next ones prefetched past the current ones
 //        v
 //
-// Bytes: 2 * rows * in of weights. FLOPs: 2 * tokens * rows * in. Compute-bound from about 10 tokens
-// on. No integer or bf16 dot instructions: on cores without AMX they are no faster than fp32 FMA.
+// Bytes: 2 * rows * in of weights. FLOPs: 2 * tokens * rows * in. Compute-bound from about 10
+// tokens on. No integer or bf16 dot instructions: on cores without AMX they are no faster than fp32
+// FMA.
 #pragma once
 
 namespace kn::cpu::KN_ISA {

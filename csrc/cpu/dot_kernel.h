@@ -8,8 +8,8 @@
 //   fp32
 //
 // An output's order thus depends on `in` only, whatever the tile. Per step of 16 columns: R row
-// loads (bf16 widened by a shift), V packed loads, R * V fused multiply-adds. The packed vectors are
-// zero past `in`. Prefetches while it goes: kDotLines cache lines per step from `ahead` on.
+// loads (bf16 widened by a shift), V packed loads, R * V fused multiply-adds. The packed vectors
+// are zero past `in`. Prefetches while it goes: kDotLines cache lines per step from `ahead` on.
 #pragma once
 
 namespace kn::cpu::KN_ISA {
@@ -113,7 +113,9 @@ static void dot_tile(const W* const* rows, const float* packed, int64_t in, Pref
   float sums[(V * kDotRows + 3) / 4 * 4];
 #pragma GCC unroll 8
   for (int i = 0; i < V * kDotRows; i += 4) {
-    const auto at = [&](int j) { return j < V * kDotRows ? acc[j / kDotRows][j % kDotRows] : zero_f32(); };
+    const auto at = [&](int j) {
+      return j < V * kDotRows ? acc[j / kDotRows][j % kDotRows] : zero_f32();
+    };
     store_sum_lanes4(sums + i, at(i), at(i + 1), at(i + 2), at(i + 3));
   }
 #pragma GCC unroll 8

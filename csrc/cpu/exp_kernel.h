@@ -11,8 +11,7 @@ KN_INLINE f32x16 exp_f32(f32x16 x) {
   x = min(splat(90.0f), max(splat(-110.0f), x));
   // Adding 1.5 * 2^23 leaves the nearest integer in the low bits. n itself must not be NaN.
   const f32x16 shift = splat(12582912.0f);
-  const f32x16 n =
-      sub(add(mul(max(x, splat(-110.0f)), splat(1.44269504f)), shift), shift);
+  const f32x16 n = sub(add(mul(max(x, splat(-110.0f)), splat(1.44269504f)), shift), shift);
   // ln 2 in two parts, the first with few enough bits that n times it is exact.
   f32x16 r = fma(n, splat(-0.693359375f), x);
   r = fma(n, splat(2.12194440e-4f), r);

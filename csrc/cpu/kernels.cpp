@@ -22,9 +22,11 @@
 #endif
 
 #include "cpu/dot_kernel.h"
-// Users of dot_kernel.h and exp_kernel.h.
-#include "cpu/bf16_gemm_kernel.h"
+#include "cpu/exp_kernel.h"
 #include "cpu/rms_norm_kernel.h"
+// After what they build on.
+#include "cpu/bf16_gemm_kernel.h"
+#include "cpu/mla_decode_kernel.h"
 
 namespace kn::cpu::KN_ISA {
 
@@ -33,6 +35,8 @@ const Kernels table = {
     .rms_norm_row = rms_norm_row,
     .dot_vectors = kDotVectors,
     .bf16_gemm_tile = bf16_gemm_tile,
+    .mla_decode_chunk = mla_decode_chunk,
+    .mla_decode_combine = mla_decode_combine,
 };
 
 }  // namespace kn::cpu::KN_ISA

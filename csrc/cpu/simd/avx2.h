@@ -100,10 +100,10 @@ KN_INLINE f32x16 scale_by_pow2(f32x16 a, f32x16 n) {
 KN_INLINE void store_sum_lanes4(float* p, f32x16 a, f32x16 b, f32x16 c, f32x16 d) {
   const __m256 a8 = _mm256_add_ps(a.lo, a.hi), b8 = _mm256_add_ps(b.lo, b.hi);
   const __m256 c8 = _mm256_add_ps(c.lo, c.hi), d8 = _mm256_add_ps(d.lo, d.hi);
-  const __m256 ac = _mm256_add_ps(_mm256_permute2f128_ps(a8, c8, 0x20),
-                                  _mm256_permute2f128_ps(a8, c8, 0x31));
-  const __m256 bd = _mm256_add_ps(_mm256_permute2f128_ps(b8, d8, 0x20),
-                                  _mm256_permute2f128_ps(b8, d8, 0x31));
+  const __m256 ac =
+      _mm256_add_ps(_mm256_permute2f128_ps(a8, c8, 0x20), _mm256_permute2f128_ps(a8, c8, 0x31));
+  const __m256 bd =
+      _mm256_add_ps(_mm256_permute2f128_ps(b8, d8, 0x20), _mm256_permute2f128_ps(b8, d8, 0x31));
   const __m256 s = _mm256_add_ps(_mm256_shuffle_ps(ac, bd, 0x44), _mm256_shuffle_ps(ac, bd, 0xee));
   const __m256 t = _mm256_add_ps(_mm256_shuffle_ps(s, s, 0x88), _mm256_shuffle_ps(s, s, 0xdd));
   const __m128 ab4 = _mm256_castps256_ps128(t), cd4 = _mm256_extractf128_ps(t, 1);

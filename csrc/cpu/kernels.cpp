@@ -21,10 +21,9 @@
 #include "cpu/simd/generic.h"
 #endif
 
-#include "cpu/dot_kernel.h"
-#include "cpu/moe_combine_kernel.h"
-// Users of dot_kernel.h and exp_kernel.h.
 #include "cpu/bf16_gemm_kernel.h"
+#include "cpu/mla_decode_kernel.h"
+#include "cpu/moe_combine_kernel.h"
 #include "cpu/rms_norm_kernel.h"
 #include "cpu/swiglu_kernel.h"
 
@@ -37,6 +36,8 @@ const Kernels table = {
     .moe_combine_row = moe_combine_row,
     .dot_vectors = kDotVectors,
     .bf16_gemm_tile = bf16_gemm_tile,
+    .mla_decode_chunk = mla_decode_chunk,
+    .mla_decode_combine = mla_decode_combine,
 };
 
 }  // namespace kn::cpu::KN_ISA

@@ -15,19 +15,34 @@
 
 #if KN_TIER == 2
 #include "cpu/simd/avx512.h"
+#include "cpu/simd/limbs_avx512.h"
 #elif KN_TIER == 1
 #include "cpu/simd/avx2.h"
+#include "cpu/simd/limbs_avx2.h"
 #else
 #include "cpu/simd/generic.h"
+#include "cpu/simd/limbs_generic.h"
 #endif
 
+#include "cpu/exp_kernel.h"
+#include "cpu/limbs_kernel.h"
+#include "cpu/limbs_panel_kernel.h"
 #include "cpu/rms_norm_kernel.h"
+// Users of exp_kernel.h and of the limbs.
+#include "cpu/int4_gemm_kernel.h"
+#include "cpu/int4_grouped_swiglu_kernel.h"
+#include "cpu/int8_gemm_kernel.h"
 
 namespace kn::cpu::KN_ISA {
 
 extern const Kernels table;
 const Kernels table = {
     .rms_norm_row = rms_norm_row,
+    .int4_prepare = int4_prepare,
+    .int8_prepare = int8_prepare,
+    .int4_gemm_tile = int4_gemm_tile,
+    .int4_swiglu_tile = int4_swiglu_tile,
+    .int8_gemm_tile = int8_gemm_tile,
 };
 
 }  // namespace kn::cpu::KN_ISA

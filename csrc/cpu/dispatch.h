@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/limbs.h"
 #include "kimi_native/layout.h"
 #include "kimi_native/types.h"
 
@@ -68,6 +69,14 @@ struct Kernels {
   // mla_decode_kernel.h
   void (*mla_decode_chunk)(const MlaDecodeChunk&);
   void (*mla_decode_combine)(const MlaDecodeRow&);
+
+  // limbs_kernel.h: one token of `in` inputs to prepared_bytes(in) bytes, for weights of a format;
+  // and one tile of an op.
+  void (*int4_prepare)(const void* x, DType dtype, int64_t in, void* out);
+  void (*int8_prepare)(const void* x, DType dtype, int64_t in, void* out);
+  void (*int4_gemm_tile)(const LimbTile&);
+  void (*int4_swiglu_tile)(const LimbTile&);
+  void (*int8_gemm_tile)(const LimbTile&);
 };
 
 // The active tier's table (runtime.h: force_isa, KIMI_NATIVE_CPU_ISA, else the best this machine

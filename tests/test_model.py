@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -65,9 +66,14 @@ def published(request, tmp_path_factory):
     return oracle, path, ids
 
 
-def run(path, ids, *, dtype, prompt=PROMPT, **options):
+@functools.cache
+def loaded(path, dtype="bfloat16"):
+    return load_model(path, max_context=512, dtype=dtype)[0]
+
+
+def run(path, ids, *, dtype, prompt=PROMPT):
     """Logits after the prompt and after each further token, fed one by one: [1 + decoded, vocab]."""
-    model, _ = load_model(path, max_context=512, dtype=dtype, **options)
+    model = loaded(path, dtype)
     cache = LatentCache(model.config, max_tokens=512, dtype=model.dtype)
     cache.data.fill_(float("nan"))
     seq = cache.new_sequence()
@@ -89,17 +95,21 @@ def test_model_fp32_logits_match_published(published):
 def test_model_bf16_is_as_close_as_the_published_bf16(published):
     """Greedy tokens differ from the fp32 oracle's only inside BF16 noise, and typical errors are no larger.
 
-    The noise is what the published model itself moves by when it computes in BF16: its largest difference, since a
-    flipped expert choice, rare and legitimate in both, moves a position far more than rounding does. The median
-    position's error, which no flip touches, must not exceed the published model's by more than a fifth.
+    The noise is what the published model itself moves by when it computes in BF16: its largest difference over a few
+    random texts, since a flipped expert choice, rare and legitimate in both, moves a position far more than
+    rounding does. The median position's error, which no flip touches, must not exceed the published model's by more than a fifth.
     """
     oracle, path, ids = published
     expected = oracle_logits(oracle, ids)[PROMPT - 1 :]
-    half = oracle_logits(copy.deepcopy(oracle).to(torch.bfloat16), ids)[PROMPT - 1 :].float()
+    half_oracle = copy.deepcopy(oracle).to(torch.bfloat16)
+    half = oracle_logits(half_oracle, ids)[PROMPT - 1 :].float()
     actual = run(path, ids, dtype="bfloat16")
     top = expected.topk(2).values
     margin = top[:, 0] - top[:, 1]
-    noise = (half - expected).abs().max()
+    more = torch.randint(2, 320, (4, len(ids)), generator=torch.Generator().manual_seed(8))
+    noise = max(
+        (oracle_logits(half_oracle, m) - oracle_logits(oracle, m)).abs().max() for m in more
+    )
     differs = actual.argmax(-1) != expected.argmax(-1)
     theirs = half.argmax(-1) != expected.argmax(-1)
     ours, published_error = ((x - expected).abs().amax(-1).median() for x in (actual, half))
@@ -143,7 +153,7 @@ def test_model_does_not_depend_on_threads(published):
 
 def test_model_batch_neighbours_change_nothing(published):
     _, path, ids = published
-    model, _ = load_model(path, max_context=512)
+    model = loaded(path)
     cache = LatentCache(model.config, max_tokens=2048, dtype=model.dtype)
     cache.data.fill_(float("nan"))
     lengths = [1, 17, 63, 64, 65]
@@ -168,7 +178,7 @@ def test_model_prefill_in_chunks_equals_published(published, monkeypatch):
 
 def test_model_refuses_bad_ids(published):
     _, path, _ = published
-    model, _ = load_model(path, max_context=512)
+    model = loaded(path)
     cache = LatentCache(model.config, max_tokens=64, dtype=model.dtype)
     seq = cache.new_sequence()
     with pytest.raises(ValueError, match=r"ids must be in \[0, 320\) \(got 320 to 320\)"):
@@ -183,7 +193,7 @@ def test_model_context_longer_than_the_cache_is_an_error(published):
     from kimi_native.errors import RequestError
 
     _, path, ids = published
-    model, _ = load_model(path, max_context=512)
+    model = loaded(path)
     cache = LatentCache(model.config, max_tokens=64, dtype=model.dtype)
     seq = cache.new_sequence()
     with pytest.raises(RequestError, match="free of 1"):

@@ -68,7 +68,7 @@ def test_swiglu_refuses_bad_input():
     x = torch.zeros(2, 4)
     with pytest.raises(ValueError, match=r"swiglu: up must be \[2, 4\] \(got \[2, 5\]\)"):
         ops.swiglu(x, torch.zeros(2, 5))
-    with pytest.raises(TypeError, match="swiglu: up must be torch.float32"):
+    with pytest.raises(TypeError, match=r"swiglu: up must be torch\.float32"):
         ops.swiglu(x, x.bfloat16())
     with pytest.raises(TypeError, match="swiglu: gate"):
         ops.swiglu(x.double(), x.double())

@@ -273,8 +273,8 @@ def _tools_text(fmt: ChatFormat, tools: Sequence[Mapping[str, Any]]) -> str:
 def canonical_tool_ids(messages: list[Message]) -> list[Message]:
     """The conversation with every tool call id, and the results' references to it, in the form functions.{name}:{n}.
 
-    An id already of that form, with its call's name, stays as it is. Any other gets as n the number of calls before it in
-    the conversation, or the next that is free. A model that sees ids of another form imitates them.
+    An id already of that form, with its call's name, stays as it is. Any other gets as n the number of calls before
+    it in the conversation, or the next that is free. A model that sees ids of another form imitates them.
 
     Raises RequestError for a tool message that answers no call, unless its id has the form (the call may have been cut
     off the history).

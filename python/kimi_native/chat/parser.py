@@ -267,8 +267,8 @@ class OutputParser:
         for token_id in prompt_ids[start:]:
             self._on_id(token_id)
         calls = [event for event in self._events if isinstance(event, ToolCallDelta)]
-        if self._state is not _State.HEADER:
-            self._held = []
+        if self._state in (_State.REASONING, _State.CONTENT):
+            self._held = []  # belongs to the prompt; a header or arguments are told anew from their beginning
         self._events = [
             replace(call, index=0)
             for call in calls

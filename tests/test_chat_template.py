@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -215,9 +216,9 @@ def random_conversation(rng: random.Random, has_tools: bool) -> list[dict]:
         content = rng.choice(TEXTS)
         if rng.random() < 0.3:
             content = [{"type": "text", "text": t} for t in rng.choices(TEXTS, k=rng.randint(0, 3))]
-        messages.append({"role": "user", "content": content})
-        if rng.random() < 0.2:
-            messages[-1]["name"] = "Alice"
+        if rng.random() < 0.85 or not messages:
+            name = {"name": "Alice"} if rng.random() < 0.2 else {}
+            messages.append({"role": "user", "content": content, **name})
         for _ in range(rng.randint(0, 2) if has_tools else 0):
             names = rng.choices(NAMES, k=rng.randint(1, 2))
             arguments = ['{"x": 1}', "", {"città": [1, 2.5, None]}, {}]
@@ -252,39 +253,32 @@ def test_render_equals_the_naive_renderer(tokenizer, format):
         has_tools = format != "moonlight" and rng.random() < 0.7
         messages = random_conversation(rng, has_tools)
         tools = [WEATHER, {"b": 1, "a": {"ü": [{"d": 1, "c": True}]}}] if has_tools else None
-        options = {}
+        thinking, preserve, options = True, False, {}
         if format == "k2.5":
-            tools = None
-            options = {
-                "thinking": rng.random() < 0.5,
-                "preserve_thinking": rng.random() < 0.5,
-            }
-        add = rng.random() < 0.7
-        expected = naive_render(
-            messages,
-            format,
-            tools,
-            add,
-            options.get("thinking", True),
-            options.get("preserve_thinking", False),
-        )
-        assert (
-            render_text(messages, format=format, tools=tools, add_generation_prompt=add, **options)
-            == expected
-        )
-        ids = render(
-            messages,
-            format=format,
-            tokenizer=tokenizer,
-            tools=tools,
-            add_generation_prompt=add,
-            **options,
-        )
+            tools, thinking, preserve = None, rng.random() < 0.5, rng.random() < 0.5
+            options = {"thinking": thinking, "preserve_thinking": preserve}
+        options |= {"format": format, "tools": tools, "add_generation_prompt": rng.random() < 0.7}
+        add = options["add_generation_prompt"]
+        expected = naive_render(messages, format, tools, add, thinking, preserve)
+        assert render_text(messages, **options) == expected
+        ids = render(messages, tokenizer=tokenizer, **options)
         assert ids == tokenizer.encode_with_control(expected)
         assert tokenizer.decode(ids) == expected
 
 
 # ---- single rules --------------------------------------------------------------------------------------------------
+
+
+def test_reasoning_is_shown_from_the_message_after_the_last_plain_answer():
+    def answer(reasoning, *tool_calls):
+        return {"role": "assistant", "reasoning_content": reasoning, "tool_calls": list(tool_calls)}
+
+    first, second = call("f", "functions.f:0"), call("f", "functions.f:1")
+    messages = [answer("R1", first), answer("R2"), answer("R3", second), user()]
+    for length, shown in [(1, ["R1"]), (2, []), (3, ["R3"]), (4, ["R3"])]:
+        text = render_text(messages[:length], format="k2-thinking")
+        assert re.findall("<think>(R?.?)</think>", text)[-1:] == (shown or [""])
+        assert [r for r in ("R1", "R2", "R3") if r in text] == shown
 
 
 def test_k25_opens_the_answer_inside_or_after_thinking(small):

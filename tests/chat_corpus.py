@@ -17,7 +17,7 @@ def one(header, arguments):
 
 W0, W1 = "functions.get_weather:0", "functions.get_weather:1"
 BEIJING = '{"city": "Beijing"}'
-LONG = '{"code": "' + "x = 1\\n" * 3000 + '"}'
+LONG = '{"code": "' + "x = 1\\n" * 1200 + '"}'
 ONE = SECTION + one(W0, BEIJING) + SECTION_END
 
 

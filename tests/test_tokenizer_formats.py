@@ -80,7 +80,7 @@ def test_random_damage_is_a_tokenizer_error_or_harmless(tmp_path):
     good = path.read_bytes()
     rng = random.Random(9)
     num_rejected = 0
-    for _ in range(400):
+    for _ in range(250):
         data = bytearray(good)
         for _ in range(rng.randint(1, 4)):
             at = rng.randrange(len(data))
@@ -103,7 +103,7 @@ def test_random_damage_is_a_tokenizer_error_or_harmless(tmp_path):
             assert damaged.decode(damaged.encode("the functions: 月 <|im_end|>")) == (
                 "the functions: 月 <|im_end|>"
             )
-    assert num_rejected > 300
+    assert num_rejected > 180
 
 
 FIRST = len(BYTES + WORDS)

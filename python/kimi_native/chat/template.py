@@ -1,0 +1,320 @@
+"""Prompts from conversations, straight to token ids: one reviewed renderer instead of the checkpoints' templates.
+
+A message is ROLE_TOKEN role_name <|im_middle|> body <|im_end|>, with no newline in between. The control tokens are ids
+that this file emits itself; whatever the caller wrote goes through Tokenizer.encode, which cannot give a control id.
+So no text can open a role, close a turn or fake a tool result.
+
+Formats: k2-instruct, k2-thinking, k2.5 (also K2.6, K2.7) and moonlight. Source: the chat templates published with the
+checkpoints, byte for byte; the golden prompts are in tests/test_chat_template.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+from kimi_native.chat.types import Message, ToolCall, as_messages, json_text
+from kimi_native.errors import RequestError, TokenizerError
+from kimi_native.tokenizer import Tokenizer
+
+THINK = "<think>"
+END_THINK = "</think>"
+ROLE_TOKENS = {"user": "<|im_user|>", "assistant": "<|im_assistant|>"}  # every other role: system
+OTHER_ROLE_TOKEN = "<|im_system|>"
+FAMILY_TOKENS = ("<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>", "<|im_end|>")
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """What the formats differ in.
+
+    default_system  system text where the conversation does not start with a system message
+    after_default   text between that message and the next
+    tools           how tools are declared, None: the format has neither tools nor tool calls
+    thinking        no: no reasoning in prompts; always: the model opens <think> itself; switch: the prompt opens it
+    """
+
+    name: str
+    default_system: str | None
+    after_default: str
+    tools: Literal["json", "typescript"] | None
+    thinking: Literal["no", "always", "switch"]
+
+
+_KIMI = "You are Kimi, an AI assistant created by Moonshot AI."
+_MOONLIGHT = "You are a helpful assistant provided by Moonshot-AI."
+
+FORMATS = {
+    f.name: f
+    for f in (
+        # The newline is a leftover of the template's own line break; it is in what the model was trained on.
+        ChatFormat("k2-instruct", _KIMI, "\n", tools="json", thinking="no"),
+        ChatFormat("k2-thinking", _KIMI, "", tools="json", thinking="always"),
+        ChatFormat("k2.5", None, "", tools="typescript", thinking="switch"),
+        ChatFormat("moonlight", _MOONLIGHT, "", tools=None, thinking="no"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class _Control:
+    """A control token of the template."""
+
+    name: str
+
+
+class _Quantization(Protocol):
+    kind: str
+
+
+class _Config(Protocol):
+    model_type: str
+    quantization: _Quantization | None
+
+
+def detect_format(config: _Config, tokenizer: Tokenizer) -> str | None:
+    """The chat format of a checkpoint, None if it is none of FORMATS.
+
+    config  a KimiConfig; model_type and quantization decide, and for deepseek_v3 the tokenizer's control tokens
+    """
+    if config.model_type == "kimi_k25":
+        return "k2.5"
+    if config.model_type == "kimi_k2":
+        # Of the K2 text models only the thinking ones are published in INT4.
+        is_int4 = config.quantization is not None and config.quantization.kind == "int4"
+        return "k2-thinking" if is_int4 else "k2-instruct"
+    if config.model_type == "deepseek_v3" and set(FAMILY_TOKENS) <= set(tokenizer.control_ids):
+        return "moonlight"
+    return None
+
+
+def get_format(format: str) -> ChatFormat:
+    """The ChatFormat of that name. Raises RequestError if there is none."""
+    if format not in FORMATS:
+        raise RequestError(f"chat: format must be one of {', '.join(FORMATS)} (got {format!r})")
+    return FORMATS[format]
+
+
+def render(
+    messages: Iterable[Message | Mapping[str, Any]],
+    *,
+    format: str,
+    tokenizer: Tokenizer,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = True,
+    thinking: bool | None = None,
+    preserve_thinking: bool | None = None,
+) -> list[int]:
+    """Token ids of the prompt for a conversation.
+
+    messages               Message or OpenAI-shaped dicts, at least one
+    format                 one of FORMATS
+    tools                  OpenAI-shaped tool declarations, given to the model as they are (keys sorted)
+    add_generation_prompt  end with the opening of the assistant's answer
+    thinking               k2.5 alone, default True: open the answer with <think>, or with <think></think>
+    preserve_thinking      k2.5 alone, default False: keep the reasoning of earlier answers
+
+    k2-thinking, and k2.5 without preserve_thinking, show the reasoning of the messages after the last assistant message
+    without tool calls, and an empty pair before it. k2-instruct and moonlight show none. Tool call ids of other
+    providers are renamed (see canonical_tool_ids).
+
+    Raises RequestError on a bad conversation or an argument the format does not have, TokenizerError if the tokenizer
+    lacks a control token of the format or a text holds a lone surrogate, NotImplementedError for tools in k2.5.
+    """
+    parts = _prompt(
+        as_messages(messages),
+        get_format(format),
+        tools,
+        add_generation_prompt,
+        thinking,
+        preserve_thinking,
+    )
+    return tokenizer.encode_parts([_resolve(part, format, tokenizer) for part in parts])
+
+
+def render_text(
+    messages: Iterable[Message | Mapping[str, Any]],
+    *,
+    format: str,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = True,
+    thinking: bool | None = None,
+    preserve_thinking: bool | None = None,
+) -> str:
+    """The prompt of `render` as a string with the control tokens' names in it, to be looked at.
+
+    Not to be encoded: in it, a control token and a text that spells its name look the same.
+    """
+    parts = _prompt(
+        as_messages(messages),
+        get_format(format),
+        tools,
+        add_generation_prompt,
+        thinking,
+        preserve_thinking,
+    )
+    return "".join(part.name if isinstance(part, _Control) else part for part in parts)
+
+
+def _resolve(part: _Control | str, format: str, tokenizer: Tokenizer) -> int | str:
+    if isinstance(part, str):
+        return part
+    token_id = tokenizer.control_ids.get(part.name)
+    if token_id is not None:
+        return token_id
+    # Some published tokenizer files do not name the pair; then it is ordinary text, for the template as for the model.
+    if part.name in (THINK, END_THINK):
+        return part.name
+    raise TokenizerError(
+        f"chat: format {format} needs the control token {part.name} (got a tokenizer without it)"
+    )
+
+
+# ---- the prompt's parts --------------------------------------------------------------------------------------------
+
+
+def _prompt(
+    messages: list[Message],
+    fmt: ChatFormat,
+    tools: Sequence[Mapping[str, Any]] | None,
+    add_generation_prompt: bool,
+    thinking: bool | None,
+    preserve_thinking: bool | None,
+) -> Iterator[_Control | str]:
+    if fmt.thinking != "switch" and not (thinking is None and preserve_thinking is None):
+        raise RequestError(
+            f"chat: thinking and preserve_thinking belong to the format k2.5 (got {thinking} and "
+            f"{preserve_thinking} with {fmt.name})"
+        )
+    thinking = thinking is not False
+    messages = canonical_tool_ids(messages)
+    if tools:
+        yield from _turn("tool_declare", "tool_declare", [_tools_text(fmt, tools)])
+    if fmt.default_system is not None and messages[0].role != "system":
+        yield from _turn("system", "system", [fmt.default_system])
+        yield fmt.after_default
+    first_shown = 0 if preserve_thinking else _end_of_history(messages)
+    for index, message in enumerate(messages):
+        # With thinking switched off the template shows no reasoning at all, unless told to preserve it.
+        shown = index >= first_shown and (thinking or bool(preserve_thinking))
+        yield from _turn(message.role, message.name or message.role, _body(fmt, message, shown))
+    if add_generation_prompt:
+        yield from _opening("assistant", "assistant")
+        if fmt.thinking == "switch":
+            yield _Control(THINK)
+            if not thinking:
+                yield _Control(END_THINK)
+
+
+def _end_of_history(messages: list[Message]) -> int:
+    """Index after the last assistant message without tool calls: from there on it is the current tool-use turn."""
+    for index in range(len(messages) - 1, -1, -1):
+        if messages[index].role == "assistant" and not messages[index].tool_calls:
+            return index + 1
+    return 0
+
+
+def _opening(role: str, role_name: str) -> Iterator[_Control | str]:
+    yield _Control(ROLE_TOKENS.get(role, OTHER_ROLE_TOKEN))
+    yield role_name
+    yield _Control("<|im_middle|>")
+
+
+def _turn(role: str, role_name: str, body: Iterable[_Control | str]) -> Iterator[_Control | str]:
+    yield from _opening(role, role_name)
+    yield from body
+    yield _Control("<|im_end|>")
+
+
+def _body(fmt: ChatFormat, message: Message, shows_reasoning: bool) -> Iterator[_Control | str]:
+    if fmt.tools is None and (message.role == "tool" or message.tool_calls):
+        raise RequestError(
+            f"chat: format {fmt.name} has no tools (got a {message.role} message with a tool call or result)"
+        )
+    if message.role == "tool":
+        yield f"## Return of {message.tool_call_id}\n"
+    if message.role == "assistant" and fmt.thinking != "no":
+        yield _Control(THINK)
+        if shows_reasoning:
+            yield message.reasoning_content or ""
+        yield _Control(END_THINK)
+    yield message.content or ""
+    if message.tool_calls:
+        yield _Control("<|tool_calls_section_begin|>")
+        for call in message.tool_calls:
+            yield _Control("<|tool_call_begin|>")
+            yield call.id
+            yield _Control("<|tool_call_argument_begin|>")
+            yield call.arguments
+            yield _Control("<|tool_call_end|>")
+        yield _Control("<|tool_calls_section_end|>")
+
+
+def _tools_text(fmt: ChatFormat, tools: Sequence[Mapping[str, Any]]) -> str:
+    """The declaration: the caller's list with its keys sorted at every depth, compact, non-ASCII kept."""
+    if fmt.tools is None:
+        raise RequestError(f"chat: format {fmt.name} has no tools (got {len(tools)})")
+    if fmt.tools == "typescript":
+        raise NotImplementedError(
+            "chat: tools of the format k2.5 need the TypeScript tool declaration, which is not built yet "
+            f"(got {len(tools)} tools)"
+        )
+    if not isinstance(tools, list | tuple) or not all(isinstance(tool, dict) for tool in tools):
+        raise RequestError(f"chat: tools must be a list of objects (got {tools!r})")
+    return json_text("chat: tools", tools, sort_keys=True, separators=(",", ":"))
+
+
+# ---- tool call ids -------------------------------------------------------------------------------------------------
+
+
+def canonical_tool_ids(messages: list[Message]) -> list[Message]:
+    """The conversation with every tool call id, and the results' references to it, in the form functions.{name}:{n}.
+
+    An id already of that form, with its call's name, stays as it is. Any other gets as n the number of calls before
+    it in the conversation, or the next that is free. A model that sees ids of another form imitates them.
+
+    Raises RequestError for a tool message that answers no call, unless its id has the form (the call may have been cut
+    off the history).
+    """
+    result: list[Message] = []
+    used: set[str] = set()
+    num_calls = 0
+    pending: dict[str, deque[str]] = {}  # id as given -> new ids of the latest message that used it
+    for message in messages:
+        if message.role == "tool":
+            message = replace(message, tool_call_id=_answered_id(message.tool_call_id, pending))
+        if message.tool_calls:
+            for given in {call.id for call in message.tool_calls}:
+                pending[given] = deque()
+            calls = []
+            for call in message.tool_calls:
+                calls.append(replace(call, id=_canonical_id(call, num_calls, used)))
+                used.add(calls[-1].id)
+                pending[call.id].append(calls[-1].id)
+                num_calls += 1
+            message = replace(message, tool_calls=tuple(calls))
+        result.append(message)
+    return result
+
+
+def _canonical_id(call: ToolCall, number: int, used: set[str]) -> str:
+    if re.fullmatch(rf"functions\.{re.escape(call.name)}:[0-9]+", call.id):
+        return call.id
+    while (new := f"functions.{call.name}:{number}") in used:
+        number += 1
+    return new
+
+
+def _answered_id(given: str, pending: dict[str, deque[str]]) -> str:
+    ids = pending.get(given)
+    if ids:
+        # Calls of one message that share an id are answered in their order.
+        return ids.popleft() if len(ids) > 1 else ids[0]
+    if re.fullmatch(r"functions\..+:[0-9]+", given, re.DOTALL):
+        return given
+    raise RequestError(
+        f"chat: a tool message must answer an earlier call (got tool_call_id={given!r})"
+    )

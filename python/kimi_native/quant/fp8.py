@@ -1,7 +1,8 @@
 """The FP8 format of the published checkpoints: e4m3 weights, one float32 multiplier per block of 128 x 128.
 
 The stored name is weight_scale_inv, but it is the multiplier:
-w[i, j] = float(w8[i, j]) * scale_inv[i // 128, j // 128]. Blocks at the right and lower edges are truncated. Source: DeepSeek-V3, README_WEIGHTS.
+w[i, j] = float(w8[i, j]) * scale_inv[i // 128, j // 128].
+Blocks at the right and lower edges are truncated. Source: DeepSeek-V3, README_WEIGHTS.
 """
 
 from __future__ import annotations

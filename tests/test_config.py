@@ -361,7 +361,10 @@ def test_config_wrapper_takes_quantization_from_either_level(places):
         ({"text_config": TINY | {"what": 1}}, r"ignore_keys=\('text_config.what',\)"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings must be false"),
         ({"what": 1}, "what is not a key"),
-        ({"quantization_config": FP8, "text_config": TINY | {"quantization_config": INT4}}, "quantization_config must be the same"),
+        (
+            {"quantization_config": FP8, "text_config": TINY | {"quantization_config": INT4}},
+            "quantization_config must be the same",
+        ),
     ],
 )  # fmt: skip
 def test_config_wrapper_errors_name_the_key(changes, message):

@@ -294,8 +294,10 @@ def write_checkpoint(
     table = tensors(config.get("text_config", config)) if table is None else table
     entries = {}
     for name, (dtype, shape) in table.items():
-        packed = table.get(name.replace("weight_shape", "weight_packed"))
-        packed_shape = packed[1] if name.endswith("weight_shape") else None
+        packed_shape = None
+        if name.endswith("weight_shape"):
+            _, packed_shape = table.get(name.replace("weight_shape", "weight_packed"), ("", ()))
+            packed_shape = (*packed_shape, 0, 0)[:2]
         text_tensor = name.startswith(("model.", "lm_head"))
         full = prefix + name if text_tensor else name
         entries[full] = (dtype, shape, content(full, dtype, shape, packed_shape))

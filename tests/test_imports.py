@@ -64,15 +64,19 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "sampling": (set(), {"torch", "numpy"}),
     "model": ({"ops", "cache", "config"}, {"torch"}),
     "cache": ({"config"}, {"torch"}),
-    "config": (set(), set()),
+    "config": ({"config_keys", "json_file", "quantization"}, set()),
+    "config_keys": ({"json_file", "quantization"}, set()),
+    "quantization": ({"json_file"}, set()),
+    "json_file": (set(), set()),
     # files
     "loader": (
         {"model", "config", "checkpoint", "plan", "tokenizer", "weights", *QUANT},
         {"torch"},
     ),
-    "plan": ({"checkpoint", "config"}, {"torch"}),
-    "checkpoint": ({"config", "safetensors_file"}, {"torch"}),
-    "safetensors_file": (set(), {"torch", "numpy"}),
+    "plan": ({"cache", "checkpoint", "config", "safetensors_file", "tensor_table"}, {"torch"}),
+    "checkpoint": ({"config", "json_file", "safetensors_file", "tensor_table"}, {"torch"}),
+    "tensor_table": ({"config", "safetensors_file"}, set()),
+    "safetensors_file": ({"json_file"}, {"torch", "numpy"}),
     "make_checkpoint": (
         {"config", "presets", "weights", *QUANT},
         {"torch", "numpy", "safetensors", "rich"},
@@ -91,7 +95,8 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "checks": (set(), {"torch"}),
     "errors": (set(), set()),
 }
-TORCH_FREE = {"config", "tokenizer", "errors", "presets", "chat", *CHAT}
+CONFIG = {"config", "config_keys", "quantization", "json_file"}
+TORCH_FREE = {"tokenizer", "errors", "presets", "chat", *CONFIG, *CHAT}
 
 # Nothing that runs code out of a file, or a shell out of a string.
 BANNED_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}

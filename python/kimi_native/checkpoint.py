@@ -20,6 +20,7 @@ from kimi_native.errors import ModelFormatError
 from kimi_native.json_file import file_inside, printable, read_json
 from kimi_native.safetensors_file import SafetensorsFile, TensorInfo
 from kimi_native.tensor_table import (
+    FORM_SUFFIXES,
     Expected,
     configured_form,
     expected_matrices,
@@ -229,19 +230,11 @@ def _check_tensors(
         raise ModelFormatError(_list_names(path, "is missing", missing))
     if found != len(tensors):
         known = expected_others(config).keys() | {
-            m + suffix for m in forms for suffix in _suffixes(forms[m])
+            m + suffix for m in forms for suffix in FORM_SUFFIXES[forms[m]]
         }
         unexpected = [n for n in tensors if n not in known]
         raise ModelFormatError(_list_names(path, "has no place in this model", unexpected))
     return forms
-
-
-def _suffixes(form: str) -> tuple[str, ...]:
-    return {
-        "plain": (".weight",),
-        "int4": (".weight_packed", ".weight_scale", ".weight_shape"),
-        "fp8": (".weight", ".weight_scale_inv"),
-    }[form]
 
 
 def _list_names(path: Path, what: str, names: list[str]) -> str:

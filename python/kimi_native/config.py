@@ -80,7 +80,7 @@ class KimiConfig:
     rope_scaling: YarnConfig | None
     max_position_embeddings: int
     bos_token_id: int | None
-    eostoken_ids: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]
     tie_word_embeddings: bool
     num_nextn_predict_layers: int
     quantization: QuantizationConfig | None
@@ -101,6 +101,8 @@ class KimiConfig:
             check_depth(d, source)
         top = Section(d, source, "", frozenset(ignore_keys))
         model_type = top.get("model_type", REQUIRED)
+        if not isinstance(model_type, str):
+            raise top.fail("model_type", "a string")
         if model_type in ("kimi_vl", "kimi_linear"):
             raise NotImplementedError(f"{source}: model_type {model_type} is not supported yet")
         if model_type not in FAMILY_DEFAULTS and model_type not in WRAPPERS:
@@ -226,8 +228,8 @@ def _read_wrapper(top: Section, model_type: str) -> KimiConfig:
     if values["bos_token_id"] is None and top.get("bos_token_id") is not None:
         values["bos_token_id"] = top.integer("bos_token_id", TOKEN_ID)
     top.get("bos_token_id")
-    eos = values["eostoken_ids"] + token_ids(top, "eos_token_id")
-    values |= {"model_type": model_type, "eostoken_ids": tuple(dict.fromkeys(eos))}
+    eos = values["eos_token_ids"] + token_ids(top, "eos_token_id")
+    values |= {"model_type": model_type, "eos_token_ids": tuple(dict.fromkeys(eos))}
     top.finish(ONE_VALUE, WRAPPER_ANY_VALUE)
     return KimiConfig(**values, tensor_prefix=WRAPPERS[model_type])
 

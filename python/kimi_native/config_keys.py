@@ -185,7 +185,7 @@ def read_text(s: Section, family: str) -> dict[str, Any]:
     v["max_position_embeddings"] = s.integer("max_position_embeddings", _POSITIONS)
     bos = s.get("bos_token_id")
     v["bos_token_id"] = None if bos is None else s.integer("bos_token_id", TOKEN_ID)
-    v["eostoken_ids"] = token_ids(s, "eos_token_id")
+    v["eos_token_ids"] = token_ids(s, "eos_token_id")
     v["tie_word_embeddings"] = s.boolean("tie_word_embeddings", False)
     mtp = "num_mtp_layers" if "num_mtp_layers" in s.values else "num_nextn_predict_layers"
     v["num_nextn_predict_layers"] = 0 if s.get(mtp) is None else s.integer(mtp, (0, 1024))
@@ -284,15 +284,15 @@ def _read_groups(
         raise s.fail("num_experts_per_tok", f"at most n_routed_experts = {experts}")
     if experts is not None and experts % n_group:
         raise s.fail("n_group", f"a divisor of n_routed_experts = {experts}")
+    if topk_method == "noaux_tc" and n_group > 1 and experts // n_group < 2:
+        raise s.fail(
+            "n_group", "at most half of n_routed_experts: a group is scored by its best two"
+        )
     if topk_group > n_group:
         raise s.fail("topk_group", f"at most n_group = {n_group}")
     if experts is not None and topk > topk_group * (experts // n_group):
         raise s.fail(
             "num_experts_per_tok", f"at most the experts of topk_group = {topk_group} groups"
-        )
-    if topk_method == "noaux_tc" and n_group > 1 and experts // n_group < 2:
-        raise s.fail(
-            "n_group", "at most half of n_routed_experts: a group is scored by its best two"
         )
     return sizes
 

@@ -11,14 +11,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kimi_native.cache import PAGE_SIZE
 from kimi_native.checkpoint import Checkpoint
 from kimi_native.config import KimiConfig
 from kimi_native.errors import MemoryPlanError
 from kimi_native.safetensors_file import TensorInfo
-from kimi_native.tensor_table import Matrix, expected_matrices, numel_of, share_of_token
+from kimi_native.tensor_table import (
+    FORM_SUFFIXES,
+    Matrix,
+    expected_matrices,
+    numel_of,
+    share_of_token,
+)
 
-PAGE_SIZE = 64  # tokens of a cache page
-PREFILL_CHUNK = 512  # prompt tokens that go through a layer together
+PREFILL_CHUNK = 1024  # as in model.py, which this module does not import: planning needs no kernels
+EXPANDED_BYTES = 256 << 20
 INTERPRETER_BYTES = 400 << 20  # Python and torch, measured after import: about 0.3 GB
 INT8_GROUP = 32
 ITEM_BYTES = {"bfloat16": 2, "float32": 4}
@@ -144,87 +151,87 @@ def _check_settings(s: Settings) -> None:
 class _Weights:
     """Bytes that the loader copies and bytes that stay mapped, by the rules of the loader:
 
-    - BF16 and INT4 matrices are used in place; F16 and F32 become BF16 copies.
-    - FP8 matrices become BF16 copies, 2 bytes a weight.
+    - BF16 and INT4 matrices are used in place; F16 and F32 become BF16 copies, FP8 too: 2 bytes a weight.
     - dense="int8" makes 8-bit copies, 1 + 2/32 bytes a weight, of the dense matrices that are not INT4. kv_b_proj is
-      not among them: absorbed decoding multiplies by its halves head by head, in BF16. Nor is one whose in_features
-      are no multiple of 32: it stays BF16.
+      not among them (absorbed decoding takes it apart), nor one whose in_features are no multiple of 32, nor a head
+      tied to the embedding.
     - kv_b_proj also gets its key half transposed, heads * nope * kv_lora_rank in BF16 per layer.
-    - Small tensors (norms, router) and the embedding are used in place if BF16, else converted.
+    - Experts of a layer are all INT4 or all BF16: where some are not INT4, the others become BF16.
+    - Norms, router and embedding are used in place if BF16, else converted; the router's bias becomes F32.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.config: KimiConfig = checkpoint.config
-        c = self.config
         self.copied = {"bf16": 0, "int8": 0}
+        self.scratch = {"bf16": 0, "int8": 0}  # the largest temporary of one conversion
         self._mapped = {"bf16": 0, "int8": 0}
         self._touched = {"bf16": 0, "int8": 0}  # mapped bytes per decoded token
-        matrix_tensors: set[str] = set()
-        for matrix in expected_matrices(c):
-            form = checkpoint.forms[matrix.name]
-            parts = [matrix.name + suffix for suffix in _PARTS[form]]
-            matrix_tensors.update(parts)
+        matrices = list(expected_matrices(self.config))
+        mixed = {
+            _layer(m.name)
+            for m in matrices
+            if ".mlp.experts." in m.name and checkpoint.forms[m.name] != "int4"
+        }
+        seen: set[str] = set()
+        for matrix in matrices:
+            parts = [matrix.name + s for s in FORM_SUFFIXES[checkpoint.forms[matrix.name]]]
+            seen.update(parts)
             infos = [checkpoint.tensors[p] for p in parts]
-            for dense in ("bf16", "int8"):
-                self._add(
-                    dense, _copy_bytes(matrix, form, infos[0].dtype, dense), infos, matrix.name
-                )
+            self._add_matrix(matrix, infos, _layer(matrix.name) in mixed)
         for name, info in checkpoint.tensors.items():
-            if name not in matrix_tensors:
+            if name not in seen:
                 self._add_other(name, info)
+        c = self.config
         heads = c.num_attention_heads * c.num_hidden_layers
         self.key_half = heads * c.qk_nope_head_dim * c.kv_lora_rank * 2
 
     def mapped(self, dense: str) -> tuple[int, int]:
         return self._mapped[dense], self._touched[dense]
 
-    def _add(self, dense: str, copied: int, infos: list[TensorInfo], name: str) -> None:
-        self.copied[dense] += copied
-        if copied:
-            return
+    def _add_matrix(self, matrix: Matrix, infos: list[TensorInfo], mixed: bool) -> None:
+        expert = ".mlp.experts." in matrix.name
         stored = sum(i.nbytes for i in infos)
-        self._mapped[dense] += stored
-        expert = ".mlp.experts." in name
-        # Summed per matrix and divided at the end would be exact; per matrix the rounding is under a byte.
-        self._touched[dense] += share_of_token(self.config, stored) if expert else stored
+        for dense in ("bf16", "int8"):
+            copied, scratch = _conversion(matrix, infos[0], dense, expert, mixed)
+            self.copied[dense] += copied
+            self.scratch[dense] = max(self.scratch[dense], scratch)
+            if not copied:
+                self._mapped[dense] += stored
+                # Dividing per matrix rounds down by less than a byte each.
+                touched = share_of_token(self.config, stored) if expert else stored
+                self._touched[dense] += touched
 
     def _add_other(self, name: str, info: TensorInfo) -> None:
-        numel = numel_of(info.shape)
-        head_too = self.config.tie_word_embeddings and "embed_tokens" in name
+        embedding = name.endswith("embed_tokens.weight")
+        row_only = embedding and not self.config.tie_word_embeddings
+        wanted, size = ("F32", 4) if name.endswith("e_score_correction_bias") else ("BF16", 2)
         for dense in ("bf16", "int8"):
-            if name.endswith("e_score_correction_bias"):
-                self.copied[dense] += 0 if info.dtype == "F32" else numel * 4
-            elif info.dtype != "BF16":
-                self.copied[dense] += numel * 2
+            if info.dtype != wanted:
+                self.copied[dense] += numel_of(info.shape) * size
+                self.scratch[dense] = max(self.scratch[dense], info.nbytes)
             else:
                 self._mapped[dense] += info.nbytes
-                row = info.nbytes // info.shape[0] if "embed_tokens" in name else info.nbytes
-                self._touched[dense] += info.nbytes if head_too and dense == "bf16" else row
-        if head_too:
-            self.copied["int8"] += _int8_bytes(numel)
+                self._touched[dense] += info.nbytes // info.shape[0] if row_only else info.nbytes
 
 
-_PARTS = {
-    "plain": (".weight",),
-    "int4": (".weight_packed", ".weight_scale", ".weight_shape"),
-    "fp8": (".weight", ".weight_scale_inv"),
-}
+def _layer(name: str) -> str:
+    return name.partition(".mlp.")[0]
 
 
-def _int8_bytes(numel: int) -> int:
-    return numel + numel // INT8_GROUP * 2
-
-
-def _copy_bytes(matrix: Matrix, form: str, dtype: str, dense: str) -> int:
-    """Bytes of the loader's copy of one matrix, 0 if it is used in place."""
+def _conversion(
+    matrix: Matrix, info: TensorInfo, dense: str, expert: bool, mixed: bool
+) -> tuple[int, int]:
+    """Bytes of the loader's copy of one matrix and of its temporaries; zeros if it is used in place."""
     numel = matrix.out_features * matrix.in_features
     absorbed = matrix.name.endswith(".kv_b_proj")
-    if form == "int4":
-        return numel * 2 if absorbed else 0
-    expert = ".mlp.experts." in matrix.name
+    if info.dtype == "I32":
+        return (numel * 2, 0) if absorbed or (expert and mixed) else (0, 0)
+    # F16 and F32 are converted back once, to see that nothing was lost.
+    scratch = info.nbytes if info.dtype in ("F16", "F32") else 0
     if dense == "int8" and not expert and not absorbed and matrix.in_features % INT8_GROUP == 0:
-        return _int8_bytes(numel)
-    return 0 if form == "plain" and dtype == "BF16" else numel * 2
+        by_way_of_bf16 = 0 if info.dtype == "BF16" else numel * 2
+        return numel + numel // INT8_GROUP * 2, scratch + by_way_of_bf16
+    return (0, 0) if info.dtype == "BF16" else (numel * 2, scratch)
 
 
 # ---- items ----------------------------------------------------------------------------------------------------------
@@ -232,14 +239,12 @@ def _copy_bytes(matrix: Matrix, form: str, dtype: str, dense: str) -> int:
 
 def _items(weights: _Weights, s: Settings) -> tuple[tuple[str, int], ...]:
     c = weights.config
+    working = max(_prefill_bytes(c, s), weights.scratch[s.dense])  # one after the other
     return (
         ("weights copied or converted while loading", weights.copied[s.dense]),
         ("key half of kv_b_proj, transposed", weights.key_half),
         (f"latent cache, {s.max_batch} x {s.max_context} tokens", _cache_bytes(c, s)),
-        (
-            f"working memory, {min(PREFILL_CHUNK, s.max_context)} prompt tokens",
-            _working_bytes(c, s),
-        ),
+        (f"working memory, {min(PREFILL_CHUNK, s.max_context)} prompt tokens at a time", working),
         ("interpreter and libraries", INTERPRETER_BYTES),
     )
 
@@ -250,26 +255,31 @@ def _cache_bytes(c: KimiConfig, s: Settings) -> int:
     return pages * PAGE_SIZE * per_token
 
 
-def _working_bytes(c: KimiConfig, s: Settings) -> int:
-    """Prefill of one chunk: the residual and the widest layer at once, one head's attention over the whole context.
+def _prefill_bytes(c: KimiConfig, s: Settings) -> int:
+    """The last chunk of a prompt that fills the context, in the layer that takes most.
 
-    Per chunk token: 3 * hidden (residual, normed, output) and the larger of
-      attention  heads * (query + absorbed query + latent output + output)
-      MLP        dense 3 * intermediate; experts topk * (width + hidden), shared experts 3 * width
-    One head: fp32 scores and probabilities of chunk x context, its keys and values of the context. Logits in fp32.
+    Per token of the chunk: 4 * hidden (residual, normed, output, sum) and the larger of
+      attention  heads * (query, its rotated parts and the fp32 copy that attends; the fp32 and rounded outputs)
+      MLP        dense 3 * intermediate; experts topk * (3 * width + hidden in fp32), shared experts 3 * width
+    Per cached token: the gathered row three times; keys and values in fp32 of as many heads as model.py expands at
+    once, each as expanded, as joined, and padded twice. A mask of chunk x context (6 bytes) from the second chunk on.
+    The logits in fp32.
     """
-    item = ITEM_BYTES[s.dtype]
-    chunk = min(PREFILL_CHUNK, s.max_context)
-    attention = c.num_attention_heads * (
-        c.qk_head_dim + c.latent_width + c.kv_lora_rank + c.v_head_dim
-    )
-    shared = 3 * c.moe_intermediate_size * c.n_shared_experts
-    experts = c.num_experts_per_tok * (c.moe_intermediate_size + c.hidden_size) + shared
-    mlp = max(3 * c.intermediate_size if "dense" in c.mlp_layer_types else 0, experts)
-    tokens = max(chunk, s.max_batch)
-    layer = tokens * (3 * c.hidden_size + max(attention, mlp)) * item
-    head = chunk * s.max_context * 4 * 2 + s.max_context * (c.qk_head_dim + c.v_head_dim) * item
-    return layer + head + s.max_batch * c.vocab_size * 4
+    item, keys = ITEM_BYTES[s.dtype], s.max_context
+    chunk = min(PREFILL_CHUNK, keys)
+    heads = c.num_attention_heads
+    attention = heads * (c.qk_head_dim * (2 * item + 4) + c.v_head_dim * (4 + item))
+    width = c.moe_intermediate_size
+    routed = c.num_experts_per_tok * (3 * width * item + c.hidden_size * 4)
+    experts = routed + 3 * width * c.n_shared_experts * item
+    dense = 3 * c.intermediate_size * item if "dense" in c.mlp_layer_types else 0
+    tokens = max(chunk, s.max_batch) * (4 * c.hidden_size * item + max(attention, experts, dense))
+    padded = max(c.qk_head_dim, c.v_head_dim)
+    at_once = min(heads, max(1, EXPANDED_BYTES // (keys * padded * 12)))
+    floats = c.qk_nope_head_dim + c.v_head_dim + c.qk_head_dim + 4 * padded
+    expanded = keys * (at_once * floats * 4 + 3 * c.latent_width * 4)
+    mask = chunk * keys * 6 if keys > chunk else 0
+    return tokens + expanded + mask + s.max_batch * c.vocab_size * 4
 
 
 def _notes(plan: MemoryPlan) -> tuple[str, ...]:

@@ -91,19 +91,19 @@ def _compile_patterns(expressions: list[str]) -> tuple[re.Pattern[str], ...]:
 
 def _pattern_work(expression: str) -> int:
     """Upper bound of backtracking steps on a 64-character name: each * or + tries 64 lengths, each | or ? two ways."""
-    work, position, after_group = 1, 0, False
+    work, position, nothing_to_repeat = 1, 0, True
     expression = expression.removesuffix(
         ".*"
     )  # matching is not anchored at the end: this always succeeds
     while position < len(expression):
         token = _PATTERN_TOKEN.match(expression, position)
-        if token is None or (after_group and token[0] in "*+?"):
+        if token is None or (nothing_to_repeat and token[0] in "*+?"):
             raise ConfigError(
                 "quantization_config.ignore: patterns may use letters, classes, groups, | and the quantifiers "
                 f"* + ? on single characters (got {reprlib.repr(expression)})"
             )
         work *= {"*": 64, "+": 64, "?": 2, "|": 2}.get(token[0], 1)
-        after_group = token[0] == ")"
+        nothing_to_repeat = token[0][0] in "()"
         position = token.end()
     return work
 

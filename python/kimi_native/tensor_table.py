@@ -30,6 +30,14 @@ KINDS = (
 _VISION_PREFIXES = ("vision_tower.", "mm_projector.", "multi_modal_projector.")
 
 
+# The tensors of a matrix, by how it is stored.
+FORM_SUFFIXES = {
+    "plain": (".weight",),
+    "int4": (".weight_packed", ".weight_scale", ".weight_shape"),
+    "fp8": (".weight", ".weight_scale_inv"),
+}
+
+
 class Expected(NamedTuple):
     """What a tensor must be: the exact shape, and one of the dtypes (the first is the published one)."""
 

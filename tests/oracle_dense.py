@@ -55,13 +55,15 @@ def bound_rms_norm(y: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
     return 1.01 * relative * y.abs() + TINY
 
 
-def mla_expected(q, cache, page_table, seq_lens, *, kv_lora_rank, softmax_scale) -> tuple[Tensor, Tensor]:
+def mla_expected(
+    q, cache, page_table, seq_lens, *, kv_lora_rank, softmax_scale
+) -> tuple[Tensor, Tensor]:
     """float64 result and error bound of mla_decode, one head and one full softmax at a time.
 
-    An error d in a score is a factor exp(d) on its probability. Per token: the scaled query and the dot (dot_terms), the
-    subtraction of the maximum (U |s - max|) and exp itself (2 ulp = 4 U). Common factors (the maximum, rescaling) meet
-    numerator and denominator alike. The sums over tokens: at most 512 in sequence within a chunk, a rescaling per
-    64 tokens, two roundings per chunk in the end.
+    An error d in a score is a factor exp(d) on its probability. Per token: the scaled query and the dot (dot_terms),
+    the subtraction of the maximum (U |s - max|) and exp itself (2 ulp = 4 U). Common factors (the maximum, rescaling)
+    meet numerator and denominator alike. The sums over tokens: at most 512 in sequence within a chunk, a rescaling
+    per 64 tokens, two roundings per chunk in the end.
     """
     batch, heads, width = q.shape
     page_size = cache.shape[1]

@@ -210,7 +210,8 @@ def run_native(x, weight, y, *, tokens, heads, out, in_, strides=None, workspace
 
 @pytest.mark.parametrize("out_dtype", [BF16, FP32])
 @pytest.mark.parametrize(
-    ("tokens", "heads", "out", "in_"), [(1, 1, 1, 1), (7, 2, 19, 33), (13, 1, 5, 17), (4, 3, 48, 64)]
+    ("tokens", "heads", "out", "in_"),
+    [(1, 1, 1, 1), (7, 2, 19, 33), (13, 1, 5, 17), (4, 3, 48, 64)],
 )
 def test_bf16_gemm_writes_only_its_output(isa, tokens, heads, out, in_, out_dtype):
     x, w = randn(tokens, heads, in_, dtype=BF16), randn(heads, out, in_, dtype=BF16, seed=1)
@@ -250,7 +251,9 @@ def test_bf16_gemm_refuses_a_bad_workspace():
     null.address = 0
     native_case(workspace=good)
     for bad in (small, shifted, null):
-        with pytest.raises(ValueError, match="bf16_gemm: workspace must be 64-byte aligned and hold"):
+        with pytest.raises(
+            ValueError, match="bf16_gemm: workspace must be 64-byte aligned and hold"
+        ):
             native_case(workspace=bad)
 
 

@@ -7,7 +7,15 @@ import math
 import pytest
 import torch
 from kimi_native import _native, ops
-from oracle_dense import Guarded, Workspace, assert_close, assert_same_bits, mla_expected, randn, seeded
+from oracle_dense import (
+    Guarded,
+    Workspace,
+    assert_close,
+    assert_same_bits,
+    mla_expected,
+    randn,
+    seeded,
+)
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CODE = {BF16: 0, FP32: 1}
@@ -337,7 +345,9 @@ def test_mla_decode_refuses_a_bad_workspace():
     null.address = 0
     run_native(case, out, workspace=good)
     for bad in (small, shifted, null):
-        with pytest.raises(ValueError, match="mla_decode: workspace must be 64-byte aligned and hold"):
+        with pytest.raises(
+            ValueError, match="mla_decode: workspace must be 64-byte aligned and hold"
+        ):
             run_native(case, out, workspace=bad)
 
 
@@ -373,7 +383,9 @@ def test_mla_decode_refuses_shapes_and_dtypes_that_do_not_fit():
     with pytest.raises(ValueError, match="mla_decode: kv_lora_rank must be"):
         ops.mla_decode(q, cache, table, lens, kv_lora_rank=81, softmax_scale=0.1)
     with pytest.raises(ValueError, match="mla_decode: q must be contiguous"):
-        ops.mla_decode(q.transpose(1, 2).contiguous().transpose(1, 2), cache, table, lens, **arguments)
+        ops.mla_decode(
+            q.transpose(1, 2).contiguous().transpose(1, 2), cache, table, lens, **arguments
+        )
     with pytest.raises(TypeError, match="mla_decode: seq_lens must be"):
         ops.mla_decode(q, cache, table, lens.long(), **arguments)
     with pytest.raises(TypeError, match="mla_decode: cache must be"):

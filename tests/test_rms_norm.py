@@ -121,6 +121,8 @@ def test_rms_norm_refuses_shapes_and_dtypes_that_do_not_fit():
         ops.rms_norm(x[0], weight, eps=EPS)
     with pytest.raises(ValueError, match="rms_norm: x must be"):
         ops.rms_norm(randn(8, 8, dtype=BF16).T, weight, eps=EPS)
+    with pytest.raises(ValueError, match="rms_norm: x_token_stride must be at least hidden"):
+        ops.rms_norm(x[:1].expand(5, 8), weight, eps=EPS)
     with pytest.raises(TypeError, match="rms_norm: x must be"):
         ops.rms_norm(x.half(), weight, eps=EPS)
     with pytest.raises(TypeError, match="rms_norm: weight must be"):

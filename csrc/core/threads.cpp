@@ -11,6 +11,8 @@
 #include <condition_variable>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -24,8 +26,8 @@
 namespace kn {
 namespace {
 
-constexpr int kSpinRounds =
-    2000;  // about 40 to 100 us of `pause`: longer than the gap between two ops of a layer
+// About 40 to 100 us of `pause`: longer than the gap between two ops of a layer.
+constexpr int kSpinRounds = 2000;
 constexpr int kMaxThreads = 1024;
 
 thread_local int current_thread = -1;  // index inside the running job, -1 outside of one
@@ -42,40 +44,48 @@ struct Job {
   int64_t num_tasks = 0;
 };
 
+// One word says which job is open and who works on it: the job's number in the upper half, then
+// kClosed, then the number of workers inside. A worker enters an open job only; once the caller has
+// run out of tasks it closes the job and waits for those inside. So a worker that sleeps, or that
+// the system has not scheduled yet, holds nobody up.
 class Pool {
  public:
   explicit Pool(int threads) {
-    for (int t = 1; t < threads; ++t) workers_.emplace_back([this, t] { work(t); });
-  }
-  ~Pool() {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      stop_.store(true);
+    try {
+      for (int t = 1; t < threads; ++t) workers_.emplace_back([this, t] { work(t); });
+    } catch (const std::system_error& e) {
+      stop();
+      throw std::runtime_error(concat("threads: ", threads, " threads could not be started (",
+                                      e.what(), "); set a smaller number"));
     }
-    wake_.notify_all();
-    for (auto& w : workers_) w.join();
   }
+  ~Pool() { stop(); }
 
   void run(const Job& job) {
-    job_ = job;
+    job_ = job;  // nobody is inside and nobody can enter: the gate is closed
     next_.store(0, std::memory_order_relaxed);
-    pending_.store(int(workers_.size()), std::memory_order_relaxed);
+    int64_t wake;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      generation_.fetch_add(1, std::memory_order_release);
+      gate_.store(((gate_.load(std::memory_order_relaxed) >> 32) + 1) << 32,
+                  std::memory_order_release);
+      wake = std::min<int64_t>(sleeping_, job.num_tasks - 1);
     }
-    wake_.notify_all();
+    for (; wake > 0; --wake) wake_.notify_one();
     take_tasks(0);
-    // Workers may still be inside their last task: wait until each has left the job.
-    for (int round = 0; pending_.load(std::memory_order_acquire) != 0; ++round) {
+    uint64_t gate = gate_.fetch_or(kClosed, std::memory_order_acquire);
+    for (int round = 0; gate & kInside; ++round) {
       if (round < kSpinRounds)
         relax();
       else
         std::this_thread::yield();
+      gate = gate_.load(std::memory_order_acquire);
     }
   }
 
  private:
+  static constexpr uint64_t kClosed = uint64_t(1) << 31, kInside = kClosed - 1;
+
   void take_tasks(int thread) {
     current_thread = thread;
     for (;;) {
@@ -86,30 +96,51 @@ class Pool {
     current_thread = -1;
   }
 
-  void work(int thread) {
-    uint64_t seen = 0;
-    for (;;) {
-      for (int round = 0;
-           round < kSpinRounds && generation_.load(std::memory_order_acquire) == seen; ++round)
-        relax();
-      if (generation_.load(std::memory_order_acquire) == seen) {
-        std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return stop_.load() || generation_.load() != seen; });
+  // The number of the job at the gate.
+  uint32_t number() const { return uint32_t(gate_.load(std::memory_order_acquire) >> 32); }
+
+  // Joins the job at the gate unless it is closed; returns its number either way.
+  uint32_t join(int thread) {
+    uint64_t gate = gate_.load(std::memory_order_acquire);
+    while (!(gate & kClosed))
+      if (gate_.compare_exchange_weak(gate, gate + 1, std::memory_order_acq_rel)) {
+        take_tasks(thread);
+        gate_.fetch_sub(1, std::memory_order_release);
+        break;
       }
-      if (stop_.load()) return;
-      seen = generation_.load(std::memory_order_acquire);
-      take_tasks(thread);
-      pending_.fetch_sub(1, std::memory_order_release);
+    return uint32_t(gate >> 32);
+  }
+
+  void work(int thread) {
+    for (uint32_t seen = 0;;) {
+      for (int round = 0; round < kSpinRounds && number() == seen; ++round) relax();
+      if (number() == seen) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        ++sleeping_;
+        wake_.wait(lock, [&] { return stop_ || number() != seen; });
+        --sleeping_;
+        if (stop_) return;
+      }
+      seen = join(thread);
     }
+  }
+
+  void stop() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stop_ = true;
+    }
+    wake_.notify_all();
+    for (auto& w : workers_) w.join();
   }
 
   std::vector<std::thread> workers_;
   std::mutex mutex_;
   std::condition_variable wake_;
-  std::atomic<uint64_t> generation_{0};
-  std::atomic<bool> stop_{false};
+  int64_t sleeping_ = 0;  // under mutex_
+  bool stop_ = false;     // under mutex_
+  std::atomic<uint64_t> gate_{kClosed};
   std::atomic<int64_t> next_{0};
-  std::atomic<int> pending_{0};
   Job job_;
 };
 
@@ -123,7 +154,7 @@ int default_threads() {
 struct State {
   std::mutex mutex;  // held for the length of a job: one job at a time
   std::unique_ptr<Pool> pool;
-  int threads = default_threads();
+  std::atomic<int> threads = default_threads();
 };
 
 State* state_ptr() {
@@ -134,10 +165,10 @@ State* state_ptr() {
     // A forked child has no workers; it starts with a fresh state and its own pool. The old one is
     // left alone.
     pthread_atfork(nullptr, nullptr, [] {
-      const int threads = s->threads;
+      const int threads = s->threads.load();
       s->pool.release();
       new (s) State;
-      s->threads = threads;
+      s->threads.store(threads);
     });
     return s;
   }();
@@ -146,28 +177,28 @@ State* state_ptr() {
 
 }  // namespace
 
-int num_threads() { return state_ptr()->threads; }
+int num_threads() { return state_ptr()->threads.load(); }
 
 void set_num_threads(int n) {
   KN_REQUIRE(n >= 1 && n <= kMaxThreads, "threads: number of threads must be 1 to ", kMaxThreads,
              " (got ", n, ")");
   State& state = *state_ptr();
   std::lock_guard<std::mutex> lock(state.mutex);
-  if (n == state.threads) return;
+  if (n == state.threads.load()) return;
   state.pool.reset();
-  state.threads = n;
+  state.threads.store(n);
 }
 
 void run_tasks(int64_t num_tasks, void (*fn)(void*, int64_t, int), void* context) {
   if (num_tasks <= 0) return;
   State& state = *state_ptr();
-  if (current_thread >= 0 || num_tasks == 1 || state.threads == 1) {
+  if (current_thread >= 0 || num_tasks == 1 || state.threads.load() == 1) {
     for (int64_t task = 0; task < num_tasks; ++task)
       fn(context, task, current_thread < 0 ? 0 : current_thread);
     return;
   }
   std::lock_guard<std::mutex> lock(state.mutex);
-  if (!state.pool) state.pool = std::make_unique<Pool>(state.threads);
+  if (!state.pool) state.pool = std::make_unique<Pool>(state.threads.load());
   state.pool->run({fn, context, num_tasks});
 }
 

@@ -46,11 +46,11 @@ Plan plan(const Bf16GemmArgs& a, const Kernels& k) {
   const int64_t width = round_up(a.in, 16);
   const int64_t tile = k.dot_vectors;
   const int64_t fit = std::max(tile, kPackedBytes / (width * 4) / tile * tile);
+  const int64_t tokens = std::max<int64_t>(a.tokens, 1);
   Plan p;
-  p.token_blocks = std::max<int64_t>(1, ceil_div(a.tokens, fit));
-  p.tokens_per_task =
-      std::min(std::max<int64_t>(a.tokens, 1), round_up(ceil_div(a.tokens, p.token_blocks), tile));
-  p.token_blocks = std::max<int64_t>(1, ceil_div(a.tokens, p.tokens_per_task));
+  // Blocks of nearly equal size, in whole register tiles.
+  p.tokens_per_task = std::min(tokens, round_up(ceil_div(tokens, ceil_div(tokens, fit)), tile));
+  p.token_blocks = ceil_div(tokens, p.tokens_per_task);
   const int64_t wanted_blocks =
       ceil_div(kTasksPerThread * num_threads(), mul(a.heads, p.token_blocks));
   const int64_t rows = std::min(kWeightBytes / (2 * a.in), ceil_div(a.out, wanted_blocks));

@@ -64,12 +64,11 @@ static void mla_scores(const MlaDecodeChunk& a, const T* const* rows, int n,
 // A NaN score may be missed by the maximum, but its own probability, hence the sum, is NaN.
 static void mla_softmax(const MlaDecodeChunk& a) {
   constexpr int kVectors = kTile / 16;
-  const f32x16 scale = splat(a.softmax_scale);
   for (int64_t h = 0; h < a.heads; ++h) {
     float* row = a.scores + h * kTile;
     f32x16 s[kVectors], largest = splat(a.max[h]), sum = zero_f32();
     for (int i = 0; i < kVectors; ++i) {
-      s[i] = mul(load(row + i * 16), scale);
+      s[i] = load(row + i * 16);
       largest = max(largest, s[i]);
     }
     const float new_max = max_lanes(largest);
@@ -140,13 +139,17 @@ static void mla_values(const MlaDecodeChunk& a, const T* const* rows, int n) {
   }
 }
 
+// The queries come with the softmax scale applied, so scores need no further product.
 template <typename Q>
 static void mla_pack_heads(const MlaDecodeChunk& a) {
+  const int64_t width16 = round_up16(a.width);
   for (int64_t h = 0; h < a.heads; h += kDotVectors) {
     const int vectors = int(a.heads - h < kDotVectors ? a.heads - h : kDotVectors);
-    pack_vectors((const Q*)a.q + h * a.width, a.width, vectors, a.width,
-                 a.packed + h * round_up16(a.width));
+    pack_vectors((const Q*)a.q + h * a.width, a.width, vectors, a.width, a.packed + h * width16);
   }
+  const f32x16 scale = splat(a.softmax_scale);
+  for (int64_t i = 0; i < a.heads * width16; i += 16)
+    store(a.packed + i, mul(load(a.packed + i), scale));
 }
 
 template <typename T>

@@ -13,8 +13,11 @@ void rms_norm(const RmsNormArgs& a) {
              a.x_token_stride, ", hidden=", a.hidden, ")");
   checked_mul("rms_norm", a.tokens,
               checked_mul("rms_norm", a.x_token_stride, dtype_bytes(a.dtype)));
-  constexpr int64_t kTokensPerTask =
-      16;  // about 100 KB of traffic at K2's width: worth waking a thread
+  if (a.tokens == 0) return;
+  KN_REQUIRE(a.x && a.weight && a.y, "rms_norm: x, weight and y must not be null (got x=", a.x,
+             ", weight=", a.weight, ", y=", a.y, ")");
+  // About 100 KB of traffic at K2's width: worth waking a thread.
+  constexpr int64_t kTokensPerTask = 16;
   const Kernels& k = kernels();
   const int64_t bytes = dtype_bytes(a.dtype);
   parallel_for((a.tokens + kTokensPerTask - 1) / kTokensPerTask, [&](int64_t task, int) {

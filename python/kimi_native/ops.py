@@ -600,7 +600,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
         _DTYPES[x.dtype],
         x.shape[0],
         x.shape[1],
-        max(x.stride(0), x.shape[1]),
+        x.stride(0) if x.shape[0] > 1 else x.shape[1],
         eps,
     )
     return y

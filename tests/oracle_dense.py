@@ -1,0 +1,135 @@
+"""Bounds, buffers and inputs shared by the tests of the dense ops (bf16_gemm, mla_decode, rms_norm).
+
+Bounds are per element, against a float64 result on the same (already rounded) inputs. U is the unit roundoff of fp32;
+a fused multiply-add rounds once, a product and a sum (the generic tier) twice, so every term counts 2.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+U = 2.0**-24
+TINY = 2.0**-133  # the smallest bf16: results may be subnormal
+_OUTPUT_ROUNDING = {torch.bfloat16: 2.0**-8, torch.float32: U}
+
+
+def assert_close(actual: Tensor, expected: Tensor, bound: Tensor) -> None:
+    """Every element of actual is finite and within bound of expected; says the worst as % of its bound."""
+    assert actual.shape == expected.shape
+    assert actual.isfinite().all(), f"{int((~actual.isfinite()).sum())} elements are not finite"
+    if actual.numel() == 0:
+        return
+    used = ((actual.double() - expected).abs() / bound).flatten()
+    worst = int(used.argmax())
+    print(f"worst error: {100 * float(used[worst]):.0f} % of its bound")
+    assert used[worst] <= 1, (
+        f"element {worst}: {float(actual.flatten()[worst])} for {float(expected.flatten()[worst])}, "
+        f"{float(used[worst]):.3g} times the bound"
+    )
+
+
+def assert_same_bits(a: Tensor, b: Tensor) -> None:
+    """Equal to the last bit (NaN of any payload equal to NaN)."""
+    assert a.dtype == b.dtype
+    assert torch.equal(a.isnan(), b.isnan())
+    assert torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def dot_terms(length: int) -> int:
+    """Roundings on the way of one product into a 16-lane sum of `length` products."""
+    return 2 * math.ceil(length / 16) + 5
+
+
+def bound_dot(absolute_sum: Tensor, length: int, y: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """A dot of `length` products in 16 fp32 lanes, rounded to out_dtype; absolute_sum is |x| . |w|."""
+    error = 1.01 * dot_terms(length) * U * absolute_sum
+    return error + _OUTPUT_ROUNDING[out_dtype] * (y.abs() + error) + TINY
+
+
+def bound_rms_norm(y: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
+    """Sum of squares (half of its error after the root), division, root, two products; twice rounded to dtype."""
+    relative = (dot_terms(hidden) / 2 + 6) * U + 2 * _OUTPUT_ROUNDING[dtype]
+    return 1.01 * relative * y.abs() + TINY
+
+
+def mla_expected(
+    q, cache, page_table, seq_lens, *, kv_lora_rank, softmax_scale
+) -> tuple[Tensor, Tensor]:
+    """float64 result and error bound of mla_decode, one head and one full softmax at a time.
+
+    An error d in a score is a factor exp(d) on its probability. Per token: the scaled query and the dot (dot_terms),
+    the subtraction of the maximum (U |s - max|) and exp itself (2 ulp = 4 U). Common factors (the maximum, rescaling)
+    meet numerator and denominator alike. The sums over tokens: at most 512 in sequence within a chunk, a rescaling
+    per 64 tokens, two roundings per chunk in the end.
+    """
+    batch, heads, width = q.shape
+    page_size = cache.shape[1]
+    out = torch.zeros(batch, heads, kv_lora_rank, dtype=torch.float64)
+    bound = torch.zeros_like(out)
+    for b, length in enumerate(seq_lens.tolist()):
+        used = page_table[b, : math.ceil(length / page_size)].tolist()
+        rows = [cache[page] for page in used]
+        if not rows:
+            continue
+        keys = torch.cat(rows)[:length].double()
+        values = keys[:, :kv_lora_rank]
+        for h in range(heads):
+            query = q[b, h].double()
+            scores = keys @ query * softmax_scale
+            weight = torch.exp(scores - scores.max())
+            p = weight / weight.sum()
+            out[b, h] = p @ values
+            absolute = keys.abs() @ query.abs() * abs(softmax_scale)
+            off = (dot_terms(width) + 1) * U * absolute + U * (scores.max() - scores) + 4 * U
+            sums = (2 * min(length, 512) + 2 * 8 + 2 * math.ceil(length / 512) + 6) * U
+            spread = p @ values.abs() + out[b, h].abs()
+            bound[b, h] = (p * off) @ values.abs() + (p @ off) * out[b, h].abs() + sums * spread
+    bound = 1.01 * bound
+    return out, bound + _OUTPUT_ROUNDING[q.dtype] * (out.abs() + bound) + TINY
+
+
+class Guarded:
+    """A tensor inside a larger buffer of sentinel bytes, for calls that get bare addresses."""
+
+    def __init__(self, *shape: int, dtype: torch.dtype, guard: int = 256) -> None:
+        nbytes = math.prod(shape) * dtype.itemsize
+        self._bytes = torch.full((nbytes + 2 * guard,), 0xA5, dtype=torch.uint8)
+        self._inside = slice(guard, guard + nbytes)
+        self.tensor = self._bytes[self._inside].view(dtype).view(shape)
+        self.tensor.fill_(math.nan)
+
+    @property
+    def address(self) -> int:
+        return self.tensor.data_ptr()
+
+    def assert_untouched_outside(self) -> None:
+        outside = self._bytes.clone()
+        outside[self._inside] = 0xA5
+        assert (outside == 0xA5).all(), "written outside of the buffer"
+
+
+class Workspace:
+    """Exactly `nbytes` of 64-byte aligned scratch, full of NaN, between guards."""
+
+    def __init__(self, nbytes: int, guard: int = 256) -> None:
+        self._bytes = torch.full((nbytes + 2 * guard + 64,), 0xFF, dtype=torch.uint8)
+        start = guard + (-(self._bytes.data_ptr() + guard)) % 64
+        self._inside = slice(start, start + nbytes)
+        self.address = self._bytes.data_ptr() + start
+        self.nbytes = nbytes
+
+    def assert_untouched_outside(self) -> None:
+        outside = self._bytes.clone()
+        outside[self._inside] = 0xFF
+        assert (outside == 0xFF).all(), "written outside of the workspace"
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, generator=seeded(seed)) * scale).to(dtype)

@@ -161,7 +161,7 @@ int64_t open_grouped(const char* op, const Args& a, HasWeights has_weights) {
     KN_REQUIRE(a.x && a.y, op, ": x and y must not be null (got ", a.x, ", ", a.y, ")");
     check_workspace(op, a.workspace, a.workspace_bytes, needed);
   }
-  if (!a.x_index)
+  if (!a.x_index && a.rows > 0)
     KN_REQUIRE(a.x_rows == a.rows, op, ": without x_index, x must have rows=", a.rows,
                " rows (got ", a.x_rows, ")");
   for (int64_t r = 0; a.x_index && r < a.rows; ++r)

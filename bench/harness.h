@@ -116,6 +116,14 @@ void fill(Buffer<T>& buffer, F&& entry) {
     std::memcpy(&buffer[i], buffer.data(), std::min(block, buffer.size() - i) * sizeof(T));
 }
 
+// The limits, read from a buffer of its own of four times the last-level cache.
+inline Limits measure_limits_here(int threads) {
+  Buffer<uint64_t> data(4 * last_level_cache_bytes() / int64_t(sizeof(uint64_t)));
+  uint64_t i = 0;
+  fill(data, [&] { return i++; });
+  return measure_limits(threads, data.data(), data.size());
+}
+
 struct Timing {
   double seconds;  // median of one call
   double spread;   // half the distance between the quartiles, as a fraction of the median
@@ -192,7 +200,7 @@ class Report {
 
   void print_text(const std::string& op, const std::string& shape, const Timing& t, const Work& w,
                   const Share& share) {
-    std::printf("%-20s %-8s threads=%-3d %-48s | %10.1f us ±%4.1f%% | %7.1f GB/s", op.c_str(),
+    std::printf("%-20s %-8s threads=%-3d %-56s | %10.1f us ±%4.1f%% | %7.1f GB/s", op.c_str(),
                 active_isa().c_str(), num_threads(), shape.c_str(), t.seconds * 1e6, t.spread * 100,
                 w.bytes / t.seconds * 1e-9);
     if (w.flops > 0) std::printf(" | %7.1f GFLOP/s", w.flops / t.seconds * 1e-9);
@@ -215,7 +223,7 @@ class Report {
   const Limits& limits_at(int threads) {
     const auto found = limits_.find(threads);
     if (found != limits_.end()) return found->second;
-    const Limits limits = measure_limits(threads, 4 * last_level_cache_bytes());
+    const Limits limits = measure_limits_here(threads);
     if (!options_.json)
       std::printf("# limits with %d threads: read %.1f GB/s, fp32 %.0f GFLOP/s, int8 %.0f GOP/s\n",
                   threads, limits.read_bytes * 1e-9, limits.fp32_flops * 1e-9,

@@ -1,6 +1,5 @@
 // Prints the machine's limits per thread count; every other program measures them again for itself.
 #include "harness.h"
-#include "machine_limits.h"
 
 using namespace kn;
 using namespace kn::bench;
@@ -8,8 +7,7 @@ using namespace kn::bench;
 static void program(const Options& options) {
   const int all = num_threads();
   for (int threads = 1;; threads = std::min(threads * 2, all)) {
-    const Limits limits =
-        measure_limits(threads, (options.quick ? 2 : 8) * last_level_cache_bytes());
+    const Limits limits = measure_limits_here(threads);
     std::printf(
         options.json
             ? "{\"threads\": %d, \"read_bytes\": %.4g, \"fp32_flops\": %.4g, \"int8_ops\": %.4g}\n"

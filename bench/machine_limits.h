@@ -7,7 +7,6 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
-#include <memory>
 #include <thread>
 #include <vector>
 
@@ -44,28 +43,51 @@ inline double time_threads(int n, const std::function<void(int)>& work) {
   return std::chrono::duration<double>(Clock::now() - begin).count();
 }
 
-typedef uint64_t Vector __attribute__((vector_size(16)));
-
 // Reads four streams side by side, each a quarter of the range; returns something that depends on
-// every byte.
-inline uint64_t read_streams(const Vector* data, int64_t vectors) {
-  const int64_t quarter = vectors / 4;
-  Vector sums[4] = {};
-  for (int64_t i = 0; i + 4 <= quarter; i += 4)  // a cache line of each stream
+// every byte. always_inline: each caller below compiles it for its own instruction set.
+template <typename V>
+__attribute__((always_inline)) inline uint64_t read_streams(const uint64_t* data, int64_t words) {
+  const int64_t per_line = 64 / int64_t(sizeof(V)), quarter = words / 32;  // in cache lines
+  const V* vectors = reinterpret_cast<const V*>(data);
+  V sums[4] = {};
+  for (int64_t line = 0; line < quarter; ++line)
     for (int s = 0; s < 4; ++s)
-      for (int j = 0; j < 4; ++j) sums[s] ^= data[s * quarter + i + j];
-  const Vector sum = sums[0] ^ sums[1] ^ sums[2] ^ sums[3];
+      for (int64_t j = 0; j < per_line; ++j)
+        sums[s] ^= vectors[(s * quarter + line) * per_line + j];
+  const V sum = sums[0] ^ sums[1] ^ sums[2] ^ sums[3];
   return sum[0] ^ sum[1];
 }
 
-inline double measure_read(int threads, const Vector* data, int64_t vectors) {
-  const int64_t part = vectors / threads;
+typedef uint64_t Vector16 __attribute__((vector_size(16)));
+inline uint64_t read_baseline(const uint64_t* data, int64_t words) {
+  return read_streams<Vector16>(data, words);
+}
+#if defined(__x86_64__)
+typedef uint64_t Vector32 __attribute__((vector_size(32)));
+__attribute__((target("avx2"))) inline uint64_t read_avx2(const uint64_t* data, int64_t words) {
+  return read_streams<Vector32>(data, words);
+}
+typedef uint64_t Vector64 __attribute__((vector_size(64)));
+__attribute__((target("avx512f"))) inline uint64_t read_avx512(const uint64_t* data,
+                                                               int64_t words) {
+  return read_streams<Vector64>(data, words);
+}
+#endif
+
+// `data` should lie on huge pages, as weights do, and be several times the last-level cache.
+inline double measure_read(int threads, const uint64_t* data, int64_t words) {
+  uint64_t (*read)(const uint64_t*, int64_t) = read_baseline;
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2")) read = read_avx2;
+  if (__builtin_cpu_supports("avx512f")) read = read_avx512;
+#endif
+  const int64_t part = words / threads / 32 * 32;  // whole lines for each of the four streams
   std::atomic<uint64_t> sink{0};
   double best = 0.0;
-  for (int round = 0; round < 7; ++round) {
+  for (int round = 0; round < 15; ++round) {
     const double seconds =
-        time_threads(threads, [&](int t) { sink += read_streams(data + t * part, part); });
-    best = std::max(best, double(part) * threads * sizeof(Vector) / seconds);
+        time_threads(threads, [&](int t) { sink += read(data + t * part, part); });
+    best = std::max(best, double(part) * threads * sizeof(uint64_t) / seconds);
   }
   return best;
 }
@@ -130,16 +152,11 @@ inline double measure_peak(int threads, double (*loop)(int64_t, volatile float*)
   return best;
 }
 
-// Reads `bytes` of memory in all, which should be several times the last-level cache.
-inline Limits measure_limits(int threads, int64_t bytes) {
-  const int64_t vectors = bytes / int64_t(sizeof(Vector));
-  const std::unique_ptr<Vector[]> data(new Vector[size_t(vectors)]);
-  for (int64_t i = 0; i < vectors; ++i) data[i] = Vector{uint64_t(i), 1};
+inline Limits measure_limits(int threads, const uint64_t* data, int64_t words) {
   Limits limits;
-  limits.read_bytes = measure_read(threads, data.get(), vectors);
+  limits.read_bytes = measure_read(threads, data, words);
   double (*fma)(int64_t, volatile float*) = fma_baseline;
 #if defined(__x86_64__)
-  __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) fma = fma_avx2;
   if (__builtin_cpu_supports("avx512f")) fma = fma_avx512;
   if (__builtin_cpu_supports("avx512vnni")) limits.int8_ops = measure_peak(threads, dot_vnni);

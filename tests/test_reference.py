@@ -228,6 +228,11 @@ def test_rms_norm_rounds_where_the_published_model_does(dtype):
         assert torch.equal(reference.rms_norm(x, weight, eps=1e-5), norm(x))
 
 
+def test_swiglu_is_silu_times_up():
+    gate, up = randn(3, 7), randn(3, 7, seed=1)
+    assert_equal_float64(reference.swiglu(gate, up), silu(gate) * up)
+
+
 INV_FREQ = 50000.0 ** (-torch.arange(0, 8, dtype=F64) / 8)
 POSITIONS = torch.tensor([0, 1, 7, 4095, 262143])
 
@@ -351,6 +356,10 @@ def test_int4_gemm_is_differentiable_in_x_and_scale():
 
 def test_rms_norm_is_differentiable():
     check_gradient(lambda x, w: reference.rms_norm(x, w, eps=1e-5), randn(3, 5), randn(5, seed=1))
+
+
+def test_swiglu_is_differentiable():
+    check_gradient(reference.swiglu, randn(2, 3), randn(2, 3, seed=1))
 
 
 def test_apply_rope_is_differentiable():

@@ -1,4 +1,4 @@
-"""A model, a cache and a tokenizer small enough to reason about, with the interfaces of the real ones."""
+"""A model and a cache small enough to reason about, with the interfaces of the real ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from kimi_native.errors import RequestError
 
 VOCAB = 300
 EOS = 256
-CONTROL_IDS = {"[EOS]": 256, "<|im_end|>": 257, "<think>": 258, "</think>": 259}
 
 
 class FakeSequence:
@@ -38,7 +37,7 @@ class FakeCache:
         return seq
 
     def reserve(self, seq: FakeSequence, tokens: int) -> None:
-        while len(seq.pages) * self.page_size < tokens:
+        while len(seq.pages) * self.page_size < seq.length + tokens:
             if not self.free_pages:
                 raise RequestError("cache: out of pages")
             seq.pages.append(self.free_pages.pop())
@@ -68,8 +67,15 @@ class FakeModel:
     fail    maps ("prefill" | "decode", call number) to an exception to raise
     """
 
-    def __init__(self, *, context: int = 64, script=None, spoil=None, fail=None) -> None:
-        self.config = SimpleNamespace(vocab_size=VOCAB, max_position_embeddings=context)
+    def __init__(
+        self, *, context: int = 64, vocab_size: int = VOCAB, script=None, spoil=None, fail=None
+    ) -> None:
+        self.config = SimpleNamespace(
+            model_type="fake",
+            vocab_size=vocab_size,
+            max_position_embeddings=context,
+            eos_token_ids=(),
+        )
         self.script = script or (lambda ids: None)
         self.spoil = spoil or (lambda ids: False)
         self.fail = fail or {}
@@ -78,7 +84,7 @@ class FakeModel:
 
     def logits(self, ids: list[int]) -> torch.Tensor:
         seed = zlib.crc32(bytes(str(ids), "ascii"))
-        row = 2 * torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed))
+        row = 2 * torch.randn(self.config.vocab_size, generator=torch.Generator().manual_seed(seed))
         if (scripted := self.script(ids)) is not None:
             row[scripted] = 1e4
         return row.fill_(torch.nan) if self.spoil(ids) else row

@@ -202,7 +202,7 @@ class Engine:
     def _prefill(self, request: _Request) -> StepOutput:
         started = time.perf_counter()
         request.report.waiting_s = started - request.added
-        with ExitStack() as undo, torch.inference_mode():
+        with ExitStack() as undo:
             undo.callback(self._end, request)
             request.seq = self._cache.new_sequence()
             self._cache.reserve(request.seq, request.cached_tokens)
@@ -218,7 +218,7 @@ class Engine:
     def _decode(self) -> list[StepOutput]:
         started = time.perf_counter()
         batch = list(self._running)
-        with ExitStack() as undo, torch.inference_mode():
+        with ExitStack() as undo:
             for request in batch:
                 undo.callback(self._end, request)
             ids = torch.tensor([r.output_ids[-1] for r in batch], dtype=torch.int64)

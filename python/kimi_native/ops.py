@@ -39,6 +39,7 @@ __all__ = [
     "moe_dispatch",
     "moe_route",
     "rms_norm",
+    "swiglu",
 ]
 
 _DTYPES = {torch.bfloat16: 0, torch.float32: 1}  # kn::DType
@@ -601,5 +602,29 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
         x.shape[1],
         max(x.stride(0), x.shape[1]),
         eps,
+    )
+    return y
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, elementwise.
+
+    gate, up  [tokens, width]  bf16 or float32, of one shape and dtype
+    returns   [tokens, width]  of gate's dtype; computed in fp32 and rounded once
+
+    Raises ValueError on a shape, TypeError on a dtype. Reference: reference.swiglu.
+    """
+    if active_backend() == "reference":
+        return reference.swiglu(gate, up)
+    check_activation("swiglu", "gate", gate, (None, None))
+    check_tensor("swiglu", "up", up, tuple(gate.shape), gate.dtype)
+    y = torch.empty_like(gate)
+    _native.cpu.swiglu(
+        gate.data_ptr(),
+        up.data_ptr(),
+        y.data_ptr(),
+        _DTYPES[gate.dtype],
+        gate.shape[0],
+        gate.shape[1],
     )
     return y

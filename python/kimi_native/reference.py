@@ -7,6 +7,7 @@ differently from the kernels: dequantize then multiply, one full softmax, token 
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -44,7 +45,7 @@ def moe_route(
     routed_scaling_factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Expert choice of each token; see ops.moe_route. Token by token, sorting in Python."""
-    tokens, experts = logits.shape
+    tokens = logits.shape[0]
     wide = logits.to(_wide(logits))
     scores = torch.sigmoid(wide) if scoring == "sigmoid" else torch.softmax(wide, dim=-1)
     ids = torch.empty(tokens, topk, dtype=torch.int64)
@@ -162,9 +163,7 @@ def _per_expert(x: Tensor, expert_offsets: Tensor, expert_of_rows) -> Tensor:
     """Concatenates expert_of_rows(e, rows of expert e) over the experts that have rows."""
     offsets = expert_offsets.tolist()
     parts = [
-        expert_of_rows(e, x[a:b])
-        for e, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False))
-        if b > a
+        expert_of_rows(e, x[a:b]) for e, (a, b) in enumerate(itertools.pairwise(offsets)) if b > a
     ]
     return torch.cat(parts) if parts else expert_of_rows(0, x[:0])
 
@@ -198,6 +197,12 @@ def int4_grouped_gemm(
     return _per_expert(
         x, expert_offsets, lambda e, rows: _matmul(rows, dequantize_int4(*weights[e]))
     ).to(out_dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, rounded once; see ops.swiglu."""
+    wide = gate.to(_wide(gate, up))
+    return (wide * torch.sigmoid(wide) * up.to(wide.dtype)).to(gate.dtype)
 
 
 # ---- attention and norms --------------------------------------------------------------------------------------------
@@ -241,7 +246,7 @@ def mla_decode(
     kv_lora_rank: int,
     softmax_scale: float,
 ) -> Tensor:
-    """Absorbed attention over the paged latent cache, one sequence and one full softmax at a time; see ops.mla_decode."""
+    """Absorbed attention over the paged latent cache, one sequence and one full softmax at a time."""
     wide = _wide(q, cache)
     page_size = cache.shape[1]
     out = torch.zeros(q.shape[0], q.shape[1], kv_lora_rank, dtype=wide)

@@ -1,0 +1,112 @@
+"""The paged latent cache: one row of kv_lora_rank + qk_rope_head_dim values per token and layer.
+
+A row holds the latent after its norm, then the rotated shared key part: everything absorbed attention needs, 35.6 times
+less than expanded keys and values at K2's shape. Rows live in pages of 64 tokens; a sequence owns a list of pages, so
+sequences grow without copying and give their pages back in one step. All memory is set aside when the cache is made
+(and committed by the operating system as pages are first written); nothing is allocated per token.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kimi_native.errors import RequestError
+
+if TYPE_CHECKING:
+    from kimi_native.config import KimiConfig
+
+PAGE_SIZE = 64
+
+
+class CachedSequence:
+    """What the cache knows of one sequence: its pages, in order, and how many tokens they hold."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.pages: list[int] = []
+
+    def __repr__(self) -> str:
+        return f"CachedSequence(length={self.length}, pages={self.pages})"
+
+
+class LatentCache:
+    """Pages for at least `max_tokens` tokens, shared by all sequences.
+
+    data  [layers, pages, page_size, kv_lora_rank + qk_rope_head_dim], of `dtype`
+
+    Raises ValueError if max_tokens or page_size is below 1.
+    """
+
+    def __init__(
+        self,
+        config: KimiConfig,
+        *,
+        max_tokens: int,
+        dtype: torch.dtype = torch.bfloat16,
+        page_size: int = PAGE_SIZE,
+    ) -> None:
+        if max_tokens < 1 or page_size < 1:
+            raise ValueError(
+                "cache: max_tokens and page_size must be at least 1 "
+                f"(got max_tokens={max_tokens}, page_size={page_size})"
+            )
+        self.page_size = page_size
+        self.num_pages = -(-max_tokens // page_size)
+        self.data = torch.empty(
+            config.num_hidden_layers, self.num_pages, page_size, config.latent_width, dtype=dtype
+        )
+        self._free_pages = list(range(self.num_pages - 1, -1, -1))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
+
+    @property
+    def free_tokens(self) -> int:
+        """Tokens that fit into the pages nobody owns."""
+        return len(self._free_pages) * self.page_size
+
+    def new_sequence(self) -> CachedSequence:
+        return CachedSequence()
+
+    def reserve(self, seq: CachedSequence, tokens: int) -> None:
+        """Make room for `tokens` more tokens. Raises RequestError, and takes nothing, if pages run out."""
+        needed = -(-(seq.length + tokens) // self.page_size) - len(seq.pages)
+        if needed > len(self._free_pages):
+            raise RequestError(
+                f"cache: {tokens} more tokens need {needed} pages of {self.page_size} tokens "
+                f"(got {len(self._free_pages)} free of {self.num_pages}); raise max_context or max_batch"
+            )
+        for _ in range(needed):
+            seq.pages.append(self._free_pages.pop())
+
+    def free(self, seq: CachedSequence) -> None:
+        """Give a sequence's pages back; the sequence is empty afterwards."""
+        self._free_pages.extend(reversed(seq.pages))
+        seq.pages = []
+        seq.length = 0
+
+    def slots(self, seq: CachedSequence, start: int, stop: int) -> Tensor:
+        """Row numbers, within one layer's flattened pages, of the tokens start .. stop - 1: [stop - start] int64."""
+        position = torch.arange(start, stop)
+        pages = torch.tensor(seq.pages, dtype=torch.int64)
+        return pages[position // self.page_size] * self.page_size + position % self.page_size
+
+    def write(self, layer: int, slots: Tensor, rows: Tensor) -> None:
+        """Store rows [tokens, latent_width] at `slots` of one layer."""
+        self.data[layer].view(-1, rows.shape[-1])[slots] = rows.to(self.dtype)
+
+    def read(self, layer: int, slots: Tensor) -> Tensor:
+        """The rows at `slots` of one layer, gathered: [tokens, latent_width]."""
+        return self.data[layer].view(-1, self.data.shape[-1])[slots]
+
+    def page_table(self, seqs: list[CachedSequence]) -> Tensor:
+        """[sequences, most pages] int32; unused entries hold a page number that no kernel may read."""
+        width = max(len(s.pages) for s in seqs)
+        unused = 2**31 - 1
+        return torch.tensor(
+            [s.pages + [unused] * (width - len(s.pages)) for s in seqs], dtype=torch.int32
+        )

@@ -1,0 +1,411 @@
+"""The DeepSeek-V3 graph as Kimi K2 uses it: MLA attention and many small experts. Read top to bottom.
+
+Shapes: tokens x features throughout; `tokens` are the positions of one prompt in `prefill` and one position of each
+sequence in `decode`. Module names are the checkpoint's tensor names. This file knows neither quantization nor
+parallelism: the loader replaces modules of a built model (a Linear by one with INT8 weights, Experts by INT4 ones).
+
+Two forms of attention, equal in exact arithmetic: prefill expands keys and values per head from the latent (few bytes,
+many queries); decode absorbs the up-projections into the query and the output and attends to the latent itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kimi_native import ops
+from kimi_native.cache import CachedSequence, LatentCache
+from kimi_native.config import LATENT_NORM_EPS, KimiConfig
+
+PREFILL_CHUNK = 1024  # tokens per pass: groups enough tokens per expert, bounds the working memory
+_EXPANDED_BYTES = 256 << 20  # keys and values rebuilt at once during prefill
+_ROPE_BLOCK = 512  # positions per block of the rotation table
+
+
+def _empty(*shape: int) -> nn.Parameter:
+    """A weight without storage; the loader fills it in."""
+    return nn.Parameter(
+        torch.empty(*shape, device="meta", dtype=torch.bfloat16), requires_grad=False
+    )
+
+
+class Linear(nn.Module):
+    """y = x W^T with a BF16 weight [out, in], which may be a view of a mapped file."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = _empty(out_features, in_features)
+
+    def forward(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        return ops.bf16_gemm(x, self.weight, out_dtype=out_dtype)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = _empty(size)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, eps=self.eps)
+
+
+class Rope:
+    """Rotation tables. A position's cosines and sines are computed in float64, in blocks of fixed positions, so that
+    they never depend on the request; K2's longest angle, 262,144 rad, would lose 0.01 rad in float32."""
+
+    def __init__(self, config: KimiConfig) -> None:
+        self.inv_freq = torch.tensor(config.rope_inv_freq(), dtype=torch.float64)
+        self.magnitude = config.rope_magnitude()
+        self._blocks: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _block(self, index: int) -> tuple[Tensor, Tensor]:
+        if index not in self._blocks:
+            position = torch.arange(index * _ROPE_BLOCK, (index + 1) * _ROPE_BLOCK)
+            angle = position.double()[:, None] * self.inv_freq
+            self._blocks[index] = (
+                (angle.cos() * self.magnitude).float(),
+                (angle.sin() * self.magnitude).float(),
+            )
+        return self._blocks[index]
+
+    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, [tokens, rope / 2] float32 each, for positions [tokens] int64."""
+        cos = torch.empty(positions.shape[0], self.inv_freq.shape[0])
+        sin = torch.empty_like(cos)
+        block = positions // _ROPE_BLOCK
+        for index in block.unique().tolist():
+            rows = block == index
+            within = positions[rows] % _ROPE_BLOCK
+            block_cos, block_sin = self._block(index)
+            cos[rows], sin[rows] = block_cos[within], block_sin[within]
+        return cos, sin
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (2j, 2j + 1) of x [tokens, ..., rope] by the tables of Rope; fp32, rounded once to x's dtype."""
+    shape = (cos.shape[0], *[1] * (x.dim() - 2), cos.shape[1])
+    cos, sin = cos.view(shape), sin.view(shape)
+    even, odd = x[..., 0::2].float(), x[..., 1::2].float()
+    return (
+        torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+        .flatten(-2)
+        .to(x.dtype)
+    )
+
+
+@dataclass
+class Step:
+    """What one pass over the layers shares: where the tokens go in the cache, and their rotation."""
+
+    cache: LatentCache
+    slots: Tensor  # [tokens] int64: the cache rows of this pass's tokens
+    cos: Tensor  # [tokens, rope / 2]
+    sin: Tensor
+    prefix_slots: Tensor | None = None  # prefill: rows of all tokens so far, this pass's included
+    page_table: Tensor | None = None  # decode: [sequences, pages] int32
+    seq_lens: Tensor | None = None  # decode: [sequences] int32, this pass's token included
+
+
+class Attention(nn.Module):
+    """Multi-head latent attention. Source: DeepSeek-V2, arXiv 2405.04434, section 2.1."""
+
+    def __init__(self, config: KimiConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads = config.num_attention_heads
+        self.nope, self.rope = config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.value, self.latent = config.v_head_dim, config.kv_lora_rank
+        self.scale = config.softmax_scale()
+        q_width = self.heads * (self.nope + self.rope)
+        if config.q_lora_rank is None:
+            self.q_proj = Linear(config.hidden_size, q_width)
+        else:
+            self.q_a_proj = Linear(config.hidden_size, config.q_lora_rank)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
+            self.q_b_proj = Linear(config.q_lora_rank, q_width)
+        self.kv_a_proj_with_mqa = Linear(config.hidden_size, self.latent + self.rope)
+        self.kv_a_layernorm = RMSNorm(self.latent, LATENT_NORM_EPS)
+        self.kv_b_proj = Linear(self.latent, self.heads * (self.nope + self.value))
+        self.o_proj = Linear(self.heads * self.value, config.hidden_size)
+        self.key_up_t: Tensor | None = None  # [heads, latent, nope], made by absorb()
+        self.value_up: Tensor | None = None  # [heads, value, latent], a view of kv_b_proj
+
+    def absorb(self) -> None:
+        """Split kv_b_proj for the absorbed form: its key half transposed (a copy), its value half as a view."""
+        per_head = self.kv_b_proj.weight.detach().view(
+            self.heads, self.nope + self.value, self.latent
+        )
+        self.key_up_t = per_head[:, : self.nope].transpose(1, 2).contiguous()
+        self.value_up = per_head[:, self.nope :]
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        tokens = x.shape[0]
+        q = self._query(x).view(tokens, self.heads, self.nope + self.rope)
+        q_nope, q_rope = q[..., : self.nope], rotate(q[..., self.nope :], step.cos, step.sin)
+        compressed = self.kv_a_proj_with_mqa(x)
+        latent = self.kv_a_layernorm(compressed[:, : self.latent])
+        k_rope = rotate(compressed[:, self.latent :], step.cos, step.sin)
+        step.cache.write(self.layer, step.slots, torch.cat([latent, k_rope], dim=-1))
+        attend = self._absorbed if step.prefix_slots is None else self._expanded
+        return self.o_proj(attend(q_nope, q_rope, step).to(x.dtype).flatten(1))
+
+    def _query(self, x: Tensor) -> Tensor:
+        if hasattr(self, "q_proj"):
+            return self.q_proj(x)
+        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, step: Step) -> Tensor:
+        """One new token per sequence; q . k = (q_nope Wk) . latent + q_rope . k_rope, and Wv after the sum."""
+        if self.key_up_t is None or self.value_up is None:
+            raise RuntimeError("model: decode needs Attention.absorb(), which the loader calls")
+        q_latent = ops.bf16_gemm(q_nope, self.key_up_t, out_dtype=torch.float32)
+        attended = ops.mla_decode(
+            torch.cat([q_latent, q_rope.float()], dim=-1),
+            step.cache.data[self.layer],
+            step.page_table,
+            step.seq_lens,
+            kv_lora_rank=self.latent,
+            softmax_scale=self.scale,
+        )
+        return ops.bf16_gemm(attended, self.value_up)
+
+    def _expanded(self, q_nope: Tensor, q_rope: Tensor, step: Step) -> Tensor:
+        """A run of tokens of one sequence, causal over everything cached so far; some heads at a time, in fp32."""
+        rows = step.cache.read(self.layer, step.prefix_slots)
+        latent, k_rope = rows[:, : self.latent].contiguous(), rows[:, self.latent :].float()
+        queries, keys = q_nope.shape[0], rows.shape[0]
+        # The fast CPU attention needs values as wide as the keys, and masks a later chunk explicitly.
+        width = max(self.nope + self.rope, self.value)
+        visible = None
+        if keys > queries:
+            visible = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+        per_head = self.kv_b_proj.weight.view(self.heads, -1, self.latent)
+        at_once = max(1, _EXPANDED_BYTES // (keys * width * 12))
+        out = torch.empty(queries, self.heads, self.value)
+        for first in range(0, self.heads, at_once):
+            block = slice(first, min(first + at_once, self.heads))
+            num = block.stop - block.start
+            expanded = ops.bf16_gemm(latent, per_head[block].flatten(0, 1), out_dtype=torch.float32)
+            expanded = expanded.view(keys, num, -1)
+            key = torch.cat(
+                [expanded[..., : self.nope], k_rope[:, None].expand(-1, num, -1)], dim=-1
+            )
+            value = expanded[..., self.nope :]
+            query = torch.cat([q_nope[:, block], q_rope[:, block]], dim=-1).float()
+            query, key, value = (
+                F.pad(t, (0, width - t.shape[-1])).transpose(0, 1)[None]
+                for t in (query, key, value)
+            )
+            attended = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=visible, is_causal=visible is None, scale=self.scale
+            )
+            out[:, block] = attended[0, :, :, : self.value].transpose(0, 1)
+        return out
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)): the dense layers and the shared expert."""
+
+    def __init__(self, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(hidden, intermediate)
+        self.up_proj = Linear(hidden, intermediate)
+        self.down_proj = Linear(intermediate, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Experts(nn.Module):
+    """The routed experts as BF16 matrices, one at a time over the rows dispatched to each.
+
+    gate, up  one [moe_intermediate, hidden] tensor per expert; down  [hidden, moe_intermediate]. Filled by the loader.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate: list[Tensor] = []
+        self.up: list[Tensor] = []
+        self.down: list[Tensor] = []
+
+    def forward(self, x: Tensor, dispatch: ops.MoeDispatch) -> Tensor:
+        """x [tokens, hidden] to the outputs of all dispatched rows, [tokens * topk, hidden] float32."""
+        out = torch.empty(dispatch.token_index.shape[0], x.shape[1])
+        offsets = dispatch.expert_offsets.tolist()
+        for e in range(len(self.gate)):
+            rows = slice(offsets[e], offsets[e + 1])
+            if rows.start == rows.stop:
+                continue
+            tokens = x[dispatch.token_index[rows].long()]
+            inner = ops.swiglu(
+                ops.bf16_gemm(tokens, self.gate[e]), ops.bf16_gemm(tokens, self.up[e])
+            )
+            out[rows] = ops.bf16_gemm(inner, self.down[e], out_dtype=torch.float32)
+        return out
+
+
+class Gate(nn.Module):
+    """The router: a linear layer in fp32, then moe_route. Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2."""
+
+    def __init__(self, config: KimiConfig) -> None:
+        super().__init__()
+        self.weight = _empty(config.n_routed_experts, config.hidden_size)
+        noaux = config.topk_method == "noaux_tc"
+        self.e_score_correction_bias = (
+            nn.Parameter(torch.empty(config.n_routed_experts, device="meta"), requires_grad=False)
+            if noaux
+            else None
+        )
+        grouped = config.topk_method != "greedy"
+        self.options = {
+            "topk": config.num_experts_per_tok,
+            "scoring": config.scoring_func,
+            "n_group": config.n_group if grouped else 1,
+            "topk_group": config.topk_group if grouped else 1,
+            "group_score": "top2_sum" if noaux else "max",
+            "norm_topk_prob": config.norm_topk_prob,
+            "routed_scaling_factor": config.routed_scaling_factor,
+        }
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = ops.bf16_gemm(x, self.weight, out_dtype=torch.float32)
+        return ops.moe_route(logits, self.e_score_correction_bias, **self.options)
+
+
+class MoE(nn.Module):
+    """Route, dispatch, run the hit experts, combine with the shared expert."""
+
+    def __init__(self, config: KimiConfig) -> None:
+        super().__init__()
+        self.gate = Gate(config)
+        self.num_experts = config.n_routed_experts
+        self.experts = Experts()
+        self.shared_experts = None
+        if config.n_shared_experts:
+            width = config.moe_intermediate_size * config.n_shared_experts
+            self.shared_experts = MLP(config.hidden_size, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        topk_ids, topk_weights = self.gate(x)
+        dispatch = ops.moe_dispatch(topk_ids, self.num_experts)
+        rows = self.experts(x, dispatch)
+        shared = None if self.shared_experts is None else self.shared_experts(x)
+        return ops.moe_combine(rows, dispatch, topk_weights, shared, out_dtype=x.dtype)
+
+
+class Block(nn.Module):
+    def __init__(self, config: KimiConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = (
+            MoE(config)
+            if config.is_moe_layer(layer)
+            else MLP(config.hidden_size, config.intermediate_size)
+        )
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), step)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Trunk(nn.Module):
+    """Embedding, layers and final norm: the checkpoint's `model.` prefix."""
+
+    def __init__(self, config: KimiConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(1, 1, device="meta")
+        self.embed_tokens.weight = _empty(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, ids: Tensor, step: Step, dtype: torch.dtype) -> Tensor:
+        x = self.embed_tokens.weight[ids].to(dtype)
+        for layer in self.layers:
+            x = layer(x, step)
+        return x
+
+
+class KimiModel(nn.Module):
+    """Token ids and a cache in, logits out. Made by loader.load_model; forward passes append to the cache.
+
+    config  the checkpoint's configuration
+    dtype   activations: torch.bfloat16 as published, or torch.float32 (the weights stay as they are stored)
+    """
+
+    def __init__(self, config: KimiConfig, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.model = Trunk(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.rope = Rope(config)
+
+    @torch.no_grad()
+    def prefill(self, ids: Tensor, cache: LatentCache, seq: CachedSequence) -> Tensor:
+        """Append tokens to a sequence and return the logits after the last one.
+
+        ids      [tokens] int64, at least one; chunks of PREFILL_CHUNK counted from the first of them
+        returns  [vocab_size] float32
+
+        Raises ValueError on an empty prompt or an id outside the vocabulary, RequestError when the cache is full.
+        """
+        self._check_ids(ids)
+        cache.reserve(seq, ids.shape[0])
+        for chunk in ids.split(PREFILL_CHUNK):
+            start, stop = seq.length, seq.length + chunk.shape[0]
+            prefix = cache.slots(seq, 0, stop)
+            cos, sin = self.rope.tables(torch.arange(start, stop))
+            step = Step(cache, prefix[start:], cos, sin, prefix_slots=prefix)
+            x = self.model(chunk, step, self.dtype)
+            seq.length = stop
+        return self._logits(x[-1:])[0]
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor, cache: LatentCache, seqs: list[CachedSequence]) -> Tensor:
+        """Append one token to each sequence and return the logits after it.
+
+        ids      [sequences] int64
+        returns  [sequences, vocab_size] float32; a row does not depend on the other sequences
+
+        Raises ValueError on a wrong count or an id outside the vocabulary, RequestError when the cache is full.
+        """
+        self._check_ids(ids)
+        if ids.shape[0] != len(seqs):
+            raise ValueError(
+                f"decode: one id per sequence is needed (got {ids.shape[0]} and {len(seqs)})"
+            )
+        for seq in seqs:
+            cache.reserve(seq, 1)
+        lengths = torch.tensor([s.length for s in seqs])
+        slots = torch.cat([cache.slots(s, s.length, s.length + 1) for s in seqs])
+        step = Step(
+            cache,
+            slots,
+            *self.rope.tables(lengths),
+            page_table=cache.page_table(seqs),
+            seq_lens=(lengths + 1).to(torch.int32),
+        )
+        x = self.model(ids, step, self.dtype)
+        for seq in seqs:
+            seq.length += 1
+        return self._logits(x)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self.lm_head(self.model.norm(x), out_dtype=torch.float32)
+
+    def _check_ids(self, ids: Tensor) -> None:
+        if ids.dim() != 1 or ids.dtype != torch.int64 or ids.shape[0] == 0:
+            raise ValueError(
+                f"model: ids must be a non-empty int64 vector (got {list(ids.shape)}, {ids.dtype})"
+            )
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"model: ids must be in [0, {self.config.vocab_size}) (got {low} to {high})"
+            )

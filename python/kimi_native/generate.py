@@ -87,8 +87,7 @@ def load(
         ops.force_isa(isa)
     ignored = tuple(ignore_config_keys)
     if max_context is None:
-        limit = load_config(path, ignore_keys=ignored).max_position_embeddings
-        max_context = min(limit, DEFAULT_CONTEXT)
+        max_context = default_context(load_config(path, ignore_keys=ignored))
     network, checkpoint = load_model(
         path,
         max_context=max_context,
@@ -120,6 +119,11 @@ def _check_count(name: str, value: object) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise RequestError(f"load: {name} must be an integer of at least 1 (got {value!r})")
+
+
+def default_context(config: KimiConfig) -> int:
+    """Context of a model loaded without max_context."""
+    return min(config.max_position_embeddings, DEFAULT_CONTEXT)
 
 
 def end_ids(

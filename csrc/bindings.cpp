@@ -253,6 +253,16 @@ void bind_dense(py::module_& m) {
       NoGil());
 }
 
+void bind_elementwise(py::module_& m) {
+  m.def(
+      "swiglu",
+      [](Address gate, Address up, Address y, int32_t dtype, int64_t tokens, int64_t width) {
+        cpu::swiglu({ptr<const void>(gate), ptr<const void>(up), ptr<void>(y), DType(dtype), tokens,
+                     width});
+      },
+      NoGil());
+}
+
 void bind_mla(py::module_& m) {
   const auto args = [](Address q, Address cache, Address page_table, Address seq_lens, Address out,
                        int32_t q_dtype, int32_t cache_dtype, int64_t batch, int64_t heads,
@@ -315,5 +325,6 @@ PYBIND11_MODULE(_native, m) {
   bind_moe(cpu_module);
   bind_int4(cpu_module);
   bind_dense(cpu_module);
+  bind_elementwise(cpu_module);
   bind_mla(cpu_module);
 }

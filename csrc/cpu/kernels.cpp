@@ -21,13 +21,22 @@
 #include "cpu/simd/generic.h"
 #endif
 
+#include "cpu/dot_kernel.h"
+#include "cpu/moe_combine_kernel.h"
+// Users of dot_kernel.h and exp_kernel.h.
+#include "cpu/bf16_gemm_kernel.h"
 #include "cpu/rms_norm_kernel.h"
+#include "cpu/swiglu_kernel.h"
 
 namespace kn::cpu::KN_ISA {
 
 extern const Kernels table;
 const Kernels table = {
     .rms_norm_row = rms_norm_row,
+    .swiglu_run = swiglu_run,
+    .moe_combine_row = moe_combine_row,
+    .dot_vectors = kDotVectors,
+    .bf16_gemm_tile = bf16_gemm_tile,
 };
 
 }  // namespace kn::cpu::KN_ISA

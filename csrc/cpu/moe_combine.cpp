@@ -1,10 +1,50 @@
+#include <algorithm>
+#include <limits>
+
 #include "core/error.h"
+#include "core/threads.h"
+#include "cpu/dispatch.h"
 #include "kimi_native/ops.h"
 
 namespace kn::cpu {
+namespace {
 
-void moe_combine(const MoeCombineArgs&) {
-  throw std::runtime_error("moe_combine: not written yet");
+constexpr int64_t kBytesPerTask =
+    64 * 1024;  // a few microseconds of reading: worth waking a thread
+
+void check(const MoeCombineArgs& a) {
+  const char* op = "moe_combine";
+  KN_REQUIRE(a.tokens >= 0 && a.topk >= 1 && a.hidden >= 1, op,
+             ": need tokens >= 0, topk >= 1 and hidden >= 1 (got tokens=", a.tokens,
+             ", topk=", a.topk, ", hidden=", a.hidden, ")");
+  for (const DType dtype : {a.rows_dtype, a.out_dtype})
+    KN_REQUIRE(dtype == DType::kBf16 || dtype == DType::kFp32, op, ": dtype must be 0 or 1 (got ",
+               int32_t(dtype), ")");
+  const int64_t rows = checked_mul(op, a.tokens, a.topk);
+  KN_REQUIRE(rows <= std::numeric_limits<int32_t>::max(), op,
+             ": tokens * topk must fit in 32 bits (got ", a.tokens, " * ", a.topk, ")");
+  checked_mul(op, std::max<int64_t>(rows, a.topk), checked_mul(op, a.hidden, 4));
+  for (int64_t i = 0; i < rows; ++i)
+    KN_REQUIRE(a.row_index[i] >= 0 && a.row_index[i] < rows, op, ": row_index must be in [0, ",
+               rows, ") (got ", a.row_index[i], " for token ", i / a.topk, ", slot ", i % a.topk,
+               ")");
+}
+
+}  // namespace
+
+void moe_combine(const MoeCombineArgs& a) {
+  check(a);
+  const Kernels& k = kernels();
+  const int64_t token_bytes = a.topk * a.hidden * dtype_bytes(a.rows_dtype);
+  const int64_t out_bytes = a.hidden * dtype_bytes(a.out_dtype);
+  const int64_t step = std::max<int64_t>(1, kBytesPerTask / token_bytes);
+  parallel_for(a.tokens / step + (a.tokens % step != 0), [&](int64_t task, int) {
+    const int64_t end = std::min((task + 1) * step, a.tokens);
+    for (int64_t t = task * step; t < end; ++t)
+      k.moe_combine_row(a.rows, a.rows_dtype, a.row_index + t * a.topk, a.topk_weights + t * a.topk,
+                        a.topk, a.shared ? (const char*)a.shared + t * out_bytes : nullptr,
+                        (char*)a.out + t * out_bytes, a.out_dtype, a.hidden);
+  });
 }
 
 }  // namespace kn::cpu

@@ -23,6 +23,8 @@ KN_INLINE void store(float* p, f32x16 a) {
 KN_INLINE __m256 widen_bf16(__m128i bits) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
+KN_INLINE __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
+KN_INLINE __m256 load8(const bf16* p) { return widen_bf16(_mm_loadu_si128((const __m128i*)p)); }
 KN_INLINE f32x16 load(const bf16* p) {
   return {widen_bf16(_mm_loadu_si128((const __m128i*)p)),
           widen_bf16(_mm_loadu_si128((const __m128i*)(p + 8)))};
@@ -52,6 +54,9 @@ KN_INLINE f32x16 add(f32x16 a, f32x16 b) {
 KN_INLINE f32x16 mul(f32x16 a, f32x16 b) {
   return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)};
 }
+KN_INLINE f32x16 div(f32x16 a, f32x16 b) {
+  return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)};
+}
 // a * b + c
 KN_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
   return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
@@ -62,6 +67,50 @@ KN_INLINE float sum_lanes(f32x16 a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+KN_INLINE f32x16 sub(f32x16 a, f32x16 b) {
+  return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)};
+}
+// Where either is NaN: b.
+KN_INLINE f32x16 max(f32x16 a, f32x16 b) {
+  return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)};
+}
+KN_INLINE f32x16 min(f32x16 a, f32x16 b) {
+  return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)};
+}
+// Largest lane; a NaN lane may or may not be seen.
+KN_INLINE float max_lanes(f32x16 a) {
+  const __m256 s8 = _mm256_max_ps(a.lo, a.hi);
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+KN_INLINE __m256 scale_by_pow2(__m256 a, __m256 n) {
+  // In two halves: 2^n alone may lie outside of the normal range.
+  const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
+  const __m256i one = _mm256_set1_epi32(127);
+  const __m256i first = _mm256_slli_epi32(_mm256_add_epi32(half, one), 23);
+  const __m256i second =
+      _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), one), 23);
+  return _mm256_mul_ps(_mm256_mul_ps(a, _mm256_castsi256_ps(first)), _mm256_castsi256_ps(second));
+}
+// a * 2^n for integral n, rounded once; a in [0.5, 2], n in [-200, 200].
+KN_INLINE f32x16 scale_by_pow2(f32x16 a, f32x16 n) {
+  return {scale_by_pow2(a.lo, n.lo), scale_by_pow2(a.hi, n.hi)};
+}
+// sum_lanes of four registers at once, bit for bit.
+KN_INLINE void store_sum_lanes4(float* p, f32x16 a, f32x16 b, f32x16 c, f32x16 d) {
+  const __m256 a8 = _mm256_add_ps(a.lo, a.hi), b8 = _mm256_add_ps(b.lo, b.hi);
+  const __m256 c8 = _mm256_add_ps(c.lo, c.hi), d8 = _mm256_add_ps(d.lo, d.hi);
+  const __m256 ac =
+      _mm256_add_ps(_mm256_permute2f128_ps(a8, c8, 0x20), _mm256_permute2f128_ps(a8, c8, 0x31));
+  const __m256 bd =
+      _mm256_add_ps(_mm256_permute2f128_ps(b8, d8, 0x20), _mm256_permute2f128_ps(b8, d8, 0x31));
+  const __m256 s = _mm256_add_ps(_mm256_shuffle_ps(ac, bd, 0x44), _mm256_shuffle_ps(ac, bd, 0xee));
+  const __m256 t = _mm256_add_ps(_mm256_shuffle_ps(s, s, 0x88), _mm256_shuffle_ps(s, s, 0xdd));
+  const __m128 ab4 = _mm256_castps256_ps128(t), cd4 = _mm256_extractf128_ps(t, 1);
+  _mm_storeu_ps(p, _mm_movelh_ps(ab4, cd4));
 }
 
 // The first n of 16 lanes from memory, the rest zero; and only the first n to memory.

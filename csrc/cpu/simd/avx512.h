@@ -41,6 +41,7 @@ KN_INLINE f32x16 round_to_bf16(f32x16 a) {
 }
 KN_INLINE f32x16 add(f32x16 a, f32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
 KN_INLINE f32x16 mul(f32x16 a, f32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+KN_INLINE f32x16 div(f32x16 a, f32x16 b) { return {_mm512_div_ps(a.v, b.v)}; }
 // a * b + c
 KN_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 // Sum of the lanes as a fixed tree: halves, quarters, ... (lane i + lane i + 8 first).
@@ -49,6 +50,27 @@ KN_INLINE float sum_lanes(f32x16 a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+KN_INLINE f32x16 sub(f32x16 a, f32x16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+// Where either is NaN: b.
+KN_INLINE f32x16 max(f32x16 a, f32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+KN_INLINE f32x16 min(f32x16 a, f32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+// Largest lane; a NaN lane may or may not be seen.
+KN_INLINE float max_lanes(f32x16 a) { return _mm512_reduce_max_ps(a.v); }
+// a * 2^n for integral n, rounded once; a in [0.5, 2], n in [-200, 200].
+KN_INLINE f32x16 scale_by_pow2(f32x16 a, f32x16 n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+// sum_lanes of four registers at once, bit for bit.
+KN_INLINE void store_sum_lanes4(float* p, f32x16 a, f32x16 b, f32x16 c, f32x16 d) {
+  const __m512 ab =
+      _mm512_add_ps(_mm512_shuffle_f32x4(a.v, b.v, 0x44), _mm512_shuffle_f32x4(a.v, b.v, 0xee));
+  const __m512 cd =
+      _mm512_add_ps(_mm512_shuffle_f32x4(c.v, d.v, 0x44), _mm512_shuffle_f32x4(c.v, d.v, 0xee));
+  __m512 s = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+  s = _mm512_add_ps(s, _mm512_permute_ps(s, 0x4e));
+  s = _mm512_add_ps(s, _mm512_permute_ps(s, 0xb1));
+  const __m512i first_of_each = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  _mm_storeu_ps(p, _mm512_castps512_ps128(_mm512_permutexvar_ps(first_of_each, s)));
 }
 
 // The first n of 16 lanes from memory, the rest zero; and only the first n to memory.

@@ -62,6 +62,10 @@ KN_INLINE f32x16 mul(f32x16 a, f32x16 b) {
   for (int i = 0; i < 16; ++i) a.v[i] *= b.v[i];
   return a;
 }
+KN_INLINE f32x16 div(f32x16 a, f32x16 b) {
+  for (int i = 0; i < 16; ++i) a.v[i] /= b.v[i];
+  return a;
+}
 // a * b + c; fused where the tier has it.
 KN_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
   for (int i = 0; i < 16; ++i) c.v[i] += a.v[i] * b.v[i];
@@ -72,6 +76,45 @@ KN_INLINE float sum_lanes(f32x16 a) {
   for (int w = 8; w; w /= 2)
     for (int i = 0; i < w; ++i) a.v[i] += a.v[i + w];
   return a.v[0];
+}
+
+KN_INLINE f32x16 sub(f32x16 a, f32x16 b) {
+  for (int i = 0; i < 16; ++i) a.v[i] -= b.v[i];
+  return a;
+}
+// Where either is NaN: b.
+KN_INLINE f32x16 max(f32x16 a, f32x16 b) {
+  for (int i = 0; i < 16; ++i) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+  return a;
+}
+KN_INLINE f32x16 min(f32x16 a, f32x16 b) {
+  for (int i = 0; i < 16; ++i) a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+  return a;
+}
+// Largest lane; a NaN lane may or may not be seen.
+KN_INLINE float max_lanes(f32x16 a) {
+  for (int w = 8; w; w /= 2)
+    for (int i = 0; i < w; ++i) a.v[i] = a.v[i] > a.v[i + w] ? a.v[i] : a.v[i + w];
+  return a.v[0];
+}
+// a * 2^n for integral n, rounded once; a in [0.5, 2], n in [-200, 200].
+KN_INLINE f32x16 scale_by_pow2(f32x16 a, f32x16 n) {
+  // In two halves: 2^n alone may lie outside of the normal range.
+  for (int i = 0; i < 16; ++i) {
+    const int32_t whole = int32_t(n.v[i]), half = whole >> 1;
+    const uint32_t bits[2] = {uint32_t(half + 127) << 23, uint32_t(whole - half + 127) << 23};
+    float factor[2];
+    std::memcpy(factor, bits, sizeof factor);
+    a.v[i] = a.v[i] * factor[0] * factor[1];
+  }
+  return a;
+}
+// sum_lanes of four registers at once, bit for bit.
+KN_INLINE void store_sum_lanes4(float* p, f32x16 a, f32x16 b, f32x16 c, f32x16 d) {
+  p[0] = sum_lanes(a);
+  p[1] = sum_lanes(b);
+  p[2] = sum_lanes(c);
+  p[3] = sum_lanes(d);
 }
 
 // The first n of 16 lanes from memory, the rest zero; and only the first n to memory.

@@ -153,6 +153,15 @@ struct RmsNormArgs {
   float eps;
 };
 
+// y = silu(gate) * up, elementwise, in fp32 and rounded once.
+struct SwigluArgs {
+  const void* gate;  // [tokens, width]
+  const void* up;    // [tokens, width]
+  void* y;           // [tokens, width]
+  DType dtype;       // of all three
+  int64_t tokens, width;
+};
+
 namespace cpu {
 
 void moe_route(const MoeRouteArgs&);
@@ -175,6 +184,7 @@ int64_t mla_decode_workspace_bytes(const MlaDecodeArgs&);
 void mla_decode(const MlaDecodeArgs&);
 
 void rms_norm(const RmsNormArgs&);
+void swiglu(const SwigluArgs&);
 
 }  // namespace cpu
 }  // namespace kn

@@ -1,0 +1,52 @@
+// rms_norm: the widths of K2 and Moonlight. Activations stay in cache in a running model, hence no
+// share of the memory limit.
+#include "harness.h"
+#include "kimi_native/ops.h"
+
+using namespace kn;
+using namespace kn::bench;
+
+namespace {
+
+struct Shape {
+  const char* name;
+  int64_t hidden;
+};
+const Shape kShapes[] = {{"k2", 7168}, {"moonlight", 2048}, {"k2 q_a", 1536}, {"k2 kv_a", 512}};
+
+void bench_shape(const Shape& s, int64_t tokens, Report& report) {
+  Random random;
+  Buffer<bf16> x(tokens * s.hidden), weight(s.hidden), y(tokens * s.hidden);
+  fill(x, [&] { return to_bf16(random.sign()); });
+  fill(weight, [&] { return to_bf16(random.sign()); });
+  const RmsNormArgs a{x.data(), weight.data(), y.data(), DType::kBf16,
+                      tokens,   s.hidden,      s.hidden, 1e-6f};
+  cpu::rms_norm(a);
+  for (const int64_t t : {int64_t(0), tokens - 1}) {
+    double squares = 0.0;
+    for (int64_t i = 0; i < s.hidden; ++i)
+      squares += std::pow(double(to_float(x[t * s.hidden + i])), 2);
+    for (int64_t i = 0; i < s.hidden; i += 61) {
+      const double expected = to_float(x[t * s.hidden + i]) /
+                              std::sqrt(squares / double(s.hidden) + 1e-6) * to_float(weight[i]);
+      expect_close("rms_norm", to_float(y[t * s.hidden + i]), expected,
+                   0x1p-7 * std::fabs(expected));
+    }
+  }
+  report.line("rms_norm", concat("tokens=", tokens, " hidden=", s.hidden, " (", s.name, ")"),
+              measure([&](int64_t) { cpu::rms_norm(a); }),
+              {.bytes = double(4 * tokens * s.hidden + 2 * s.hidden), .cached = true});
+}
+
+void program(const Options& options) {
+  Report report(options);
+  for (const int threads : thread_counts()) {
+    set_num_threads(threads);
+    for (const Shape& s : kShapes)
+      for (const int64_t tokens : token_counts(options)) bench_shape(s, tokens, report);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) { return run_main(argc, argv, program); }

@@ -1,0 +1,173 @@
+"""JSON files of a model folder, read with suspicion: bounded, inside the folder, every key accounted for."""
+
+from __future__ import annotations
+
+import json
+import os
+import reprlib
+import stat
+from pathlib import Path
+from typing import Any
+
+from kimi_native.errors import ConfigError, KimiNativeError
+
+MAX_JSON_DEPTH = 64  # config.json nests 5 deep; the rest is somebody trying
+REQUIRED: Any = object()  # default of a key that must be there
+
+
+def file_inside(folder: Path, name: str, error: type[KimiNativeError] = ConfigError) -> Path:
+    """The path of a plain file of a model folder; refuses names and links that lead out of it.
+
+    A Hugging Face cache keeps snapshots/<revision>/name as a link to blobs/<hash> of the same repository, so links
+    into that blobs folder are followed.
+
+    Raises `error` on a name with a folder part or a link elsewhere, FileNotFoundError if there is no such file.
+    """
+    if not name or name in (".", "..") or len(name) > 255 or any(c in name for c in "/\\\0"):
+        raise error(f"{folder}: a file name must be plain, without a folder (got {name!r})")
+    path = folder / name
+    real = Path(os.path.realpath(path))
+    home = Path(os.path.realpath(folder))
+    allowed = [home]
+    if home.parent.name == "snapshots":
+        allowed.append(Path(os.path.realpath(home.parent.parent / "blobs")))
+    if real.parent not in allowed:
+        raise error(f"{path}: a link must stay inside the model folder (leads to {real})")
+    if not stat.S_ISREG(os.stat(real).st_mode):
+        raise error(f"{path}: must be a regular file")
+    return path
+
+
+def read_json(path: Path, *, max_bytes: int, error: type[KimiNativeError] = ConfigError) -> dict:
+    """The JSON object in a file of at most max_bytes; see parse_json."""
+    with open(path, "rb") as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise error(f"{path}: must be at most {max_bytes} bytes (got more)")
+    return parse_json(data, source=str(path), error=error)
+
+
+def parse_json(data: bytes, *, source: str, error: type[KimiNativeError] = ConfigError) -> dict:
+    """The JSON object in `data`. Duplicate keys, NaN and infinities, or no object at the top raise `error`."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict:
+        values = dict(items)
+        if len(values) != len(items):
+            seen: set[str] = set()
+            twice = next(k for k, _ in items if k in seen or seen.add(k))
+            raise error(f"{source}: key {reprlib.repr(twice)} must appear once (got twice)")
+        return values
+
+    def constant(text: str) -> None:
+        raise error(f"{source}: numbers must be finite (got {text})")
+
+    try:
+        text = data.decode("utf-8")  # json.loads would also guess UTF-16 and UTF-32
+        values = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+    except error:
+        raise
+    except RecursionError:
+        raise error(f"{source}: JSON nests too deep") from None
+    except ValueError as e:
+        raise error(f"{source}: must be valid JSON ({e})") from None
+    if not isinstance(values, dict):
+        raise error(f"{source}: must hold a JSON object (got {type(values).__name__})")
+    return values
+
+
+def check_depth(values: dict, source: str) -> None:
+    """Without recursion: what follows may compare and print values."""
+    level: list[Any] = [values]
+    for _ in range(MAX_JSON_DEPTH):
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                inner.extend(value.values())
+            elif isinstance(value, (list, tuple)):
+                inner.extend(value)
+        level = [v for v in inner if isinstance(v, (dict, list, tuple))]
+        if not level:
+            return
+    raise ConfigError(f"{source}: JSON must nest at most {MAX_JSON_DEPTH} deep (got more)")
+
+
+class Section:
+    """One JSON object while it is read: checks values, remembers used keys, and finish() names the others."""
+
+    def __init__(self, values: Any, source: str, path: str, ignore_keys: frozenset[str]) -> None:
+        if not isinstance(values, dict):
+            raise ConfigError(
+                f"{source}: {path or 'the top'} must be an object (got {short(values)})"
+            )
+        self.source, self.ignore_keys = source, ignore_keys
+        self.path = f"{printable(path)}." if path else ""
+        self.values = {k: v for k, v in values.items() if self.path + k not in ignore_keys}
+        self.used: set[str] = set()
+
+    def fail(self, key: str, must: str) -> ConfigError:
+        got = short(self.values[key]) if key in self.values else "no such key"
+        return ConfigError(f"{self.source}: {self.path}{key} must be {must} (got {got})")
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.used.add(key)
+        if key not in self.values and default is REQUIRED:
+            raise ConfigError(f"{self.source}: {self.path}{key} is missing")
+        return self.values.get(key, default)
+
+    def section(self, key: str) -> Section | None:
+        value = self.get(key)
+        if value is None:
+            return None
+        return Section(value, self.source, self.path + key, self.ignore_keys)
+
+    def integer(self, key: str, limits: tuple[int, int], default: Any = REQUIRED) -> int:
+        value = self.get(key, default)
+        if type(value) is not int or not limits[0] <= value <= limits[1]:
+            raise self.fail(key, f"an integer in {limits[0]} .. {limits[1]}")
+        return value
+
+    def number(self, key: str, low: float, high: float, default: Any = REQUIRED) -> float:
+        value = self.get(key, default)
+        if type(value) not in (int, float) or not low <= value <= high:  # NaN fails the comparison
+            raise self.fail(key, f"a number in {low:g} .. {high:g}")
+        return float(value)
+
+    def boolean(self, key: str, default: Any = REQUIRED) -> bool:
+        value = self.get(key, default)
+        if type(value) is not bool:
+            raise self.fail(key, "true or false")
+        return value
+
+    def choice(self, key: str, allowed: tuple[Any, ...], default: Any = REQUIRED) -> Any:
+        value = self.get(key, default)
+        if not any(value == a and type(value) in (type(a), int, float) for a in allowed):
+            raise self.fail(key, " or ".join(json.dumps(a) for a in allowed))
+        return value
+
+    def finish(
+        self, one_value: dict[str, tuple] | None = None, any_value: frozenset[str] = frozenset()
+    ) -> None:
+        """Every key not asked for so far must be in one of the two tables of keys without effect."""
+        for key in sorted(set(self.values) - self.used):
+            if one_value and key in one_value:
+                self.choice(key, one_value[key])
+            elif key not in any_value:
+                raise ConfigError(
+                    f"{self.source}: {self.path}{printable(key)} is not a key this package knows "
+                    f"(got {short(self.values[key])}); if it does not change the model's output, "
+                    f"pass ignore_keys=({self.path + key!r},)"
+                )
+
+
+def short(value: Any) -> str:
+    """A value in an error message: bounded, whatever it holds."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # an int of more digits than the interpreter prints
+        return f"a huge {type(value).__name__}"
+
+
+def printable(name: str) -> str:
+    """A name from a file in an error message: ASCII, no control characters, bounded."""
+    text = ascii(name)[1:-1]
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,401 @@
+"""What a model needs in memory, computed from headers before any weight is read.
+
+Counted as needed: what the loader copies or converts, the latent cache, the working memory of one prefill chunk, and
+the interpreter. Not counted: weights used in place from the mapped files. The system drops their pages when memory
+is short and reads them again from disk, so they decide the speed, not whether the model fits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kimi_native.checkpoint import Checkpoint
+from kimi_native.config import KimiConfig
+from kimi_native.errors import MemoryPlanError
+from kimi_native.safetensors_file import TensorInfo
+from kimi_native.tensor_table import Matrix, expected_matrices, numel_of, share_of_token
+
+PAGE_SIZE = 64  # tokens of a cache page
+PREFILL_CHUNK = 512  # prompt tokens that go through a layer together
+INTERPRETER_BYTES = 400 << 20  # Python and torch, measured after import: about 0.3 GB
+INT8_GROUP = 32
+ITEM_BYTES = {"bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the caller chooses: max_context and max_batch in tokens and sequences, dtype of activations and cache
+    ("bfloat16", "float32"), dense ("bf16": matrices as published, "int8": 8-bit copies)."""
+
+    max_context: int
+    max_batch: int
+    dtype: str
+    dense: str
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The budget of one model on one machine; made by memory_plan.
+
+    items                 (name, bytes) of what must be resident; their sum is needed_bytes
+    mapped_bytes          weights used in place from the mapped files; mapped_bytes_per_token of them per decoded token
+    notes                 sentences about what will be slow
+    suggestions           settings that would make it fit, empty if it fits or if none does
+    """
+
+    settings: Settings
+    items: tuple[tuple[str, int], ...]
+    available_bytes: int
+    mapped_bytes: int
+    mapped_bytes_per_token: int
+    notes: tuple[str, ...] = ()
+    suggestions: tuple[str, ...] = ()
+
+    @property
+    def needed_bytes(self) -> int:
+        return sum(size for _, size in self.items)
+
+    @property
+    def fits(self) -> bool:
+        return self.needed_bytes <= self.available_bytes
+
+    def check(self) -> None:
+        """Raises MemoryPlanError, naming needed and available bytes and what would make it fit, unless it fits."""
+        if self.fits:
+            return
+        way_out = " or ".join(self.suggestions)
+        raise MemoryPlanError(
+            f"memory: the model needs {_gb(self.needed_bytes)}, {_gb(self.available_bytes)} are available "
+            f"(max_context={self.settings.max_context}, max_batch={self.settings.max_batch}, "
+            f"dtype={self.settings.dtype}, dense={self.settings.dense}); "
+            + (f"it fits with {way_out}" if way_out else "no setting makes it fit on this machine")
+        )
+
+    def table(self) -> list[tuple[str, int]]:
+        """(item, bytes) rows for printing, the sums and what they are compared with last."""
+        return [
+            *self.items,
+            ("needed", self.needed_bytes),
+            ("available", self.available_bytes),
+            ("mapped from files, not counted", self.mapped_bytes),
+            ("mapped bytes read per decoded token", self.mapped_bytes_per_token),
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "settings": asdict(self.settings),
+            "items": dict(self.items),
+            "needed_bytes": self.needed_bytes,
+            "available_bytes": self.available_bytes,
+            "fits": self.fits,
+            "mapped_bytes": self.mapped_bytes,
+            "mapped_bytes_per_token": self.mapped_bytes_per_token,
+            "notes": list(self.notes),
+            "suggestions": list(self.suggestions),
+        }
+
+
+def memory_plan(
+    checkpoint: Checkpoint,
+    *,
+    max_context: int | None = None,
+    max_batch: int = 1,
+    dtype: str = "bfloat16",
+    dense: str = "bf16",
+    available_bytes: int | None = None,
+) -> MemoryPlan:
+    """Plans from headers only; reads no weight.
+
+    max_context      tokens of the longest sequence; None: the model's max_position_embeddings
+    available_bytes  None: what this process may still take, see available_memory
+
+    Raises ValueError on a setting out of range.
+    """
+    if max_context is None:
+        max_context = checkpoint.config.max_position_embeddings
+    settings = Settings(max_context, max_batch, dtype, dense)
+    _check_settings(settings)
+    if available_bytes is None:
+        available_bytes = available_memory()
+    weights = _Weights(checkpoint)
+    mapped, per_token = weights.mapped(dense)
+    plan = MemoryPlan(settings, _items(weights, settings), available_bytes, mapped, per_token)
+    notes = _notes(plan)
+    suggestions = () if plan.fits else _suggestions(weights, settings, available_bytes)
+    return replace(plan, notes=notes, suggestions=suggestions)
+
+
+def _check_settings(s: Settings) -> None:
+    for name in ("max_context", "max_batch"):
+        value = getattr(s, name)
+        if type(value) is not int or not 1 <= value <= 1 << 40:
+            raise ValueError(f"memory_plan: {name} must be a positive integer (got {value!r})")
+    for name, allowed in (("dtype", tuple(ITEM_BYTES)), ("dense", ("bf16", "int8"))):
+        value = getattr(s, name)
+        if value not in allowed:
+            raise ValueError(f"memory_plan: {name} must be {' or '.join(allowed)} (got {value!r})")
+
+
+# ---- weights --------------------------------------------------------------------------------------------------------
+
+
+class _Weights:
+    """Bytes that the loader copies and bytes that stay mapped, by the rules of the loader:
+
+    - BF16 and INT4 matrices are used in place; F16 and F32 become BF16 copies.
+    - FP8 matrices become BF16 copies, 2 bytes a weight.
+    - dense="int8" makes 8-bit copies, 1 + 2/32 bytes a weight, of the dense matrices that are not INT4. kv_b_proj is
+      not among them: absorbed decoding multiplies by its halves head by head, in BF16. Nor is one whose in_features
+      are no multiple of 32: it stays BF16.
+    - kv_b_proj also gets its key half transposed, heads * nope * kv_lora_rank in BF16 per layer.
+    - Small tensors (norms, router) and the embedding are used in place if BF16, else converted.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.config: KimiConfig = checkpoint.config
+        c = self.config
+        self.copied = {"bf16": 0, "int8": 0}
+        self._mapped = {"bf16": 0, "int8": 0}
+        self._touched = {"bf16": 0, "int8": 0}  # mapped bytes per decoded token
+        matrix_tensors: set[str] = set()
+        for matrix in expected_matrices(c):
+            form = checkpoint.forms[matrix.name]
+            parts = [matrix.name + suffix for suffix in _PARTS[form]]
+            matrix_tensors.update(parts)
+            infos = [checkpoint.tensors[p] for p in parts]
+            for dense in ("bf16", "int8"):
+                self._add(
+                    dense, _copy_bytes(matrix, form, infos[0].dtype, dense), infos, matrix.name
+                )
+        for name, info in checkpoint.tensors.items():
+            if name not in matrix_tensors:
+                self._add_other(name, info)
+        heads = c.num_attention_heads * c.num_hidden_layers
+        self.key_half = heads * c.qk_nope_head_dim * c.kv_lora_rank * 2
+
+    def mapped(self, dense: str) -> tuple[int, int]:
+        return self._mapped[dense], self._touched[dense]
+
+    def _add(self, dense: str, copied: int, infos: list[TensorInfo], name: str) -> None:
+        self.copied[dense] += copied
+        if copied:
+            return
+        stored = sum(i.nbytes for i in infos)
+        self._mapped[dense] += stored
+        expert = ".mlp.experts." in name
+        # Summed per matrix and divided at the end would be exact; per matrix the rounding is under a byte.
+        self._touched[dense] += share_of_token(self.config, stored) if expert else stored
+
+    def _add_other(self, name: str, info: TensorInfo) -> None:
+        numel = numel_of(info.shape)
+        head_too = self.config.tie_word_embeddings and "embed_tokens" in name
+        for dense in ("bf16", "int8"):
+            if name.endswith("e_score_correction_bias"):
+                self.copied[dense] += 0 if info.dtype == "F32" else numel * 4
+            elif info.dtype != "BF16":
+                self.copied[dense] += numel * 2
+            else:
+                self._mapped[dense] += info.nbytes
+                row = info.nbytes // info.shape[0] if "embed_tokens" in name else info.nbytes
+                self._touched[dense] += info.nbytes if head_too and dense == "bf16" else row
+        if head_too:
+            self.copied["int8"] += _int8_bytes(numel)
+
+
+_PARTS = {
+    "plain": (".weight",),
+    "int4": (".weight_packed", ".weight_scale", ".weight_shape"),
+    "fp8": (".weight", ".weight_scale_inv"),
+}
+
+
+def _int8_bytes(numel: int) -> int:
+    return numel + numel // INT8_GROUP * 2
+
+
+def _copy_bytes(matrix: Matrix, form: str, dtype: str, dense: str) -> int:
+    """Bytes of the loader's copy of one matrix, 0 if it is used in place."""
+    numel = matrix.out_features * matrix.in_features
+    absorbed = matrix.name.endswith(".kv_b_proj")
+    if form == "int4":
+        return numel * 2 if absorbed else 0
+    expert = ".mlp.experts." in matrix.name
+    if dense == "int8" and not expert and not absorbed and matrix.in_features % INT8_GROUP == 0:
+        return _int8_bytes(numel)
+    return 0 if form == "plain" and dtype == "BF16" else numel * 2
+
+
+# ---- items ----------------------------------------------------------------------------------------------------------
+
+
+def _items(weights: _Weights, s: Settings) -> tuple[tuple[str, int], ...]:
+    c = weights.config
+    return (
+        ("weights copied or converted while loading", weights.copied[s.dense]),
+        ("key half of kv_b_proj, transposed", weights.key_half),
+        (f"latent cache, {s.max_batch} x {s.max_context} tokens", _cache_bytes(c, s)),
+        (
+            f"working memory, {min(PREFILL_CHUNK, s.max_context)} prompt tokens",
+            _working_bytes(c, s),
+        ),
+        ("interpreter and libraries", INTERPRETER_BYTES),
+    )
+
+
+def _cache_bytes(c: KimiConfig, s: Settings) -> int:
+    pages = s.max_batch * -(-s.max_context // PAGE_SIZE)
+    per_token = c.num_hidden_layers * c.latent_width * ITEM_BYTES[s.dtype]
+    return pages * PAGE_SIZE * per_token
+
+
+def _working_bytes(c: KimiConfig, s: Settings) -> int:
+    """Prefill of one chunk: the residual and the widest layer at once, one head's attention over the whole context.
+
+    Per chunk token: 3 * hidden (residual, normed, output) and the larger of
+      attention  heads * (query + absorbed query + latent output + output)
+      MLP        dense 3 * intermediate; experts topk * (width + hidden), shared experts 3 * width
+    One head: fp32 scores and probabilities of chunk x context, its keys and values of the context. Logits in fp32.
+    """
+    item = ITEM_BYTES[s.dtype]
+    chunk = min(PREFILL_CHUNK, s.max_context)
+    attention = c.num_attention_heads * (
+        c.qk_head_dim + c.latent_width + c.kv_lora_rank + c.v_head_dim
+    )
+    shared = 3 * c.moe_intermediate_size * c.n_shared_experts
+    experts = c.num_experts_per_tok * (c.moe_intermediate_size + c.hidden_size) + shared
+    mlp = max(3 * c.intermediate_size if "dense" in c.mlp_layer_types else 0, experts)
+    tokens = max(chunk, s.max_batch)
+    layer = tokens * (3 * c.hidden_size + max(attention, mlp)) * item
+    head = chunk * s.max_context * 4 * 2 + s.max_context * (c.qk_head_dim + c.v_head_dim) * item
+    return layer + head + s.max_batch * c.vocab_size * 4
+
+
+def _notes(plan: MemoryPlan) -> tuple[str, ...]:
+    left = max(plan.available_bytes - plan.needed_bytes, 0)
+    if plan.mapped_bytes <= left:
+        return ()
+    return (
+        f"the mapped weights ({_gb(plan.mapped_bytes)}) exceed the memory left for them ({_gb(left)}): what does not "
+        f"stay cached is read from disk again, up to {_gb(plan.mapped_bytes_per_token)} per decoded token",
+    )
+
+
+# ---- what would fit -------------------------------------------------------------------------------------------------
+
+
+def _suggestions(weights: _Weights, s: Settings, available: int) -> tuple[str, ...]:
+    """Settings under which it fits: single changes first, then the smallest of everything with its best context."""
+
+    def needed(t: Settings) -> int:
+        return sum(size for _, size in _items(weights, t))
+
+    other_dense = replace(s, dense="int8" if s.dense == "bf16" else "bf16")
+    changes = {
+        "max_batch=1": replace(s, max_batch=1),
+        f'dense="{other_dense.dense}"': other_dense,
+        'dtype="bfloat16"': replace(s, dtype="bfloat16"),
+    }
+    found = []
+    context = _largest_context(needed, s, available)
+    if context:
+        found.append(f"max_context={context}")
+    found += [name for name, t in changes.items() if t != s and needed(t) <= available]
+    if found:
+        return tuple(found)
+    combined = replace(s, max_batch=1, dtype="bfloat16")
+    if needed(replace(combined, dense=other_dense.dense)) < needed(combined):
+        combined = replace(combined, dense=other_dense.dense)
+    context = _largest_context(needed, combined, available)
+    if not context:
+        return ()
+    parts = [f"max_context={context}"]
+    parts += [name for name, t in changes.items() if _agrees(name, combined) and t != s]
+    return (" and ".join(parts),)
+
+
+def _agrees(name: str, s: Settings) -> bool:
+    field, _, value = name.partition("=")
+    return str(getattr(s, field)) == value.strip('"')
+
+
+def _largest_context(needed: Any, s: Settings, available: int) -> int:
+    """The largest whole number of pages below max_context that fits, 0 if one page does not."""
+    low, high = 0, (s.max_context - 1) // PAGE_SIZE
+    while low < high:
+        middle = (low + high + 1) // 2
+        if needed(replace(s, max_context=middle * PAGE_SIZE)) <= available:
+            low = middle
+        else:
+            high = middle - 1
+    return low * PAGE_SIZE
+
+
+# ---- the machine ----------------------------------------------------------------------------------------------------
+
+
+def available_memory(root: str | Path = "/") -> int:
+    """Bytes this process may still take: MemAvailable, or less if a cgroup (v1 or v2) limits it.
+
+    root  where proc and sys are mounted
+
+    Raises RuntimeError if /proc/meminfo does not say.
+    """
+    root = Path(root)
+    limits = [_meminfo(root / "proc/meminfo")]
+    groups = _read(root / "proc/self/cgroup") or ""
+    base = root / "sys/fs/cgroup"
+    for line in groups.splitlines():
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if not controllers:
+            limits += _cgroup_left(base, path, "memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            limits += _cgroup_left(
+                base / "memory",
+                path,
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_inactive_file",
+            )
+    return max(min(limits), 0)
+
+
+def _meminfo(path: Path) -> int:
+    for line in (_read(path) or "").splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable" and value.split()[:1] and value.split()[0].isdigit():
+            return int(value.split()[0]) * 1024
+    raise RuntimeError(f"memory: {path} must hold MemAvailable (found none)")
+
+
+def _cgroup_left(base: Path, path: str, limit: str, usage: str, cache: str) -> list[int]:
+    """Limit minus usage at the group and at each of its parents; file cache that can be dropped is no usage.
+
+    In a container the path is often the host's and not visible; its own root then carries the limit.
+    """
+    left = []
+    parts = [p for p in path.split("/") if p not in ("", "..")]
+    for depth in range(len(parts), -1, -1):
+        folder = base.joinpath(*parts[:depth])
+        top, used = _read(folder / limit), _read(folder / usage)
+        if top is None or used is None or not top.strip().isdigit() or not used.strip().isdigit():
+            continue  # "max": no limit here
+        droppable = 0
+        for line in (_read(folder / "memory.stat") or "").splitlines():
+            name, _, value = line.partition(" ")
+            if name == cache and value.isdigit():
+                droppable = int(value)
+        left.append(int(top) - max(int(used) - droppable, 0))
+    return left
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except OSError:
+        return None
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

@@ -9,6 +9,7 @@ import torch
 from kimi_native.errors import RequestError
 
 VOCAB = 300
+CACHE_TOKENS = 4096  # of make_fake_model
 EOS = 256
 
 
@@ -108,3 +109,39 @@ class FakeModel:
             cache.append(seq, [i])
         self._count("decode", self.batches, len(seqs))
         return torch.stack([self.logits(cache.read(seq)) for seq in seqs])
+
+
+def make_fake_model(
+    tokenizer, answer=None, *, chat_format="moonlight", context=512, max_batch=8, **options
+):
+    """A generate.Model over fakes, with its network and cache.
+
+    answer  function of the prompt's ids to what the network says: ids, or text with control tokens' names in it;
+            then <|im_end|>. None: random text.
+    """
+    from kimi_native.generate import Model
+
+    answers: dict[tuple[int, ...], list[int]] = {}
+
+    def script(ids):
+        if answer is None:
+            return None
+        prompt = next((p for p in answers if tuple(ids[: len(p)]) == p), tuple(ids))
+        if prompt not in answers:
+            said = answer(ids)
+            said = tokenizer.encode_with_control(said) if isinstance(said, str) else said
+            answers[prompt] = [*said, tokenizer.control_ids["<|im_end|>"]]
+        at = len(ids) - len(prompt)
+        return answers[prompt][min(at, len(answers[prompt]) - 1)]
+
+    network = FakeModel(context=context, vocab_size=tokenizer.vocab_size, script=script, **options)
+    cache = FakeCache(max_tokens=CACHE_TOKENS, page_size=16)
+    model = Model(
+        network,
+        cache,
+        tokenizer,
+        generation_config={},
+        chat_format=chat_format,
+        max_batch=max_batch,
+    )
+    return model, network, cache

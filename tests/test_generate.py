@@ -8,7 +8,7 @@ import sys
 import threading
 
 import pytest
-from fakes import FakeCache, FakeModel
+from fakes import CACHE_TOKENS, FakeCache, FakeModel, make_fake_model
 from kimi_native.chat.template import render
 from kimi_native.chat.types import (
     ContentDelta,
@@ -29,8 +29,6 @@ from kimi_native.generation import StopStrings
 from kimi_native.sampling import SamplingParams
 from tokenizer_files import small_tokenizer
 
-CACHE_TOKENS = 4096
-
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
@@ -39,38 +37,8 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def make_model(tokenizer):
-    """Builds a Model over fakes. answer(prompt_ids) gives the ids, or the marked-up text, that the network 'says'."""
-
-    def make(answer=None, *, chat_format="moonlight", context=512, max_batch=8, **options):
-        prompts: dict[tuple[int, ...], list[int]] = {}
-
-        def script(ids):
-            if answer is None:
-                return None
-            known = [p for p in prompts if tuple(ids[: len(p)]) == p]
-            prompt = max(known, key=len, default=tuple(ids))
-            if prompt not in prompts:
-                said = answer(ids)
-                encoded = tokenizer.encode_with_control(said) if isinstance(said, str) else said
-                prompts[prompt] = encoded
-            said, at = prompts[prompt], len(ids) - len(prompt)
-            return said[at] if at < len(said) else tokenizer.control_ids["<|im_end|>"]
-
-        network = FakeModel(
-            context=context, vocab_size=tokenizer.vocab_size, script=script, **options
-        )
-        cache = FakeCache(max_tokens=CACHE_TOKENS, page_size=16)
-        model = Model(
-            network,
-            cache,
-            tokenizer,
-            generation_config={},
-            chat_format=chat_format,
-            max_batch=max_batch,
-        )
-        return model, network, cache
-
-    return make
+    """make_fake_model with this module's tokenizer."""
+    return lambda answer=None, **options: make_fake_model(tokenizer, answer, **options)
 
 
 def assert_idle(cache):

@@ -380,9 +380,9 @@ def _print_table(title: str, rows: list[tuple[str, str]]) -> None:
 def _rows(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Nested dicts as rows "outer, inner" and value; sizes in bytes as a person reads them."""
     for name, value in values.items():
-        label = f"{prefix}{name}".replace("_", " ")
+        label = prefix + (name if name.isupper() else name.replace("_", " "))
         if isinstance(value, dict):
-            yield from _rows(value, f"{prefix}{name}: ")
+            yield from _rows(value, f"{label}: ")
         elif isinstance(value, list):
             yield label, ", ".join(map(str, value)) or "none"
         elif isinstance(value, int) and not isinstance(value, bool) and "bytes" in label:

@@ -37,6 +37,10 @@ def examine(*, quick: bool = False, root: str | Path = "/") -> dict[str, Any]:
     native = _native_settings()
     threads = native.get("threads") or _affinity()
     checks = self_check() if "error" not in native else []
+    available = _available(root)
+    measured_bytes = QUICK_BYTES if quick else MEASURED_BYTES
+    if available is not None:
+        measured_bytes = min(measured_bytes, max(available // 4, 1 << 20))
     return {
         "version": __version__,
         "python": platform.python_version(),
@@ -44,20 +48,20 @@ def examine(*, quick: bool = False, root: str | Path = "/") -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": {
             "model": _cpu_model(root),
-            "cores online": os.cpu_count(),
-            "cores this process may use": _affinity(),
-            "cgroup quota, cores": _cpu_quota(root),
-            "numa nodes": len(list(root.glob("sys/devices/system/node/node[0-9]*"))) or None,
+            "cores_online": os.cpu_count(),
+            "cores_usable": _affinity(),
+            "cores_cgroup_quota": _cpu_quota(root),
+            "numa_nodes": len(list(root.glob("sys/devices/system/node/node[0-9]*"))) or None,
         },
         "kernels": native,
         "memory": {
-            "total bytes": _meminfo(root, "MemTotal"),
-            "available bytes": _available(root),
-            "cgroup limit bytes": _memory_limit(root),
-            "transparent huge pages": _chosen(
+            "total_bytes": _meminfo(root, "MemTotal"),
+            "available_bytes": available,
+            "cgroup_limit_bytes": _memory_limit(root),
+            "transparent_huge_pages": _chosen(
                 _read(root / "sys/kernel/mm/transparent_hugepage/enabled")
             ),
-            "read bandwidth": read_bandwidth(QUICK_BYTES if quick else MEASURED_BYTES, threads),
+            "read_bandwidth": read_bandwidth(measured_bytes, threads),
         },
         "cuda": _cuda(root),
         "self_check": checks,
@@ -74,12 +78,12 @@ def _native_settings() -> dict[str, Any]:
         from kimi_native import ops
 
         return {
-            "tier in use": ops.active_isa(),
-            "tiers supported": ops.supported_isas(),
+            "isa": ops.active_isa(),
+            "supported_isas": ops.supported_isas(),
             "KIMI_NATIVE_CPU_ISA": forced,
             "backend": ops.active_backend(),
             "threads": ops.num_threads(),
-            "cpu features": ops.cpu_features(),
+            "cpu_features": ops.cpu_features(),
         }
     except (ImportError, RuntimeError) as error:
         return {"error": str(error), "KIMI_NATIVE_CPU_ISA": forced}
@@ -140,8 +144,8 @@ def _experts(ops: Any, g: torch.Generator) -> Any:
 
 def _dispatch(ops: Any) -> Any:
     """Rows of a fixed choice, so that the check of one op does not rest on another: expert 3 gets none."""
-    del_ids = torch.tensor([[0, 2], [2, 1], [0, 1]])
-    order = sorted(range(6), key=lambda pair: (int(del_ids.flatten()[pair]), pair))
+    ids = torch.tensor([[0, 2], [2, 1], [0, 1]])
+    order = sorted(range(6), key=lambda pair: (int(ids.flatten()[pair]), pair))
     row_index = torch.empty(6, dtype=torch.int32)
     row_index[order] = torch.arange(6, dtype=torch.int32)
     token_index = torch.tensor([pair // _TOPK for pair in order], dtype=torch.int32)
@@ -243,8 +247,9 @@ def read_bandwidth(nbytes: int, threads: int, passes: int = 5) -> dict[str, Any]
     with ThreadPoolExecutor(threads) as pool:
         many = best(lambda: list(pool.map(np.sum, parts)))
     return {
-        "GB/s, one thread": one,
-        f"GB/s, {threads} threads": many,
+        "one_thread_gb_per_s": one,
+        "all_threads_gb_per_s": many,
+        "threads": threads,
         "measured": f"sum of {nbytes >> 20} MiB of int64 by numpy, best of {passes} passes",
     }
 
@@ -280,11 +285,9 @@ def _available(root: Path) -> int | None:
 
 def _cpu_quota(root: Path) -> float | None:
     """Cores' worth of time that the tightest cgroup allows, None without a limit."""
-    quotas = []
-    for text in _cgroup_values(root, "cpu", "cpu.max"):
-        quotas.append(text.split())
-    periods = _cgroup_values(root, "cpu", "cpu.cfs_period_us")
-    quotas += [[q, p] for q, p in zip(_cgroup_values(root, "cpu", "cpu.cfs_quota_us"), periods)]  # noqa: B905
+    quotas = [text.split() for text in _cgroup_values(root, "cpu", "cpu.max")]
+    v1 = (_cgroup_values(root, "cpu", f"cpu.cfs_{x}_us") for x in ("quota", "period"))
+    quotas += zip(*v1, strict=False)
     cores = [int(q) / int(p) for q, p in quotas if q.isdigit() and int(p) > 0]
     return round(min(cores), 2) if cores else None
 
@@ -306,7 +309,9 @@ def _cgroup_values(root: Path, controller: str, file: str) -> list[str]:
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if controllers and controller not in controllers.split(","):
             continue
-        base = root / "sys/fs/cgroup" / (controllers and controller)
+        base = root / "sys/fs/cgroup"
+        if controllers:
+            base = base / controller
         parts = [p for p in path.split("/") if p not in ("", "..")]
         for depth in range(len(parts), -1, -1):
             text = _read(base.joinpath(*parts[:depth]) / file)
@@ -333,8 +338,8 @@ def _cuda(root: Path) -> dict[str, Any]:
     return {
         "kernels": "this build has no CUDA kernels",
         "driver": driver.splitlines()[0].strip() if driver else None,
-        "driver library": ctypes.util.find_library("cuda"),
-        "GPUs": names,
+        "driver_library": ctypes.util.find_library("cuda"),
+        "gpus": names,
     }
 
 

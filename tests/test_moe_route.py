@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kimi_native import _native, ops, reference
 
 K2 = {"topk": 8, "routed_scaling_factor": 2.827}

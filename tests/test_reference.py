@@ -9,8 +9,9 @@ import math
 
 import pytest
 import torch
-from kimi_native import reference
 from torch.nn.functional import scaled_dot_product_attention, silu
+
+from kimi_native import reference
 
 F64 = torch.float64
 

@@ -104,6 +104,13 @@ def test_generate_reads_the_prompt_from_stdin(loaded, monkeypatch, capsys, argum
     assert ids == loaded.model.generate(prompt).prompt_ids
 
 
+def test_generate_says_when_the_reasoning_used_up_the_tokens(loaded, capsys):
+    assert run("generate", "--model", "m", "--max-tokens", "2", "Hi") == 0
+    out, err = capsys.readouterr()
+    assert out == "\n"
+    assert err.startswith("kimi-native: the output ended inside the reasoning")
+
+
 def test_generate_passes_options_on(loaded, monkeypatch, capsys):
     seen = {}
     monkeypatch.setattr(
@@ -111,7 +118,7 @@ def test_generate_passes_options_on(loaded, monkeypatch, capsys):
         "generate",
         lambda prompt, **options: (
             seen.update(prompt=prompt, **options)
-            or SimpleNamespace(text="", tool_calls=(), prompt_ids=[])
+            or SimpleNamespace(text="", reasoning="", tool_calls=())
         ),
     )
     options = "--max-tokens 3 --temperature 0.5 --top-p 0.9 --top-k 4 --min-p 0.1 --seed 0 --stop a --stop b"

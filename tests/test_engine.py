@@ -325,7 +325,7 @@ def test_engine_draws_a_seed_when_none_is_given():
     requests = [engine.add([1], SamplingParams()) for _ in range(2)]
     seeds = [engine.report(i).seed for i in requests]
     assert seeds[0] != seeds[1]
-    assert all(0 <= s < 2**64 for s in seeds)
+    assert all(0 <= s < 2**53 for s in seeds)
     assert engine.report(engine.add([1], SamplingParams(seed=5))).seed == 5
 
 

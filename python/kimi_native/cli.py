@@ -43,12 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KimiNativeError, ValueError, TypeError, RuntimeError, OSError, MemoryError) as error:
         if args.debug:
             raise
-        print(f"kimi-native: error: {_one_line(error)}", file=sys.stderr)
+        _note(f"error: {str(error) or type(error).__name__}")
         return 1
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
@@ -188,6 +184,10 @@ def _generate(args: argparse.Namespace) -> int:
         _print_json(_generation_dict(result))
         return 0
     print(_shown(result.text))
+    if result.reasoning and not result.text and result.finish_reason == "length":
+        _note(
+            "the output ended inside the reasoning; raise --max-tokens, or look at it with --json"
+        )
     _note_calls([(call.id, call.arguments) for call in result.tool_calls])
     return 0
 
@@ -242,10 +242,11 @@ def _shown(text: str) -> str:
 
 def _note_calls(calls: list[tuple[str, str]]) -> None:
     for id, arguments in calls:
-        print(
-            f"kimi-native: the model asks for {id} with {_one_line(ValueError(arguments))}; nothing was run",
-            file=sys.stderr,
-        )
+        _note(f"the model asks for {id} with {arguments}; nothing was run")
+
+
+def _note(text: str) -> None:
+    print(f"kimi-native: {' '.join(text.split())}", file=sys.stderr)
 
 
 def _generation_dict(result: Generation) -> dict[str, Any]:

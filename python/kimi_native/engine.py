@@ -58,6 +58,11 @@ class StepOutput(NamedTuple):
     error: NonFiniteLogitsError | None = None
 
 
+def _new_seed() -> int:
+    """53 random bits: a JSON reader that keeps numbers as doubles can hand the seed back."""
+    return secrets.randbits(53)
+
+
 @dataclass(eq=False)
 class _Request:
     request_id: int
@@ -136,7 +141,7 @@ class Engine:
             prompt_ids=list(prompt_ids),
             params=params,
             limit=min(wanted, room),
-            report=RequestReport(secrets.randbits(64) if params.seed is None else params.seed),
+            report=RequestReport(_new_seed() if params.seed is None else params.seed),
             added=time.perf_counter(),
             history=TokenHistory(prompt_ids),
         )

@@ -11,6 +11,7 @@
 // tokens on. No integer or bf16 dot instructions: on cores without AMX they are no faster than fp32
 // FMA.
 #pragma once
+#include "cpu/dot_kernel.h"
 
 namespace kn::cpu::KN_ISA {
 

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/limbs.h"
 #include "kimi_native/layout.h"
 #include "kimi_native/types.h"
 
@@ -21,6 +22,35 @@ struct Bf16GemmTile {
   float* sums;    // scratch: tokens * 16
 };
 
+// One task of mla_decode: a block of heads of one sequence over one chunk of its tokens. The result
+// is unnormalized: out = sum of exp(score - max) * value, sum = sum of exp(score - max).
+static constexpr int kMlaTileTokens = 64;
+struct MlaDecodeChunk {
+  const void* q;  // first head of the block
+  const void* cache;
+  const int32_t* page_table;  // of this sequence
+  DType q_dtype, cache_dtype;
+  int64_t heads, latent, width;  // width: latent + rope
+  int64_t page_size, begin, end;
+  float softmax_scale;
+  float* packed;   // scratch: heads * (width rounded up to 16)
+  float* scores;   // scratch: heads * kMlaTileTokens
+  float* rescale;  // scratch: heads
+  float* out;      // [heads, latent rounded up to 16]
+  float* max;      // [heads]
+  float* sum;      // [heads]
+};
+
+// The last step of mla_decode for one row of the result: its chunks, `chunk_stride` floats apart.
+struct MlaDecodeRow {
+  float* out;
+  const float* max;
+  const float* sum;
+  int64_t chunk_stride, chunks, latent;
+  void* to;
+  DType dtype;
+};
+
 struct Kernels {
   // rms_norm_kernel.h: one row.
   void (*rms_norm_row)(const void* x, const bf16* weight, void* y, DType dtype, int64_t hidden,
@@ -36,6 +66,17 @@ struct Kernels {
   int dot_vectors;
   // bf16_gemm_kernel.h
   void (*bf16_gemm_tile)(const Bf16GemmTile&);
+  // mla_decode_kernel.h
+  void (*mla_decode_chunk)(const MlaDecodeChunk&);
+  void (*mla_decode_combine)(const MlaDecodeRow&);
+
+  // limbs_kernel.h: one token of `in` inputs to prepared_bytes(in) bytes, for weights of a format;
+  // and one tile of an op.
+  void (*int4_prepare)(const void* x, DType dtype, int64_t in, void* out);
+  void (*int8_prepare)(const void* x, DType dtype, int64_t in, void* out);
+  void (*int4_gemm_tile)(const LimbTile&);
+  void (*int4_swiglu_tile)(const LimbTile&);
+  void (*int8_gemm_tile)(const LimbTile&);
 };
 
 // The active tier's table (runtime.h: force_isa, KIMI_NATIVE_CPU_ISA, else the best this machine

@@ -1,10 +1,20 @@
 #include "core/error.h"
+#include "cpu/limb_gemm.h"
 #include "kimi_native/ops.h"
 
 namespace kn::cpu {
 
-int64_t int4_gemm_workspace_bytes(const Int4GemmArgs&) { return 0; }
+int64_t int4_gemm_workspace_bytes(const Int4GemmArgs& a) {
+  check_dtype("int4_gemm", "x", a.x_dtype);
+  check_dtype("int4_gemm", "y", a.y_dtype);
+  check_sizes("int4_gemm", a.tokens, a.tokens, a.out, a.in, a.group_size);
+  return prepared_tokens_bytes("int4_gemm", a.tokens, a.in);
+}
 
-void int4_gemm(const Int4GemmArgs&) { throw std::runtime_error("int4_gemm: not written yet"); }
+void int4_gemm(const Int4GemmArgs& a) {
+  int4_gemm_workspace_bytes(a);
+  dense_limb_gemm("int4_gemm", Int4{}, a, {a.weight_packed, a.weight_scale}, kernels().int4_prepare,
+                  kernels().int4_gemm_tile);
+}
 
 }  // namespace kn::cpu

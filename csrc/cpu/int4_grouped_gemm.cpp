@@ -1,12 +1,25 @@
 #include "core/error.h"
+#include "cpu/limb_gemm.h"
 #include "kimi_native/ops.h"
 
 namespace kn::cpu {
 
-int64_t int4_grouped_gemm_workspace_bytes(const Int4GroupedGemmArgs&) { return 0; }
+int64_t int4_grouped_gemm_workspace_bytes(const Int4GroupedGemmArgs& a) {
+  return grouped_workspace_bytes("int4_grouped_gemm", a);
+}
 
-void int4_grouped_gemm(const Int4GroupedGemmArgs&) {
-  throw std::runtime_error("int4_grouped_gemm: not written yet");
+void int4_grouped_gemm(const Int4GroupedGemmArgs& a) {
+  run_grouped(
+      "int4_grouped_gemm", a, 2 * kPanelRows,
+      [&](int32_t expert) {
+        return a.weight_packed && a.weight_scale && a.weight_packed[expert] &&
+               a.weight_scale[expert];
+      },
+      [&](int32_t expert, int64_t row) {
+        return gemm_tile(Int4{}, {a.weight_packed[expert], a.weight_scale[expert]}, row, a.out,
+                         a.in);
+      },
+      kernels().int4_gemm_tile);
 }
 
 }  // namespace kn::cpu

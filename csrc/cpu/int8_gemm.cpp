@@ -1,10 +1,20 @@
 #include "core/error.h"
+#include "cpu/limb_gemm.h"
 #include "kimi_native/ops.h"
 
 namespace kn::cpu {
 
-int64_t int8_gemm_workspace_bytes(const Int8GemmArgs&) { return 0; }
+int64_t int8_gemm_workspace_bytes(const Int8GemmArgs& a) {
+  check_dtype("int8_gemm", "x", a.x_dtype);
+  check_dtype("int8_gemm", "y", a.y_dtype);
+  check_sizes("int8_gemm", a.tokens, a.tokens, a.out, a.in, a.group_size);
+  return prepared_tokens_bytes("int8_gemm", a.tokens, a.in);
+}
 
-void int8_gemm(const Int8GemmArgs&) { throw std::runtime_error("int8_gemm: not written yet"); }
+void int8_gemm(const Int8GemmArgs& a) {
+  int8_gemm_workspace_bytes(a);
+  dense_limb_gemm("int8_gemm", Int8{}, a, {(const uint8_t*)a.weight, a.weight_scale},
+                  kernels().int8_prepare, kernels().int8_gemm_tile);
+}
 
 }  // namespace kn::cpu

@@ -15,16 +15,21 @@
 
 #if KN_TIER == 2
 #include "cpu/simd/avx512.h"
+#include "cpu/simd/limbs_avx512.h"
 #elif KN_TIER == 1
 #include "cpu/simd/avx2.h"
+#include "cpu/simd/limbs_avx2.h"
 #else
 #include "cpu/simd/generic.h"
+#include "cpu/simd/limbs_generic.h"
 #endif
 
-#include "cpu/dot_kernel.h"
-#include "cpu/moe_combine_kernel.h"
-// Users of dot_kernel.h and exp_kernel.h.
 #include "cpu/bf16_gemm_kernel.h"
+#include "cpu/int4_gemm_kernel.h"
+#include "cpu/int4_grouped_swiglu_kernel.h"
+#include "cpu/int8_gemm_kernel.h"
+#include "cpu/mla_decode_kernel.h"
+#include "cpu/moe_combine_kernel.h"
 #include "cpu/rms_norm_kernel.h"
 #include "cpu/swiglu_kernel.h"
 
@@ -37,6 +42,13 @@ const Kernels table = {
     .moe_combine_row = moe_combine_row,
     .dot_vectors = kDotVectors,
     .bf16_gemm_tile = bf16_gemm_tile,
+    .mla_decode_chunk = mla_decode_chunk,
+    .mla_decode_combine = mla_decode_combine,
+    .int4_prepare = int4_prepare,
+    .int8_prepare = int8_prepare,
+    .int4_gemm_tile = int4_gemm_tile,
+    .int4_swiglu_tile = int4_swiglu_tile,
+    .int8_gemm_tile = int8_gemm_tile,
 };
 
 }  // namespace kn::cpu::KN_ISA

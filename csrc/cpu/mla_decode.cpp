@@ -1,10 +1,219 @@
+// Splits attention over (sequence x chunk of kChunkTokens tokens x block of heads), then adds up
+// each row's chunks in ascending order. Chunks are cut at fixed token positions, so a row's bits
+// depend neither on the threads nor on its neighbours.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
 #include "core/error.h"
+#include "core/threads.h"
+#include "cpu/dispatch.h"
 #include "kimi_native/ops.h"
+#include "kimi_native/runtime.h"
 
 namespace kn::cpu {
+namespace {
 
-int64_t mla_decode_workspace_bytes(const MlaDecodeArgs&) { return 0; }
+constexpr const char* kOp = "mla_decode";
+constexpr int64_t kChunkTokens = 512;       // 8 tiles: the partial result is 1/9 of the cache read
+constexpr int64_t kBlockBytes = 320 << 10;  // q, scores and sums of a block: leaves L2 for a tile
+constexpr int64_t kRoundBytes = 64 << 20;   // partial results kept at once, over several sequences
+constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kHeadStep = 6;  // the register tiles of every tier divide it
+constexpr int64_t kCombineRows = 16;
 
-void mla_decode(const MlaDecodeArgs&) { throw std::runtime_error("mla_decode: not written yet"); }
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+int64_t mul(int64_t a, int64_t b) { return checked_mul(kOp, a, b); }
+
+int64_t num_chunks(const MlaDecodeArgs& a, int64_t b) {
+  return ceil_div(a.seq_lens[b], kChunkTokens);
+}
+
+struct Plan {
+  int64_t width16, latent16;  // rounded up to 16
+  int64_t heads_per_task, head_blocks;
+  int64_t thread_floats, chunk_floats;  // scratch of a thread; one chunk of all heads
+  int64_t round_chunks;                 // the most chunks in a round
+  int64_t offsets_bytes, bytes;
+};
+
+void check_sizes(const MlaDecodeArgs& a) {
+  KN_REQUIRE(
+      a.batch >= 0 && a.heads >= 1 && a.kv_lora_rank >= 1 && a.qk_rope_head_dim >= 0,
+      "mla_decode: need batch, qk_rope_head_dim >= 0 and heads, kv_lora_rank >= 1 (got batch=",
+      a.batch, ", heads=", a.heads, ", kv_lora_rank=", a.kv_lora_rank,
+      ", qk_rope_head_dim=", a.qk_rope_head_dim, ")");
+  KN_REQUIRE(a.pages >= 0 && a.page_size >= 1 && a.max_pages >= 0,
+             "mla_decode: need pages, max_pages >= 0 and page_size >= 1 (got pages=", a.pages,
+             ", max_pages=", a.max_pages, ", page_size=", a.page_size, ")");
+  KN_REQUIRE(std::isfinite(a.softmax_scale), "mla_decode: softmax_scale must be finite (got ",
+             a.softmax_scale, ")");
+  // Each size stays 64 times below the limit, so sums and paddings of sizes fit too.
+  const int64_t width = mul(a.kv_lora_rank, 64) / 64 + mul(a.qk_rope_head_dim, 64) / 64;
+  mul(mul(mul(a.batch, a.heads), width), 256);
+  mul(mul(mul(a.pages, a.page_size), width), 256);
+  mul(mul(a.batch, a.max_pages), 256);
+  mul(mul(a.max_pages, a.page_size), 64);
+  KN_REQUIRE(a.batch == 0 || a.seq_lens, "mla_decode: seq_lens must not be null (got null)");
+  for (int64_t b = 0; b < a.batch; ++b)
+    KN_REQUIRE(a.seq_lens[b] >= 0 && a.seq_lens[b] <= a.max_pages * a.page_size,
+               "mla_decode: seq_lens must be 0 to max_pages * page_size = ",
+               a.max_pages * a.page_size, " (got seq_lens[", b, "]=", a.seq_lens[b], ")");
+}
+
+// Sequences from `begin` on whose partial results fit kRoundBytes together, at least one; returns
+// the first one left out.
+int64_t round_end(const MlaDecodeArgs& a, const Plan& p, int64_t begin, int64_t& chunks) {
+  chunks = num_chunks(a, begin);
+  int64_t b = begin + 1;
+  for (; b < a.batch; ++b) {
+    const int64_t more = chunks + num_chunks(a, b);
+    if (mul(more, p.chunk_floats * 4) > kRoundBytes) break;
+    chunks = more;
+  }
+  return b;
+}
+
+Plan plan(const MlaDecodeArgs& a) {
+  check_sizes(a);
+  Plan p;
+  p.width16 = round_up(a.kv_lora_rank + a.qk_rope_head_dim, 16);
+  p.latent16 = round_up(a.kv_lora_rank, 16);
+  p.chunk_floats = mul(a.heads, p.latent16) + 2 * round_up(a.heads, 16);
+  p.round_chunks = 0;
+  int64_t all_chunks = 0;
+  for (int64_t b = 0, chunks; b < a.batch; all_chunks += chunks) {
+    b = round_end(a, p, b, chunks);
+    p.round_chunks = std::max(p.round_chunks, chunks);
+  }
+  const int64_t head_floats = p.width16 + p.latent16 + kMlaTileTokens;
+  const int64_t threads = num_threads();
+  const int64_t wanted_tasks = threads == 1 ? 1 : threads * kTasksPerThread;
+  const int64_t blocks = std::max(ceil_div(wanted_tasks, std::max<int64_t>(all_chunks, 1)),
+                                  ceil_div(mul(a.heads, head_floats * 4), kBlockBytes));
+  p.heads_per_task = std::min(a.heads, round_up(ceil_div(a.heads, blocks), kHeadStep));
+  p.head_blocks = ceil_div(a.heads, p.heads_per_task);
+  p.thread_floats =
+      mul(p.heads_per_task, p.width16 + kMlaTileTokens) + round_up(p.heads_per_task, 16);
+  p.offsets_bytes = round_up((a.batch + 1) * 8, 64);
+  p.bytes = mul(threads, p.thread_floats * 4);
+  KN_REQUIRE(
+      !__builtin_add_overflow(p.bytes, p.offsets_bytes, &p.bytes) &&
+          !__builtin_add_overflow(p.bytes, mul(p.round_chunks, p.chunk_floats * 4), &p.bytes),
+      "mla_decode: the workspace must fit in 64 bits (got batch=", a.batch, ")");
+  return p;
+}
+
+void check_buffers(const MlaDecodeArgs& a, const Plan& p) {
+  KN_REQUIRE(a.q && a.out, "mla_decode: q and out must not be null (got q=", a.q, ", out=", a.out,
+             ")");
+  KN_REQUIRE(p.round_chunks == 0 || (a.cache && a.page_table),
+             "mla_decode: cache and page_table must not be null (got cache=", a.cache,
+             ", page_table=", a.page_table, ")");
+  KN_REQUIRE(a.workspace && uintptr_t(a.workspace) % 64 == 0 && a.workspace_bytes >= p.bytes,
+             "mla_decode: workspace must be 64-byte aligned and hold ", p.bytes, " bytes (got ",
+             a.workspace_bytes, " at ", a.workspace, ")");
+  for (int64_t b = 0; b < a.batch; ++b)
+    for (int64_t i = 0; i < ceil_div(a.seq_lens[b], a.page_size); ++i) {
+      const int32_t page = a.page_table[b * a.max_pages + i];
+      KN_REQUIRE(page >= 0 && page < a.pages,
+                 "mla_decode: used page ids must be 0 to pages - 1 = ", a.pages - 1,
+                 " (got page_table[", b, "][", i, "]=", page, ")");
+    }
+}
+
+// Some sequences in flight: sequence begin + i owns the chunks offsets[i] .. offsets[i + 1].
+struct Round {
+  const MlaDecodeArgs& a;
+  const Plan& p;
+  const Kernels& k;
+  int64_t begin, end;
+  int64_t* offsets;
+  float* scratch;   // thread_floats for each thread
+  float* partials;  // chunk_floats for each chunk: sums of values, maxima, sums of weights
+
+  int64_t chunks() const { return offsets[end - begin]; }
+
+  void run_chunk(int64_t task, int thread) const {
+    const int64_t head = task % p.head_blocks * p.heads_per_task, index = task / p.head_blocks;
+    const int64_t i = std::upper_bound(offsets, offsets + (end - begin), index) - offsets - 1;
+    const int64_t b = begin + i, chunk = index - offsets[i];
+    const int64_t width = a.kv_lora_rank + a.qk_rope_head_dim;
+    float* to = partials + index * p.chunk_floats;
+    MlaDecodeChunk c;
+    c.q = (const char*)a.q + (b * a.heads + head) * width * dtype_bytes(a.q_dtype);
+    c.cache = a.cache;
+    c.page_table = a.page_table + b * a.max_pages;
+    c.q_dtype = a.q_dtype;
+    c.cache_dtype = a.cache_dtype;
+    c.heads = std::min(p.heads_per_task, a.heads - head);
+    c.latent = a.kv_lora_rank;
+    c.width = width;
+    c.page_size = a.page_size;
+    c.begin = chunk * kChunkTokens;
+    c.end = std::min<int64_t>(c.begin + kChunkTokens, a.seq_lens[b]);
+    c.softmax_scale = a.softmax_scale;
+    c.packed = scratch + thread * p.thread_floats;
+    c.scores = c.packed + p.heads_per_task * p.width16;
+    c.rescale = c.scores + p.heads_per_task * kMlaTileTokens;
+    c.out = to + head * p.latent16;
+    c.max = to + a.heads * p.latent16 + head;
+    c.sum = c.max + round_up(a.heads, 16);
+    k.mla_decode_chunk(c);
+  }
+
+  void combine_row(int64_t i, int64_t head) const {
+    const int64_t row = (begin + i) * a.heads + head;
+    const int64_t bytes = a.kv_lora_rank * dtype_bytes(a.q_dtype);
+    float* from = partials + offsets[i] * p.chunk_floats;
+    MlaDecodeRow r;
+    r.out = from + head * p.latent16;
+    r.max = from + a.heads * p.latent16 + head;
+    r.sum = r.max + round_up(a.heads, 16);
+    r.chunk_stride = p.chunk_floats;
+    r.chunks = offsets[i + 1] - offsets[i];
+    r.latent = a.kv_lora_rank;
+    r.to = (char*)a.out + row * bytes;
+    r.dtype = a.q_dtype;
+    if (r.chunks == 0)
+      std::memset(r.to, 0, bytes);  // all bits zero is 0.0 in both dtypes
+    else
+      k.mla_decode_combine(r);
+  }
+
+  void run() const {
+    offsets[0] = 0;
+    for (int64_t b = begin; b < end; ++b)
+      offsets[b - begin + 1] = offsets[b - begin] + num_chunks(a, b);
+    parallel_for(chunks() * p.head_blocks,
+                 [&](int64_t task, int thread) { run_chunk(task, thread); });
+    const int64_t rows = (end - begin) * a.heads;
+    parallel_for(ceil_div(rows, kCombineRows), [&](int64_t task, int) {
+      const int64_t last = std::min(rows, (task + 1) * kCombineRows);
+      for (int64_t r = task * kCombineRows; r < last; ++r) combine_row(r / a.heads, r % a.heads);
+    });
+  }
+};
+
+}  // namespace
+
+int64_t mla_decode_workspace_bytes(const MlaDecodeArgs& a) { return plan(a).bytes; }
+
+void mla_decode(const MlaDecodeArgs& a) {
+  const Plan p = plan(a);
+  if (a.batch == 0) return;
+  check_buffers(a, p);
+  char* at = (char*)a.workspace;
+  int64_t* offsets = (int64_t*)at;
+  float* scratch = (float*)(at + p.offsets_bytes);
+  float* partials = scratch + num_threads() * p.thread_floats;
+  const Kernels& k = kernels();
+  for (int64_t b = 0, chunks; b < a.batch;) {
+    const int64_t end = round_end(a, p, b, chunks);
+    Round{a, p, k, b, end, offsets, scratch, partials}.run();
+    b = end;
+  }
+}
 
 }  // namespace kn::cpu

@@ -1,0 +1,12 @@
+// int4_gemm and int4_grouped_gemm, one tile: limbs_kernel.h with INT4 weights, plain store.
+#pragma once
+#include "cpu/limbs_panel_kernel.h"
+
+namespace kn::cpu::KN_ISA {
+
+static void int4_prepare(const void* x, DType dtype, int64_t in, void* out) {
+  prepare_token<Int4>(x, dtype, in, out);
+}
+static void int4_gemm_tile(const LimbTile& tile) { limb_tile<Int4, StoreRows>(tile); }
+
+}  // namespace kn::cpu::KN_ISA

@@ -1,0 +1,13 @@
+// int8_gemm, one tile: limbs_kernel.h with INT8 weights. A group's integer dot product may pass
+// 2^24, so turning it into a float rounds it once.
+#pragma once
+#include "cpu/limbs_panel_kernel.h"
+
+namespace kn::cpu::KN_ISA {
+
+static void int8_prepare(const void* x, DType dtype, int64_t in, void* out) {
+  prepare_token<Int8>(x, dtype, in, out);
+}
+static void int8_gemm_tile(const LimbTile& tile) { limb_tile<Int8, StoreRows>(tile); }
+
+}  // namespace kn::cpu::KN_ISA

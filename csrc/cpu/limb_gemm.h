@@ -1,0 +1,213 @@
+// What the doors of int4_gemm, int8_gemm, int4_grouped_gemm and int4_grouped_swiglu share: size
+// checks, preparing the tokens, cutting the work into tasks. The arithmetic is in limbs.h.
+//
+// Workspace: [tokens] prepared tokens, then (grouped ops) the list of segments. A task is one tile
+// of rows of one segment; all tasks of an op go into one parallel_for.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <span>
+
+#include "core/error.h"
+#include "core/threads.h"
+#include "cpu/dispatch.h"
+#include "cpu/limbs.h"
+
+namespace kn::cpu {
+
+// Up to kSegmentTokens consecutive rows of one expert: enough that weights decoded once per 64
+// tokens stay in L2, few enough that one expert with thousands of rows still feeds all threads.
+struct Segment {
+  int32_t expert;
+  int32_t first_row;
+  int32_t rows;
+};
+constexpr int64_t kSegmentTokens = 256;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline void check_dtype(const char* op, const char* name, DType dtype) {
+  KN_REQUIRE(dtype == DType::kBf16 || dtype == DType::kFp32, op, ": ", name,
+             " must be bf16 (0) or fp32 (1) (got ", int32_t(dtype), ")");
+}
+
+inline void check_sizes(const char* op, int64_t x_rows, int64_t rows, int64_t out, int64_t in,
+                        int32_t group_size) {
+  KN_REQUIRE(group_size == kGroupSize, op, ": group_size must be ", kGroupSize, " (got ",
+             group_size, ")");
+  KN_REQUIRE(in > 0 && in % kGroupSize == 0, op, ": in must be a positive multiple of ", kGroupSize,
+             " (got ", in, ")");
+  checked_mul(op, x_rows, checked_mul(op, in, 8));  // prepared tokens take less than 8 in + 512
+  checked_mul(op, rows, checked_mul(op, out, 8));
+  checked_mul(op, out, checked_mul(op, in, 8));
+}
+
+inline int64_t prepared_tokens_bytes(const char* op, int64_t tokens, int64_t in) {
+  return checked_mul(op, tokens, prepared_bytes(in));
+}
+
+inline void check_workspace(const char* op, const void* workspace, int64_t bytes, int64_t needed) {
+  KN_REQUIRE(bytes >= needed, op, ": workspace must have ", needed, " bytes (got ", bytes, ")");
+  KN_REQUIRE(workspace && uintptr_t(workspace) % 64 == 0, op,
+             ": workspace must be 64-byte aligned (got ", workspace, ")");
+}
+
+using PrepareToken = void (*)(const void* x, DType dtype, int64_t in, void* out);
+
+inline void prepare_tokens(PrepareToken prepare, const void* x, DType dtype, int64_t tokens,
+                           int64_t in, uint8_t* out) {
+  // Four tokens take a few microseconds: fewer are not worth waking a thread.
+  constexpr int64_t kTokensPerTask = 4;
+  parallel_for(ceil_div(tokens, kTokensPerTask), [&](int64_t task, int) {
+    const int64_t end = std::min(tokens, (task + 1) * kTokensPerTask);
+    for (int64_t t = task * kTokensPerTask; t < end; ++t)
+      prepare((const char*)x + t * in * dtype_bytes(dtype), dtype, in,
+              out + t * prepared_bytes(in));
+  });
+}
+
+// One matrix in the layout of a format.
+struct Matrix {
+  const uint8_t* weight;
+  const bf16* scale;
+};
+
+// The tile of rows `row` .. row + 31 of one matrix.
+template <typename Format>
+LimbTile gemm_tile(Format, const Matrix& m, int64_t row, int64_t out, int64_t in) {
+  LimbTile tile = {};
+  for (int p = 0; p < 2; ++p) {
+    const int64_t left = out - row - p * kPanelRows;
+    const int64_t at = left > 0 ? row + p * kPanelRows : row;  // an absent panel repeats the first
+    tile.weight[p] = m.weight + at * row_bytes(Format{}, in);
+    tile.scale[p] = m.scale + at * num_groups(in);
+    tile.rows[p] = int(std::clamp<int64_t>(left, 0, kPanelRows));
+  }
+  return tile;
+}
+
+// The whole of int4_gemm and int8_gemm once the sizes are checked.
+template <typename Format, typename Args>
+void dense_limb_gemm(const char* op, Format format, const Args& a, const Matrix& m,
+                     PrepareToken prepare, void (*tile_kernel)(const LimbTile&)) {
+  if (a.tokens == 0 || a.out == 0) return;
+  KN_REQUIRE(a.x && a.y && m.weight && m.scale, op,
+             ": x, weight, weight_scale and y must not be "
+             "null (got ",
+             a.x, ", ", (const void*)m.weight, ", ", (const void*)m.scale, ", ", a.y, ")");
+  check_workspace(op, a.workspace, a.workspace_bytes, prepared_tokens_bytes(op, a.tokens, a.in));
+  uint8_t* x = (uint8_t*)a.workspace;
+  prepare_tokens(prepare, a.x, a.x_dtype, a.tokens, a.in, x);
+  constexpr int64_t kRowsPerTask = 2 * kPanelRows;
+  const int64_t row_tasks = ceil_div(a.out, kRowsPerTask);
+  parallel_for(row_tasks * ceil_div(a.tokens, kSegmentTokens), [&](int64_t task, int) {
+    const int64_t row = task % row_tasks * kRowsPerTask, first = task / row_tasks * kSegmentTokens;
+    LimbTile tile = gemm_tile(format, m, row, a.out, a.in);
+    tile.x = x + first * prepared_bytes(a.in);
+    tile.y = (char*)a.y + (first * a.out + row) * dtype_bytes(a.y_dtype);
+    tile.y_stride = a.out;
+    tile.y_dtype = a.y_dtype;
+    tile.tokens = std::min(kSegmentTokens, a.tokens - first);
+    tile.in = a.in;
+    tile_kernel(tile);
+  });
+}
+
+// ---- grouped ops ----
+
+template <typename Args>
+void check_grouped_sizes(const char* op, const Args& a) {
+  check_dtype(op, "x", a.x_dtype);
+  check_dtype(op, "y", a.y_dtype);
+  check_sizes(op, a.x_rows, a.rows, a.out, a.in, a.group_size);
+  checked_mul(op, a.experts, 64);
+}
+
+template <typename Args>
+int64_t grouped_workspace_bytes(const char* op, const Args& a) {
+  check_grouped_sizes(op, a);
+  // Every segment but the last of an expert is full, and an expert with a segment has a row.
+  const int64_t segments = std::min(a.experts, a.rows) + a.rows / kSegmentTokens;
+  return prepared_tokens_bytes(op, a.x_rows, a.in) +
+         checked_mul(op, segments, int64_t(sizeof(Segment)));
+}
+
+// Writes the segments behind the prepared tokens; returns how many.
+template <typename Args>
+int64_t make_segments(const char* op, const Args& a, Segment* segments) {
+  KN_REQUIRE(a.expert_offsets[0] == 0 && a.expert_offsets[a.experts] == a.rows, op,
+             ": expert_offsets must go from 0 to rows=", a.rows, " (got ", a.expert_offsets[0],
+             " to ", a.expert_offsets[a.experts], ")");
+  for (int64_t e = 0; e < a.experts; ++e)
+    KN_REQUIRE(a.expert_offsets[e] <= a.expert_offsets[e + 1], op,
+               ": expert_offsets must ascend (got ", a.expert_offsets[e], ", ",
+               a.expert_offsets[e + 1], " for expert ", e, ")");
+  int64_t n = 0;
+  for (int64_t e = 0; e < a.experts; ++e)
+    for (int64_t r = a.expert_offsets[e]; r < a.expert_offsets[e + 1]; r += kSegmentTokens)
+      segments[n++] = {int32_t(e), int32_t(r),
+                       int32_t(std::min<int64_t>(kSegmentTokens, a.expert_offsets[e + 1] - r))};
+  return n;
+}
+
+// Checks pointers, indices and workspace, prepares every row of x, and returns the number of
+// segments (0: nothing to do). has_weights(e) says that no pointer of expert e is null; only
+// experts with rows are asked.
+template <typename Args, typename HasWeights>
+int64_t open_grouped(const char* op, const Args& a, HasWeights has_weights) {
+  const int64_t needed = grouped_workspace_bytes(op, a);
+  KN_REQUIRE(a.expert_offsets, op, ": expert_offsets must not be null");
+  if (a.rows > 0 && a.out > 0) {
+    KN_REQUIRE(a.x && a.y, op, ": x and y must not be null (got ", a.x, ", ", a.y, ")");
+    check_workspace(op, a.workspace, a.workspace_bytes, needed);
+  }
+  if (!a.x_index)
+    KN_REQUIRE(a.x_rows == a.rows, op, ": without x_index, x must have rows=", a.rows,
+               " rows (got ", a.x_rows, ")");
+  for (int64_t r = 0; a.x_index && r < a.rows; ++r)
+    KN_REQUIRE(a.x_index[r] >= 0 && a.x_index[r] < a.x_rows, op, ": x_index must be in [0, ",
+               a.x_rows, ") (got ", a.x_index[r], " at row ", r, ")");
+  if (a.rows == 0 || a.out == 0) return 0;
+  uint8_t* x = (uint8_t*)a.workspace;
+  Segment* segments = (Segment*)(x + prepared_tokens_bytes(op, a.x_rows, a.in));
+  const int64_t n = make_segments(op, a, segments);
+  for (const Segment& s : std::span(segments, size_t(n)))
+    KN_REQUIRE(has_weights(s.expert), op,
+               ": weight pointers of an expert with rows must not be "
+               "null (got null for expert ",
+               s.expert, ")");
+  prepare_tokens(kernels().int4_prepare, a.x, a.x_dtype, a.x_rows, a.in, x);
+  return n;
+}
+
+// The parts of a tile that follow from the segment and its first row of weights.
+template <typename Args>
+void place_grouped_tile(const Args& a, const Segment& s, int64_t row, LimbTile& tile) {
+  tile.x = (const uint8_t*)a.workspace + (a.x_index ? 0 : s.first_row * prepared_bytes(a.in));
+  tile.x_index = a.x_index ? a.x_index + s.first_row : nullptr;
+  tile.y = (char*)a.y + (s.first_row * a.out + row) * dtype_bytes(a.y_dtype);
+  tile.y_stride = a.out;
+  tile.y_dtype = a.y_dtype;
+  tile.tokens = s.rows;
+  tile.in = a.in;
+}
+
+// All tasks of a grouped op: make_tile(expert, row) gives the weights of rows_per_task rows.
+template <typename Args, typename HasWeights, typename MakeTile>
+void run_grouped(const char* op, const Args& a, int64_t rows_per_task, HasWeights has_weights,
+                 MakeTile make_tile, void (*tile_kernel)(const LimbTile&)) {
+  const int64_t num_segments = open_grouped(op, a, has_weights);
+  if (num_segments == 0) return;
+  const Segment* segments =
+      (const Segment*)((const uint8_t*)a.workspace + prepared_tokens_bytes(op, a.x_rows, a.in));
+  const int64_t row_tasks = ceil_div(a.out, rows_per_task);
+  parallel_for(num_segments * row_tasks, [&](int64_t task, int) {
+    const Segment& s = segments[task / row_tasks];
+    const int64_t row = task % row_tasks * rows_per_task;
+    LimbTile tile = make_tile(s.expert, row);
+    place_grouped_tile(a, s, row, tile);
+    tile_kernel(tile);
+  });
+}
+
+}  // namespace kn::cpu

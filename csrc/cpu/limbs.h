@@ -1,0 +1,66 @@
+// What the INT4 and INT8 ops multiply with: activations as 16-bit block fixed point, and the tile
+// of work that one kernel call does.
+//
+// Per token and group of 32 inputs: x[i] ~ step * v[i] with an integer |v| <= 32639 and a power of
+// two `step` = 2^(e - 14), where 2^e <= max|x| < 2^(e + 1); one more bit is given up if the largest
+// |v| would pass 32639, the limit of two signed bytes (v = 256 * high + low). Ties round to even.
+//   Error: at most max|x| / 32639 of the group; none for a bf16 entry above 2^-7 of that maximum.
+//   Groups with max|x| < 2^-112: step is 2^-126, so their absolute error stays below 2^-126.
+//   A group with a NaN or an infinity: step is NaN, and so is every output of the token.
+// A weight q in [-8, 7] or [-127, 127] gives the exact integer d = sum of q * v over a group. Then
+//   acc[g % 4] = fma(float(d), weight_scale * step, acc[g % 4])     groups g ascending
+//   y          = (acc[0] + acc[2]) + (acc[1] + acc[3])
+// in fp32, in every tier and kernel variant: the bits depend on nothing but x and w.
+#pragma once
+#include <cstdint>
+
+#include "kimi_native/layout.h"
+#include "kimi_native/types.h"
+
+namespace kn::cpu {
+
+static constexpr int kChunkGroups = 4;  // 4 groups of INT4 weights are one 64-byte register
+static constexpr int kChunkInputs = kChunkGroups * int(kGroupSize);
+static constexpr int kChunkValueBytes = 2 * kChunkInputs;
+static constexpr int kLimbLimit = 32639;  // 127 * 256 + 127
+
+// What a tile needs to know about the four groups of a chunk. `offset` is -zero_point * sum(v) for
+// weights stored as unsigned q + zero_point, 0 for signed ones.
+struct GroupParams {
+  int32_t offset[kChunkGroups];
+  float step[kChunkGroups];
+};
+
+// A prepared token, 64-byte aligned: [chunks][256] bytes of v in an order that the tier chooses,
+// then [chunks] GroupParams. Groups past `in` are zero.
+static constexpr int64_t num_chunks(int64_t in) { return (in + kChunkInputs - 1) / kChunkInputs; }
+static constexpr int64_t prepared_bytes(int64_t in) {
+  return (num_chunks(in) * (kChunkValueBytes + int64_t(sizeof(GroupParams))) + 63) / 64 * 64;
+}
+
+// The two weight formats (layout.h), as tags that kernels are templates on.
+struct Int4 {
+  enum : int { kChunkBytes = kChunkInputs / 2 };
+};
+struct Int8 {
+  enum : int { kChunkBytes = kChunkInputs };
+};
+static constexpr int64_t row_bytes(Int4, int64_t in) { return int4_row_bytes(in); }
+static constexpr int64_t row_bytes(Int8, int64_t in) { return in; }
+
+// Two panels of up to 16 weight rows times some tokens. gemm: the second panel follows the first
+// in the same matrix and in y. swiglu: panel 0 is gate, panel 1 up, and y = silu(gate) * up.
+static constexpr int kPanelRows = 16;
+struct LimbTile {
+  const uint8_t* weight[2];  // first row of each panel
+  const bf16* scale[2];
+  int rows[2];             // [0]: 1 to 16; [1]: 0 to 16
+  const uint8_t* x;        // prepared tokens, prepared_bytes(in) apart
+  const int32_t* x_index;  // [tokens] which of them, or null: in order
+  void* y;                 // first row and token of the tile
+  int64_t y_stride;        // elements from token to token
+  DType y_dtype;
+  int64_t tokens, in;
+};
+
+}  // namespace kn::cpu

@@ -104,8 +104,9 @@ def test_generate_reads_the_prompt_from_stdin(loaded, monkeypatch, capsys, argum
     assert ids == loaded.model.generate(prompt).prompt_ids
 
 
-def test_generate_says_when_the_reasoning_used_up_the_tokens(loaded, capsys):
-    assert run("generate", "--model", "m", "--max-tokens", "2", "Hi") == 0
+@pytest.mark.parametrize("options", [[], ["--stream"]], ids=str)
+def test_generate_says_when_the_reasoning_used_up_the_tokens(loaded, capsys, options):
+    assert run("generate", "--model", "m", "--max-tokens", "2", "Hi", *options) == 0
     out, err = capsys.readouterr()
     assert out == "\n"
     assert err.startswith("kimi-native: the output ended inside the reasoning")

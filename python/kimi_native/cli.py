@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from kimi_native.plan import MemoryPlan
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+_ALL_REASONING = (
+    "the output ended inside the reasoning; raise --max-tokens, or look at it with --json"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -207,14 +210,19 @@ def _check_overrides(overrides: dict[str, Any]) -> None:
 
 
 def _print_stream(events: Iterator[Any]) -> None:
-    from kimi_native.chat.types import ContentDelta, ReasoningDelta, ToolCallDelta
+    from kimi_native.chat.types import ContentDelta, Finish, ReasoningDelta, ToolCallDelta
 
     on_terminal = sys.stdout.isatty()
     calls: list[tuple[str, str]] = []
+    kinds: set[type] = set()
+    reason = None
     dimmed = False
     try:
         for event in events:
-            if isinstance(event, ReasoningDelta) and on_terminal:
+            kinds.add(type(event))
+            if isinstance(event, Finish):
+                reason = event.reason
+            elif isinstance(event, ReasoningDelta) and on_terminal:
                 sys.stdout.write(("" if dimmed else _DIM) + _shown(event.text))
                 dimmed = True
             elif isinstance(event, ContentDelta):
@@ -228,6 +236,8 @@ def _print_stream(events: Iterator[Any]) -> None:
             sys.stdout.flush()
     finally:
         sys.stdout.write((_PLAIN if dimmed else "") + "\n")
+    if reason == "length" and ReasoningDelta in kinds and ContentDelta not in kinds:
+        _note(_ALL_REASONING)
     _note_calls(calls)
 
 

@@ -1,0 +1,418 @@
+"""The command line: arguments to one call of the library, its result to a table, text, or JSON.
+
+Exit codes: 0 done; 1 an error with one line on stderr, a plan that does not fit, or a failed check; 2 wrong usage;
+130 interrupted. Results go to stdout, all else to stderr. Heavy modules are imported by the verb that needs them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from kimi_native import __version__
+from kimi_native.errors import KimiNativeError, RequestError
+
+if TYPE_CHECKING:
+    from kimi_native.checkpoint import Checkpoint
+    from kimi_native.generation import Generation
+    from kimi_native.plan import MemoryPlan
+
+_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+_ALL_REASONING = (
+    "the output ended inside the reasoning; raise --max-tokens, or look at it with --json"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code; argparse itself exits with 2 on wrong usage."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = _parser(argv).parse_args(argv)
+    try:
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; the interpreter must not flush into the closed pipe at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except (KimiNativeError, ValueError, TypeError, RuntimeError, OSError, MemoryError) as error:
+        if args.debug:
+            raise
+        _note(f"error: {str(error) or type(error).__name__}")
+        return 1
+
+
+# ---- arguments ------------------------------------------------------------------------------------------------------
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kimi-native",
+        description="Kimi K2 and its family, run from the checkpoint as published.",
+    )
+    parser.add_argument("--version", action="version", version=f"kimi-native {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, run: Callable[[argparse.Namespace], int], help: str) -> Any:
+        sub = verbs.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        sub.set_defaults(run=run, usage_error=sub.error)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return sub
+
+    _add_generate(verb("generate", _generate, "answer one prompt"))
+    _add_inspect(verb("inspect", _inspect, "show what a checkpoint holds, from its headers"))
+    _add_plan(verb("plan", _plan, "show the memory a model needs; exit 1 if it does not fit"))
+    doctor = verb("doctor", _doctor, "show what this machine offers, and check every kernel once")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.add_argument("--quick", action="store_true", help="measure on less memory")
+    make = verb(
+        "make-checkpoint", _make_checkpoint, "write a random checkpoint as published ones are"
+    )
+    if "make-checkpoint" in argv:  # its arguments come from a module that is slow to import
+        from kimi_native import make_checkpoint
+
+        make_checkpoint.add_arguments(make)
+    return parser
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", nargs="?", help="text; absent or -: read from stdin")
+    parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder")
+    parser.add_argument(
+        "--raw-prompt",
+        action="store_true",
+        help="continue the text as it stands, without chat format",
+    )
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument(
+        "--stream",
+        action="store_true",
+        help="print the answer as it comes; on a terminal also the reasoning, dimmed",
+    )
+    output.add_argument("--json", action="store_true", help="print everything as JSON")
+    sampling = parser.add_argument_group(
+        "sampling (default: the checkpoint's generation_config.json)"
+    )
+    sampling.add_argument("--max-tokens", type=int, metavar="N")
+    sampling.add_argument("--temperature", type=float, metavar="X", help="0: the likeliest token")
+    sampling.add_argument("--top-p", type=float, metavar="X")
+    sampling.add_argument("--top-k", type=int, metavar="N")
+    sampling.add_argument("--min-p", type=float, metavar="X")
+    sampling.add_argument("--seed", type=int, metavar="N")
+    sampling.add_argument("--stop", action="append", metavar="TEXT", help="may be repeated")
+    machine = parser.add_argument_group("model and machine")
+    _add_settings(machine)
+    machine.add_argument("--threads", type=int, metavar="N", help="default: the cores there are")
+    machine.add_argument("--isa", metavar="NAME", help="kernel tier (default: the best here)")
+
+
+def _add_settings(parser: Any) -> None:
+    """What decides how much memory a model takes."""
+    parser.add_argument("--max-context", type=int, metavar="N", help="tokens of prompt and answer")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--dense", choices=("bf16", "int8"), default="bf16", help="dense matrices")
+    parser.add_argument(
+        "--ignore-config-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="accept this unknown key of config.json; may be repeated",
+    )
+
+
+def _add_folder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", nargs="?", metavar="DIR", help="checkpoint folder")
+    parser.add_argument("--model", metavar="DIR", help="the same")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    _add_folder(parser)
+    parser.add_argument("--plan", action="store_true", help="also show the memory plan")
+    _add_settings(parser)
+    parser.add_argument("--max-batch", type=int, default=1, metavar="N", help="sequences at once")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    _add_folder(parser)
+    _add_settings(parser)
+    parser.add_argument("--max-batch", type=int, default=1, metavar="N", help="sequences at once")
+
+
+def _folder(args: argparse.Namespace) -> str:
+    if (args.folder is None) == (args.model is None):
+        args.usage_error("give the checkpoint folder once, as DIR or --model DIR")
+    return args.folder or args.model
+
+
+# ---- generate -------------------------------------------------------------------------------------------------------
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from kimi_native.generate import load
+
+    prompt = _prompt(args)
+    overrides = {
+        name: value
+        for name in ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
+        if (value := getattr(args, name)) is not None
+    }
+    _check_overrides(overrides)
+    with _progress() as progress:
+        model = load(
+            args.model,
+            max_context=args.max_context,
+            max_batch=1,
+            threads=args.threads,
+            dtype=args.dtype,
+            dense=args.dense,
+            isa=args.isa,
+            ignore_config_keys=args.ignore_config_key,
+            progress=progress,
+        )
+    options = {"raw_prompt": args.raw_prompt, **overrides}
+    if args.stream:
+        _print_stream(model.stream(prompt, **options))
+        return 0
+    result = model.generate(prompt, **options)
+    if args.json:
+        _print_json(_generation_dict(result))
+        return 0
+    print(_shown(result.text))
+    if result.reasoning and not result.text and result.finish_reason == "length":
+        _note(
+            "the output ended inside the reasoning; raise --max-tokens, or look at it with --json"
+        )
+    _note_calls([(call.id, call.arguments) for call in result.tool_calls])
+    return 0
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    """The prompt argument, or stdin without the newline that ends its last line."""
+    if args.prompt not in (None, "-"):
+        return args.prompt
+    return sys.stdin.read().removesuffix("\n")
+
+
+def _check_overrides(overrides: dict[str, Any]) -> None:
+    """A bad value should not cost the loading of a model."""
+    from kimi_native.sampling import SamplingParams
+
+    SamplingParams(**overrides)
+
+
+def _print_stream(events: Iterator[Any]) -> None:
+    from kimi_native.chat.types import ContentDelta, Finish, ReasoningDelta, ToolCallDelta
+
+    on_terminal = sys.stdout.isatty()
+    calls: list[tuple[str, str]] = []
+    kinds: set[type] = set()
+    reason = None
+    dimmed = False
+    try:
+        for event in events:
+            kinds.add(type(event))
+            if isinstance(event, Finish):
+                reason = event.reason
+            elif isinstance(event, ReasoningDelta) and on_terminal:
+                sys.stdout.write(("" if dimmed else _DIM) + _shown(event.text))
+                dimmed = True
+            elif isinstance(event, ContentDelta):
+                sys.stdout.write((_PLAIN + "\n\n" if dimmed else "") + _shown(event.text))
+                dimmed = False
+            elif isinstance(event, ToolCallDelta):
+                if event.id is not None:
+                    calls.append((event.id, event.arguments))
+                else:
+                    calls[-1] = (calls[-1][0], calls[-1][1] + event.arguments)
+            sys.stdout.flush()
+    finally:
+        sys.stdout.write((_PLAIN if dimmed else "") + "\n")
+    if reason == "length" and ReasoningDelta in kinds and ContentDelta not in kinds:
+        _note(_ALL_REASONING)
+    _note_calls(calls)
+
+
+def _shown(text: str) -> str:
+    """Text as it is; on a terminal without control characters, which could rewrite what the user sees."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(
+        c if c in "\n\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+
+
+def _note_calls(calls: list[tuple[str, str]]) -> None:
+    for id, arguments in calls:
+        _note(f"the model asks for {id} with {arguments}; nothing was run")
+
+
+def _note(text: str) -> None:
+    print(f"kimi-native: {' '.join(text.split())}", file=sys.stderr)
+
+
+def _generation_dict(result: Generation) -> dict[str, Any]:
+    return {
+        "text": result.text,
+        "reasoning": result.reasoning,
+        "tool_calls": [dataclasses.asdict(call) for call in result.tool_calls],
+        "ids": result.ids,
+        "prompt_ids": result.prompt_ids,
+        "finish_reason": result.finish_reason,
+        "usage": {**dataclasses.asdict(result.usage), "total_tokens": result.usage.total_tokens},
+        "timing": dataclasses.asdict(result.timing),
+        "seed": result.seed,
+    }
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int], None] | None]:
+    """A loading bar on stderr, on a terminal only."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("loading", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+# ---- inspect, plan, doctor, make-checkpoint -------------------------------------------------------------------------
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from kimi_native.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(_folder(args), ignore_keys=args.ignore_config_key)
+    summary = checkpoint.summary()
+    plan = _memory_plan(args, checkpoint) if args.plan else None
+    if args.json:
+        _print_json(summary if plan is None else {**summary, "plan": plan.to_dict()})
+        return 0
+    _print_table(str(checkpoint.path), list(_rows(summary)))
+    if plan is not None:
+        _print_plan(plan)
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from kimi_native.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(_folder(args), ignore_keys=args.ignore_config_key)
+    plan = _memory_plan(args, checkpoint)
+    if args.json:
+        _print_json(plan.to_dict())
+    else:
+        _print_plan(plan)
+    plan.check()
+    return 0
+
+
+def _memory_plan(args: argparse.Namespace, checkpoint: Checkpoint) -> MemoryPlan:
+    from kimi_native.generate import default_context
+    from kimi_native.plan import memory_plan
+
+    for name in ("max_context", "max_batch"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise RequestError(f"plan: {name} must be at least 1 (got {value})")
+    return memory_plan(
+        checkpoint,
+        max_context=args.max_context or default_context(checkpoint.config),
+        max_batch=args.max_batch,
+        dtype=args.dtype,
+        dense=args.dense,
+    )
+
+
+def _print_plan(plan: MemoryPlan) -> None:
+    settings = ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(plan.settings).items())
+    _print_table(f"memory plan ({settings})", [(name, _bytes(size)) for name, size in plan.table()])
+    for note in plan.notes:
+        print(f"note: {note}")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from kimi_native.doctor import examine
+
+    report = examine(quick=args.quick)
+    if args.json:
+        _print_json(report)
+    else:
+        checks = report["self_check"]
+        _print_table(
+            "kimi-native doctor",
+            list(_rows({k: v for k, v in report.items() if k != "self_check"})),
+        )
+        _print_table("self-check", [(check["op"], check["result"]) for check in checks])
+    return 0 if report["ok"] else 1
+
+
+def _make_checkpoint(args: argparse.Namespace) -> int:
+    from kimi_native import make_checkpoint
+
+    return make_checkpoint.run(args)
+
+
+# ---- printing -------------------------------------------------------------------------------------------------------
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False))
+
+
+def _print_table(title: str, rows: list[tuple[str, str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE, show_header=False)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(Text(name), Text(value))
+    # A file or pipe has no width of its own: do not wrap what another program will read.
+    width = None if sys.stdout.isatty() else 160
+    Console(file=sys.stdout, width=width).print(table)
+
+
+def _rows(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested dicts as rows "outer, inner" and value; sizes in bytes as a person reads them."""
+    for name, value in values.items():
+        label = prefix + (name if name.isupper() else name.replace("_", " "))
+        if isinstance(value, dict):
+            yield from _rows(value, f"{label}: ")
+        elif isinstance(value, list):
+            yield label, ", ".join(map(str, value)) or "none"
+        elif isinstance(value, int) and not isinstance(value, bool) and "bytes" in label:
+            yield label, _bytes(value)
+        elif isinstance(value, bool):
+            yield label, "yes" if value else "no"
+        else:
+            yield (
+                label,
+                "none" if value is None else f"{value:,}" if type(value) is int else str(value),
+            )
+
+
+def _bytes(size: int) -> str:
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if abs(size) >= scale:
+            return f"{size / scale:.2f} {unit}"
+    return f"{size} B"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""Token ids in, token ids out: many requests over one model and one paged cache.
+
+One step is one forward pass: the prefill of the oldest waiting request if a place and enough pages are free, else one
+decode of everything that runs. A request is admitted only when the pages for its prompt and all the tokens it may
+generate are free, and they are reserved at once: what has started can never run out of memory. Order is first come,
+first served; a large request at the head waits for pages and is not overtaken.
+
+Text is not known here: stop strings, templates and parsing live in generate.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import time
+from collections import deque
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kimi_native.errors import NonFiniteLogitsError, RequestError
+from kimi_native.sampling import SampledToken, SamplingParams, TokenHistory, sample
+
+if TYPE_CHECKING:
+    from kimi_native.cache import CachedSequence, LatentCache
+    from kimi_native.model import KimiModel
+
+# Tokens a request may generate if it does not say: long enough for an answer, short enough that the pages reserved
+# for it do not keep others waiting.
+DEFAULT_MAX_TOKENS = 2048
+
+
+@dataclass
+class RequestReport:
+    """What a request cost. Seconds of wall clock; a decode step counts for every request that took part in it."""
+
+    seed: int
+    waiting_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+
+class StepOutput(NamedTuple):
+    """One request's share of a step.
+
+    token          the token chosen, or None when the step failed for this request
+    finish_reason  None (goes on), "stop" (end token or stop_token_ids), "length", or "error"
+    error          what failed, for "error"
+    """
+
+    request_id: int
+    token: SampledToken | None
+    finish_reason: str | None
+    error: NonFiniteLogitsError | None = None
+
+
+def _new_seed() -> int:
+    """53 random bits: a JSON reader that keeps numbers as doubles can hand the seed back."""
+    return secrets.randbits(53)
+
+
+@dataclass(eq=False)
+class _Request:
+    request_id: int
+    prompt_ids: list[int]
+    params: SamplingParams
+    limit: int  # tokens it may generate
+    report: RequestReport
+    added: float  # time.perf_counter()
+    history: TokenHistory
+    seq: CachedSequence | None = None
+    output_ids: list[int] = field(default_factory=list)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Cache entries it may need: the last token is never fed back."""
+        return len(self.prompt_ids) + self.limit - 1
+
+
+class Engine:
+    """Runs requests over one model and one cache. Not thread-safe: one caller at a time.
+
+    model        KimiModel: .config, .prefill(ids, cache, seq), .decode(ids, cache, seqs)
+    cache        LatentCache used by nobody else
+    max_batch    requests that run at once
+    eos_ids      ids that end every request without ignore_eos
+    max_context  prompt and output together; default and upper limit: what model and cache can hold
+    """
+
+    def __init__(
+        self,
+        model: KimiModel,
+        cache: LatentCache,
+        *,
+        max_batch: int,
+        eos_ids: Collection[int],
+        max_context: int | None = None,
+    ) -> None:
+        if max_batch < 1:
+            raise RequestError(f"engine: max_batch must be at least 1 (got {max_batch})")
+        limit = min(model.config.max_position_embeddings, cache.free_tokens)
+        self.max_context = limit if max_context is None else min(max_context, limit)
+        self.vocab_size: int = model.config.vocab_size
+        self.eos_ids = frozenset(eos_ids)
+        self.max_batch = max_batch
+        self._model = model
+        self._cache = cache
+        self._ids = itertools.count()
+        self._waiting: deque[_Request] = deque()
+        self._running: list[_Request] = []
+
+    # ---- requests in and out ----------------------------------------------------------------------------------------
+
+    def check(self, prompt_ids: Sequence[int]) -> None:
+        """Raises RequestError for a prompt that is empty, too long, or holds an id outside the vocabulary."""
+        if len(prompt_ids) == 0:
+            raise RequestError("engine: prompt must hold at least one token (got none)")
+        if len(prompt_ids) >= self.max_context:
+            raise RequestError(
+                f"engine: prompt and at least one new token must fit the context of {self.max_context} tokens "
+                f"(got a prompt of {len(prompt_ids)} tokens)"
+            )
+        for position, i in enumerate(prompt_ids):
+            if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < self.vocab_size:
+                raise RequestError(
+                    f"engine: prompt ids must be integers from 0 to {self.vocab_size - 1} "
+                    f"(got {i!r} at position {position})"
+                )
+
+    def add(self, prompt_ids: Sequence[int], params: SamplingParams) -> int:
+        """Queues a request and returns its id. Raises RequestError as `check`, before any compute."""
+        self.check(prompt_ids)
+        room = self.max_context - len(prompt_ids)
+        wanted = DEFAULT_MAX_TOKENS if params.max_tokens is None else params.max_tokens
+        request = _Request(
+            request_id=next(self._ids),
+            prompt_ids=list(prompt_ids),
+            params=params,
+            limit=min(wanted, room),
+            report=RequestReport(_new_seed() if params.seed is None else params.seed),
+            added=time.perf_counter(),
+            history=TokenHistory(prompt_ids),
+        )
+        self._waiting.append(request)
+        return request.request_id
+
+    def cancel(self, request_id: int) -> bool:
+        """Ends a request and frees its pages at once; False if it has already ended."""
+        for request in (*self._waiting, *self._running):
+            if request.request_id == request_id:
+                self._end(request)
+                return True
+        return False
+
+    def is_active(self, request_id: int) -> bool:
+        """Whether the request waits or runs."""
+        return any(r.request_id == request_id for r in (*self._waiting, *self._running))
+
+    def report(self, request_id: int) -> RequestReport:
+        """The report of a waiting or running request; the object goes on being updated. KeyError if it has ended."""
+        for request in (*self._waiting, *self._running):
+            if request.request_id == request_id:
+                return request.report
+        raise KeyError(request_id)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def _end(self, request: _Request) -> None:
+        """Takes a request out of wherever it is; its pages are free afterwards."""
+        if request in self._waiting:
+            self._waiting.remove(request)
+        if request in self._running:
+            self._running.remove(request)
+        if request.seq is not None:
+            self._cache.free(request.seq)
+            request.seq = None
+
+    # ---- one forward pass -------------------------------------------------------------------------------------------
+
+    def step(self) -> list[StepOutput]:
+        """One forward pass; one StepOutput for every request that took part, in order of admission.
+
+        A row of non-finite logits ends that request alone. Any other exception ends the requests of the failed pass,
+        frees their pages, and is passed on; the others can go on with the next step.
+        """
+        if self._waiting and len(self._running) < self.max_batch:
+            head = self._waiting[0]
+            if head.cached_tokens <= self._cache.free_tokens:
+                return [self._prefill(head)]
+            if not self._running:
+                raise RuntimeError(
+                    f"engine: an idle cache must hold the next request's {head.cached_tokens} tokens "
+                    f"(got {self._cache.free_tokens} free: someone else holds pages)"
+                )
+        return self._decode() if self._running else []
+
+    def _prefill(self, request: _Request) -> StepOutput:
+        started = time.perf_counter()
+        request.report.waiting_s = started - request.added
+        with ExitStack() as undo:
+            undo.callback(self._end, request)
+            request.seq = self._cache.new_sequence()
+            self._cache.reserve(request.seq, request.cached_tokens)
+            ids = torch.tensor(request.prompt_ids, dtype=torch.int64)
+            logits = self._model.prefill(ids, self._cache, request.seq)
+            self._waiting.remove(request)
+            self._running.append(request)
+            output = self._choose(request, logits)
+            undo.pop_all()
+        request.report.prefill_s = time.perf_counter() - started
+        return output
+
+    def _decode(self) -> list[StepOutput]:
+        started = time.perf_counter()
+        batch = list(self._running)
+        with ExitStack() as undo:
+            for request in batch:
+                undo.callback(self._end, request)
+            ids = torch.tensor([r.output_ids[-1] for r in batch], dtype=torch.int64)
+            logits = self._model.decode(ids, self._cache, [r.seq for r in batch])
+            outputs = [self._choose(r, logits[row]) for row, r in enumerate(batch)]
+            undo.pop_all()
+        elapsed = time.perf_counter() - started
+        for request in batch:
+            request.report.decode_s += elapsed
+        return outputs
+
+    def _choose(self, request: _Request, logits: Tensor) -> StepOutput:
+        """Samples one row and ends the request if this was its last token."""
+        position = len(request.prompt_ids) + len(request.output_ids)
+        try:
+            token = sample(
+                logits,
+                request.params,
+                seed=request.report.seed,
+                position=position,
+                history=request.history,
+            )
+        except NonFiniteLogitsError as error:
+            self._end(request)
+            return StepOutput(request.request_id, None, "error", error)
+        request.output_ids.append(token.id)
+        request.history.append(token.id)
+        reason = self._finish_reason(request, token.id)
+        if reason is not None:
+            self._end(request)
+        return StepOutput(request.request_id, token, reason)
+
+    def _finish_reason(self, request: _Request, token_id: int) -> str | None:
+        if token_id in request.params.stop_token_ids:
+            return "stop"
+        if token_id in self.eos_ids and not request.params.ignore_eos:
+            return "stop"
+        return "length" if len(request.output_ids) >= request.limit else None

@@ -1,0 +1,374 @@
+"""From a checkpoint folder and a prompt to text and events.
+
+A text prompt becomes one user message in the checkpoint's chat format; a list of messages becomes that conversation;
+with raw_prompt=True a text is continued as it stands, and nothing is parsed. All requests of a Model share one Engine,
+so what is asked at once, from one thread or several, is computed in one batch; results do not depend on it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from kimi_native.chat.parser import OutputParser
+from kimi_native.chat.template import detect_format, render
+from kimi_native.chat.types import Event, Message
+from kimi_native.engine import Engine
+from kimi_native.errors import ConfigError, RequestError
+from kimi_native.generation import Generation, PlainOutput, Run
+from kimi_native.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from kimi_native.cache import LatentCache
+    from kimi_native.config import KimiConfig
+    from kimi_native.model import KimiModel
+    from kimi_native.tokenizer import Tokenizer
+
+# Context when none is asked for: the published limits (up to 262,144 tokens) would reserve 18 GB of cache a sequence.
+DEFAULT_CONTEXT = 8192
+DEFAULT_BATCH = 8
+END_TOKENS = (
+    "<|im_end|>",
+    "[EOS]",
+)  # end a turn or a text in every checkpoint whose tokenizer has them
+
+Prompt = str | Sequence[int] | Sequence[Message | Mapping[str, Any]]
+
+
+# ---- loading --------------------------------------------------------------------------------------------------------
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    max_context: int | None = None,
+    max_batch: int = DEFAULT_BATCH,
+    threads: int | None = None,
+    dtype: str = "bfloat16",
+    dense: str = "bf16",
+    isa: str | None = None,
+    ignore_config_keys: Sequence[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """Opens a checkpoint folder as published; nothing is converted on disk.
+
+    max_context         tokens of prompt and answer together (default: the checkpoint's limit, at most 8192)
+    max_batch           requests computed at once; the cache holds max_batch full contexts
+    threads             threads of the kernels (default: the cores this process may use); process-wide
+    dtype               activations and cache: "bfloat16" or "float32"
+    dense               dense matrices: "bf16" as published, or "int8" (smaller, not exact)
+    isa                 kernel tier, such as "avx2" (default: the best here); process-wide
+    ignore_config_keys  config.json keys to accept although this package does not know them
+    progress            called with (bytes done, bytes in all) while loading
+
+    Raises ConfigError, ModelFormatError, TokenizerError, MemoryPlanError, RequestError for an argument, RuntimeError
+    for a tier this machine lacks, OSError for a file.
+    """
+    _check_count("max_context", max_context)
+    _check_count("max_batch", max_batch)
+    _check_count("threads", threads)
+    import torch
+
+    from kimi_native import ops
+    from kimi_native.cache import PAGE_SIZE, LatentCache
+    from kimi_native.config import load_config
+    from kimi_native.loader import DTYPES, load_model
+    from kimi_native.tokenizer import load_tokenizer
+
+    started = time.perf_counter()
+    if threads is not None:
+        ops.set_num_threads(threads)
+        torch.set_num_threads(threads)
+    if isa is not None:
+        ops.force_isa(isa)
+    ignored = tuple(ignore_config_keys)
+    if max_context is None:
+        max_context = default_context(load_config(path, ignore_keys=ignored))
+    network, checkpoint = load_model(
+        path,
+        max_context=max_context,
+        max_batch=max_batch,
+        dtype=dtype,
+        dense=dense,
+        ignore_config_keys=ignored,
+        progress=progress,
+    )
+    config = checkpoint.config
+    tokenizer = load_tokenizer(path, vocab_size=config.vocab_size)
+    # Every sequence may leave a part of its last page empty.
+    pages = max_batch * -(-max_context // PAGE_SIZE)
+    cache = LatentCache(config, max_tokens=pages * PAGE_SIZE, dtype=DTYPES[dtype])
+    return Model(
+        network,
+        cache,
+        tokenizer,
+        generation_config=checkpoint.generation_config,
+        chat_format=detect_format(config, tokenizer),
+        max_context=max_context,
+        max_batch=max_batch,
+        load_s=time.perf_counter() - started,
+    )
+
+
+def _check_count(name: str, value: object) -> None:
+    if value is None and name != "max_batch":
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise RequestError(f"load: {name} must be an integer of at least 1 (got {value!r})")
+
+
+def default_context(config: KimiConfig) -> int:
+    """Context of a model loaded without max_context."""
+    return min(config.max_position_embeddings, DEFAULT_CONTEXT)
+
+
+def end_ids(
+    config: KimiConfig, generation_config: Mapping[str, Any], tokenizer: Tokenizer
+) -> frozenset[int]:
+    """Every id that ends a generation: config.json's, generation_config.json's, the tokenizer's, and END_TOKENS.
+
+    All of them, because published files disagree: several config.json name an id that a chat never produces.
+    Raises ConfigError on an eos_token_id in generation_config.json that is no id or list of ids.
+    """
+    given = generation_config.get("eos_token_id")
+    given = [] if given is None else given if isinstance(given, list) else [given]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in given):
+        raise ConfigError(
+            f"generation_config.json: eos_token_id must be an id or a list of ids (got {given!r})"
+        )
+    named = [tokenizer.control_ids[name] for name in END_TOKENS if name in tokenizer.control_ids]
+    return frozenset((*config.eos_token_ids, *given, *tokenizer.eos_ids, *named))
+
+
+# ---- the model ------------------------------------------------------------------------------------------------------
+
+
+class Model:
+    """A loaded checkpoint that answers prompts; made by `load`. Safe to use from several threads at once.
+
+    network      KimiModel
+    cache        LatentCache, used by this Model alone
+    chat_format  one of chat.template.FORMATS, or None: then only raw prompts and ids are answered
+    """
+
+    def __init__(
+        self,
+        network: KimiModel,
+        cache: LatentCache,
+        tokenizer: Tokenizer,
+        *,
+        generation_config: Mapping[str, Any],
+        chat_format: str | None,
+        max_context: int | None = None,
+        max_batch: int = DEFAULT_BATCH,
+        load_s: float = 0.0,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.config = network.config
+        self.chat_format = chat_format
+        self.generation_config = dict(generation_config)
+        self.load_s = load_s
+        self.eos_ids = end_ids(network.config, generation_config, tokenizer)
+        self._engine = Engine(
+            network, cache, max_batch=max_batch, eos_ids=self.eos_ids, max_context=max_context
+        )
+        self._lock = threading.Lock()  # held for one engine step at a time
+        self._runs: dict[int, Run] = {}
+        self._abandoned: deque[Run] = deque()
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of prompt and answer together."""
+        return self._engine.max_context
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        raw_prompt: bool = False,
+        sampling: SamplingParams | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool | None = None,
+        preserve_thinking: bool | None = None,
+        **overrides: Any,
+    ) -> Generation | list[Generation]:
+        """Answers one prompt, or a list of prompts in one batch.
+
+        prompt      a text (one user message), messages (Message or OpenAI-shaped dicts), token ids taken as they are,
+                    or a list of these; a list gives a list of results, each equal to what it would be alone
+        raw_prompt  a text is continued without any template; the output is not parsed
+        sampling    all parameters (default: the checkpoint's generation_config.json); `overrides` are single fields
+        tools, thinking, preserve_thinking   see chat.template.render
+
+        Raises RequestError before any compute for a bad prompt or argument; NonFiniteLogitsError, or TokenizerError for
+        an id the tokenizer lacks, when a single prompt fails. In a list such a result has finish_reason "error".
+        """
+        params = self._params(sampling, overrides)
+        options = {"tools": tools, "thinking": thinking, "preserve_thinking": preserve_thinking}
+        prompts = _as_list(prompt)
+        runs = [self._prepare(p, raw_prompt, params, options) for p in prompts or [prompt]]
+        try:
+            self._submit(runs)
+            pending = runs
+            while pending:
+                self._wait(pending)
+                for run in pending:
+                    run.take_inbox(self.eos_ids)
+                    if run.is_done:
+                        self._abandon(run)
+                pending = [run for run in pending if not run.is_done]
+        finally:
+            for run in runs:
+                self._abandon(run)
+        if prompts is not None:
+            return [run.generation(self.load_s) for run in runs]
+        if runs[0].error is not None:
+            raise runs[0].error
+        return runs[0].generation(self.load_s)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        raw_prompt: bool = False,
+        sampling: SamplingParams | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool | None = None,
+        preserve_thinking: bool | None = None,
+        **overrides: Any,
+    ) -> Iterator[Event]:
+        """Answers one prompt piece by piece: ReasoningDelta, ContentDelta, ToolCallDelta, at the end one Finish.
+
+        Arguments and errors as in `generate`; what is wrong with the request is raised by this call, what fails during
+        the computation by the iterator. Closing the iterator early ends the request and frees its pages.
+        """
+        params = self._params(sampling, overrides)
+        options = {"tools": tools, "thinking": thinking, "preserve_thinking": preserve_thinking}
+        if _as_list(prompt) is not None:
+            raise RequestError("stream: one prompt at a time (got a list of prompts)")
+        return self._events(self._prepare(prompt, raw_prompt, params, options))
+
+    def _events(self, run: Run) -> Iterator[Event]:
+        try:
+            self._submit([run])
+            while not run.is_done:
+                self._wait([run])
+                yield from run.take_inbox(self.eos_ids)
+            if run.error is not None:
+                raise run.error
+        finally:
+            self._abandon(run)
+
+    # ---- from arguments to requests ---------------------------------------------------------------------------------
+
+    def _params(
+        self, sampling: SamplingParams | None, overrides: Mapping[str, Any]
+    ) -> SamplingParams:
+        if sampling is None:
+            return SamplingParams.from_generation_config(self.generation_config, **overrides)
+        if not isinstance(sampling, SamplingParams):
+            raise RequestError(
+                f"generate: sampling must be SamplingParams (got {type(sampling).__name__})"
+            )
+        return sampling.replace(**overrides)
+
+    def _prepare(
+        self, prompt: Prompt, raw_prompt: bool, params: SamplingParams, options: dict[str, Any]
+    ) -> Run:
+        """Renders and checks one prompt; nothing is computed and nothing is queued."""
+        ids = self._prompt_ids(prompt, raw_prompt, options)
+        self._engine.check(ids)
+        if raw_prompt or self.chat_format is None:
+            return Run(ids, params, PlainOutput(self.tokenizer))
+        return Run(
+            ids, params, OutputParser(self.tokenizer, format=self.chat_format, prompt_ids=ids)
+        )
+
+    def _prompt_ids(self, prompt: Prompt, raw_prompt: bool, options: dict[str, Any]) -> list[int]:
+        given = [name for name, value in options.items() if value is not None]
+        is_ids = isinstance(prompt, (list, tuple)) and not _is_conversation(prompt)
+        if (raw_prompt or is_ids) and given:
+            raise RequestError(f"generate: {given[0]} needs a prompt that the chat format renders")
+        if is_ids:
+            return list(prompt)
+        if raw_prompt:
+            if not isinstance(prompt, str):
+                raise RequestError("generate: raw_prompt=True needs a text or ids (got messages)")
+            return self.tokenizer.encode(prompt)
+        if not isinstance(prompt, (str, list, tuple)):
+            raise RequestError(
+                f"generate: prompt must be a text, messages, or ids (got {type(prompt).__name__})"
+            )
+        if self.chat_format is None:
+            raise RequestError(
+                "generate: this checkpoint has no chat format known here "
+                f"(got model_type={self.config.model_type}); pass raw_prompt=True to continue a text as it stands"
+            )
+        messages = [Message("user", prompt)] if isinstance(prompt, str) else prompt
+        return render(messages, format=self.chat_format, tokenizer=self.tokenizer, **options)
+
+    # ---- the shared engine ------------------------------------------------------------------------------------------
+
+    def _submit(self, runs: list[Run]) -> None:
+        self._release()
+        with self._lock:
+            for run in runs:
+                run.request_id = self._engine.add(run.prompt_ids, run.params)
+                run.report = self._engine.report(run.request_id)
+                self._runs[run.request_id] = run
+
+    def _wait(self, runs: list[Run]) -> None:
+        """Returns when one of `runs` has something in its inbox; steps the engine for everybody until then.
+
+        Raises RuntimeError if one of them was lost because a forward pass failed in another thread.
+        """
+        while not any(run.inbox for run in runs):
+            with self._lock:
+                if any(run.inbox for run in runs):
+                    return  # another thread stepped while this one waited for the lock
+                if not all(self._engine.is_active(run.request_id) for run in runs):
+                    raise RuntimeError(
+                        "generate: every request of a forward pass ends when the pass fails "
+                        "(got a failure in another thread)"
+                    )
+                for output in self._engine.step():
+                    if (run := self._runs.get(output.request_id)) is not None:
+                        run.inbox.append(output)
+            self._release()
+
+    def _abandon(self, run: Run) -> None:
+        """Takes a run off the engine, at once or, if a step is being computed, right after it.
+
+        Never waits for the lock: an iterator may be closed by the garbage collector in the middle of anything.
+        """
+        self._abandoned.append(run)
+        self._release()
+
+    def _release(self) -> None:
+        while self._abandoned and self._lock.acquire(blocking=False):
+            try:
+                while self._abandoned:
+                    run = self._abandoned.popleft()
+                    if self._runs.pop(run.request_id, None) is not None:
+                        self._engine.cancel(run.request_id)
+            finally:
+                self._lock.release()
+
+
+def _is_conversation(prompt: Sequence[Any]) -> bool:
+    return len(prompt) > 0 and isinstance(prompt[0], (Message, Mapping))
+
+
+def _as_list(prompt: Any) -> list[Prompt] | None:
+    """The prompts of a list of prompts; None for a single prompt."""
+    if not isinstance(prompt, (list, tuple)):
+        return None
+    if not prompt:
+        raise RequestError(
+            "generate: prompt must hold at least one token, message or prompt (got none)"
+        )
+    return list(prompt) if isinstance(prompt[0], (str, list, tuple)) else None

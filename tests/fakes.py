@@ -1,0 +1,147 @@
+"""A model and a cache small enough to reason about, with the interfaces of the real ones."""
+
+from __future__ import annotations
+
+import zlib
+from types import SimpleNamespace
+
+import torch
+from kimi_native.errors import RequestError
+
+VOCAB = 300
+CACHE_TOKENS = 4096  # of make_fake_model
+EOS = 256
+
+
+class FakeSequence:
+    def __init__(self) -> None:
+        self.length = 0
+        self.pages: list[int] = []
+
+
+class FakeCache:
+    """Pages of token ids, so that a page handed out twice or freed too early changes what the model reads."""
+
+    def __init__(self, *, max_tokens: int, page_size: int = 4) -> None:
+        self.page_size = page_size
+        self.storage = torch.full((-(-max_tokens // page_size), page_size), -1, dtype=torch.int64)
+        self.free_pages = list(range(self.storage.shape[0]))
+        self.sequences: set[FakeSequence] = set()
+
+    @property
+    def free_tokens(self) -> int:
+        return len(self.free_pages) * self.page_size
+
+    def new_sequence(self) -> FakeSequence:
+        seq = FakeSequence()
+        self.sequences.add(seq)
+        return seq
+
+    def reserve(self, seq: FakeSequence, tokens: int) -> None:
+        while len(seq.pages) * self.page_size < seq.length + tokens:
+            if not self.free_pages:
+                raise RequestError("cache: out of pages")
+            seq.pages.append(self.free_pages.pop())
+
+    def free(self, seq: FakeSequence) -> None:
+        self.sequences.remove(seq)  # KeyError when freed twice
+        self.storage[seq.pages] = -1
+        self.free_pages += seq.pages
+        seq.pages = []
+
+    def append(self, seq: FakeSequence, ids: list[int]) -> None:
+        for i in ids:
+            assert seq.length < len(seq.pages) * self.page_size, "an unreserved token was appended"
+            page, slot = divmod(seq.length, self.page_size)
+            self.storage[seq.pages[page], slot] = i
+            seq.length += 1
+
+    def read(self, seq: FakeSequence) -> list[int]:
+        return self.storage[seq.pages].flatten()[: seq.length].tolist()
+
+
+class FakeModel:
+    """Logits are a function of the whole sequence as the cache holds it.
+
+    script  maps a sequence to the id that gets a dominating logit, or None
+    spoil   maps a sequence to True when its logits shall be NaN
+    fail    maps ("prefill" | "decode", call number) to an exception to raise
+    """
+
+    def __init__(
+        self, *, context: int = 64, vocab_size: int = VOCAB, script=None, spoil=None, fail=None
+    ) -> None:
+        self.config = SimpleNamespace(
+            model_type="fake",
+            vocab_size=vocab_size,
+            max_position_embeddings=context,
+            eos_token_ids=(),
+        )
+        self.script = script or (lambda ids: None)
+        self.spoil = spoil or (lambda ids: False)
+        self.fail = fail or {}
+        self.prefills: list[int] = []  # prompt length of every call
+        self.batches: list[int] = []  # rows of every decode
+
+    def logits(self, ids: list[int]) -> torch.Tensor:
+        seed = zlib.crc32(bytes(str(ids), "ascii"))
+        row = 2 * torch.randn(self.config.vocab_size, generator=torch.Generator().manual_seed(seed))
+        if (scripted := self.script(ids)) is not None:
+            row[scripted] = 1e4
+        return row.fill_(torch.nan) if self.spoil(ids) else row
+
+    def _count(self, kind: str, calls: list[int], size: int) -> None:
+        calls.append(size)
+        if (error := self.fail.get((kind, len(calls)))) is not None:
+            raise error
+
+    def prefill(self, ids, cache, seq) -> torch.Tensor:
+        assert ids.dtype == torch.int64
+        assert ids.dim() == 1
+        self._count("prefill", self.prefills, ids.shape[0])
+        cache.append(seq, ids.tolist())
+        return self.logits(cache.read(seq))
+
+    def decode(self, ids, cache, seqs) -> torch.Tensor:
+        assert ids.dtype == torch.int64
+        assert ids.shape == (len(seqs),)
+        for i, seq in zip(ids.tolist(), seqs, strict=True):
+            cache.append(seq, [i])
+        self._count("decode", self.batches, len(seqs))
+        return torch.stack([self.logits(cache.read(seq)) for seq in seqs])
+
+
+def make_fake_model(
+    tokenizer, answer=None, *, chat_format="moonlight", context=512, max_batch=8, **options
+):
+    """A generate.Model over fakes, with its network and cache.
+
+    answer  function of the prompt's ids to what the network says: ids, or text with control tokens' names in it;
+            then <|im_end|>. None: random text.
+    """
+    from kimi_native.generate import Model
+
+    answers: dict[tuple[int, ...], list[int]] = {}
+
+    def script(ids):
+        if answer is None:
+            return None
+        prompt = next((p for p in answers if tuple(ids[: len(p)]) == p), tuple(ids))
+        if prompt not in answers:
+            said = answer(ids)
+            said = tokenizer.encode_with_control(said) if isinstance(said, str) else said
+            answers[prompt] = [*said, tokenizer.control_ids["<|im_end|>"]]
+        at = len(ids) - len(prompt)
+        return answers[prompt][min(at, len(answers[prompt]) - 1)]
+
+    network = FakeModel(context=context, vocab_size=tokenizer.vocab_size, script=script, **options)
+    cache = FakeCache(max_tokens=CACHE_TOKENS, page_size=16)
+    model = Model(
+        network,
+        cache,
+        tokenizer,
+        generation_config={},
+        chat_format=chat_format,
+        max_batch=max_batch,
+    )
+    return model, network, cache

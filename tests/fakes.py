@@ -6,6 +6,7 @@ import zlib
 from types import SimpleNamespace
 
 import torch
+
 from kimi_native.errors import RequestError
 
 VOCAB = 300

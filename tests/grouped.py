@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+
 from kimi_native.weights import Int4ExpertWeights, MoeDispatch
 from oracle import Quantized, make_int4
 

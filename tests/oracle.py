@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from kimi_native import _native, ops
 from kimi_native.weights import Int4Weight, Int8Weight
-from torch import Tensor
 
 GROUP = 32
 DTYPES = {torch.bfloat16: 0, torch.float32: 1}  # kn::DType

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from kimi_native import _native, ops, reference
 from oracle_dense import (
     Guarded,

@@ -7,6 +7,7 @@ import random
 import re
 
 import pytest
+
 from chat_corpus import (
     ARGS,
     CALL,

@@ -9,6 +9,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+
 from kimi_native.chat.template import (
     FORMATS,
     canonical_tool_ids,

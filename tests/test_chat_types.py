@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from kimi_native.chat.types import Message, ToolCall, as_messages
 from kimi_native.errors import RequestError
 

@@ -9,6 +9,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+
 from fakes import make_fake_model
 from kimi_native import checkpoint, cli, generate, plan
 from kimi_native.errors import MemoryPlanError, ModelFormatError
@@ -352,7 +353,18 @@ def test_plan_prints_the_table_and_fails_when_it_does_not_fit(folder, capsys):
 
 
 def test_plan_passes_settings_on(folder):
-    argv = "plan m --max-context 100 --max-batch 3 --dtype float32 --dense int8".split()
+    argv = [
+        "plan",
+        "m",
+        "--max-context",
+        "100",
+        "--max-batch",
+        "3",
+        "--dtype",
+        "float32",
+        "--dense",
+        "int8",
+    ]
     assert run(*argv) == 0
     assert folder.asked[1] == {
         "max_context": 100,

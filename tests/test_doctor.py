@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+
 from kimi_native import doctor, ops
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+
 from fakes import EOS, VOCAB, FakeCache, FakeModel
 from kimi_native.engine import DEFAULT_MAX_TOKENS, Engine
 from kimi_native.errors import NonFiniteLogitsError, RequestError

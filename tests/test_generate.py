@@ -8,6 +8,7 @@ import sys
 import threading
 
 import pytest
+
 from fakes import CACHE_TOKENS, FakeCache, FakeModel, make_fake_model
 from kimi_native.chat.template import render
 from kimi_native.chat.types import (

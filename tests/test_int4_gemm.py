@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+
 from kimi_native import _native, ops, reference
 from oracle import (
     DTYPES,

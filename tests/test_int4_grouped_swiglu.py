@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+
 from grouped import COUNTS, expert_of_row, in_order, make_dispatch, make_experts, pack
 from kimi_native import _native, ops, reference
 from kimi_native.weights import Int4ExpertWeights, MoeDispatch

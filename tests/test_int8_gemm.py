@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+
 from kimi_native import _native, ops, reference
 from kimi_native.weights import Int8Weight
 from oracle import (

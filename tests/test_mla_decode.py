@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from kimi_native import _native, ops
 from oracle_dense import (
     Guarded,

@@ -97,7 +97,8 @@ def test_model_bf16_is_as_close_as_the_published_bf16(published):
 
     The noise is what the published model itself moves by when it computes in BF16: its largest difference over a few
     random texts, since a flipped expert choice, rare and legitimate in both, moves a position far more than
-    rounding does. The median position's error, which no flip touches, must not exceed the published model's by more than a fifth.
+    rounding does. The median position's error, which no flip touches, must not exceed the published model's by more
+    than a fifth.
     """
     oracle, path, ids = published
     expected = oracle_logits(oracle, ids)[PROMPT - 1 :]

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from kimi_native import _native, ops, reference
 from oracle_dense import Guarded, assert_close, assert_same_bits, bound_rms_norm, randn
 

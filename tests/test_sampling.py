@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from kimi_native.errors import ConfigError, NonFiniteLogitsError, RequestError
 from kimi_native.sampling import SampledToken, SamplingParams, TokenHistory, sample
 

@@ -9,6 +9,7 @@ import pytest
 import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kimi_native import tokenizer as tokenizer_module
 from kimi_native.errors import TokenizerError
 from kimi_native.tokenizer import load_tokenizer

@@ -8,6 +8,7 @@ import random
 import sys
 
 import pytest
+
 from kimi_native import tokenizer_formats
 from kimi_native.errors import TokenizerError
 from kimi_native.tokenizer import load_tokenizer

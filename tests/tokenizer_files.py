@@ -9,6 +9,7 @@ import random
 from pathlib import Path
 
 import pytest
+
 from kimi_native.tokenizer import Tokenizer, load_tokenizer
 
 # offset from the first slot: name, flagged special

@@ -41,10 +41,13 @@ float key_value(int32_t key) {
   return x;  // kNanKey gives a NaN
 }
 
-// Both forms of the sigmoid, so that exp never overflows and tiny scores keep their precision.
-float sigmoid(float x) {
-  const float e = std::exp(-std::fabs(x));
-  return (x >= 0.0f ? 1.0f : e) / (1.0f + e);
+// 1 / (1 + e) or e / (1 + e) with e = exp(-|x|): exp never overflows and tiny scores keep their
+// precision. A loop of its own for the choice, so that it becomes a select: as a branch it is
+// mispredicted for half of the experts.
+void sigmoid(const float* logits, int64_t n, float* scores) {
+  for (int64_t i = 0; i < n; ++i) scores[i] = std::exp(-std::fabs(logits[i]));
+  for (int64_t i = 0; i < n; ++i)
+    scores[i] = (logits[i] >= 0.0f ? 1.0f : scores[i]) / (1.0f + scores[i]);
 }
 
 void softmax(const float* logits, int64_t n, float* scores) {
@@ -112,7 +115,7 @@ void route_token(const MoeRouteArgs& a, int64_t token, RowBuffers& b) {
   if (a.scoring == Scoring::kSoftmax)
     softmax(logits, a.experts, b.scores);
   else
-    for (int64_t i = 0; i < a.experts; ++i) b.scores[i] = sigmoid(logits[i]);
+    sigmoid(logits, a.experts, b.scores);
   for (int64_t i = 0; i < a.experts; ++i)
     b.keys[i] = order_key(a.correction_bias ? b.scores[i] + a.correction_bias[i] : b.scores[i]);
   if (a.n_group > 1) limit_groups(a, b);

@@ -19,7 +19,12 @@ function(kn_add_isa name)
   add_library(kn_${name} OBJECT csrc/cpu/kernels.cpp)
   kn_defaults(kn_${name})
   # GCC 12's own AVX-512 headers trip its uninitialized-use warnings.
-  target_compile_options(kn_${name} PRIVATE -O3 -fno-exceptions -fno-rtti -fno-math-errno -Wno-uninitialized
+  # With sanitizers -O1: checks around every array element of the generic tier take -O3 many minutes to compile.
+  set(level -O3)
+  if(KN_SANITIZE)
+    set(level -O1)
+  endif()
+  target_compile_options(kn_${name} PRIVATE ${level} -fno-exceptions -fno-rtti -fno-math-errno -Wno-uninitialized
                                             -Wno-maybe-uninitialized ${ARGN})
   target_compile_definitions(kn_${name} PRIVATE KN_ISA=${name})
   if(NOT KN_SANITIZE)

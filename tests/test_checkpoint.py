@@ -563,6 +563,12 @@ def test_checkpoint_index_in_two_files_is_an_error(sharded):
         Checkpoint.open(sharded)
 
 
+def test_checkpoint_index_beside_a_whole_model_is_an_error(sharded):
+    shutil.copy(sharded / FIRST, sharded / "model.safetensors")
+    with pytest.raises(ModelFormatError, match=r"of its own \(got both\)"):
+        Checkpoint.open(sharded)
+
+
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff"])
 def test_checkpoint_malformed_shard_is_a_named_error(sharded, content):
     (sharded / SECOND).write_bytes(content)

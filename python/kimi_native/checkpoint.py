@@ -189,7 +189,11 @@ def _open_file(path: Path, name: str) -> SafetensorsFile:
 def _check_index(
     path: Path, config: KimiConfig, index: dict[str, str], files: dict[str, SafetensorsFile]
 ) -> None:
-    """Index and headers must say the same."""
+    """Index and headers must say the same, and no file beside them may claim to be the whole model."""
+    if "model.safetensors" not in files and (path / "model.safetensors").exists():
+        raise ModelFormatError(
+            f"{path}: must hold {INDEX_NAME} or a model.safetensors of its own (got both)"
+        )
     for name, file_name in index.items():
         if name not in files[file_name].tensors:
             raise ModelFormatError(

@@ -143,17 +143,15 @@ def _check_entry(name: str, entry: Any, data_start: int, size: int, path: Path) 
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise fail("dtype", f"be one of {', '.join(DTYPES)}", dtype)
-    if not isinstance(shape, list) or not all(type(d) is int and d >= 0 for d in shape):
+    if not isinstance(shape, list) or any(type(d) is not int or d < 0 for d in shape):
         raise fail("shape", "be a list of non-negative integers", shape)
     if len(shape) > MAX_DIMENSIONS:
         raise fail("shape", f"have at most {MAX_DIMENSIONS} dimensions", shape)
-    if (
-        not isinstance(offsets, list)
-        or len(offsets) != 2
-        or not all(type(o) is int for o in offsets)
-    ):
+    if not isinstance(offsets, list) or len(offsets) != 2:
         raise fail("data_offsets", "be two integers", offsets)
     begin, end = offsets
+    if type(begin) is not int or type(end) is not int:
+        raise fail("data_offsets", "be two integers", offsets)
     if not 0 <= begin <= end <= size - data_start:
         raise fail(
             "data_offsets", f"ascend within the {size - data_start} bytes after the header", offsets
@@ -171,16 +169,20 @@ def _check_entry(name: str, entry: Any, data_start: int, size: int, path: Path) 
 
 def _check_tiling(tensors: dict[str, TensorInfo], data_start: int, size: int, path: Path) -> None:
     """The tensors, in file order, must cover the data exactly once."""
-    position, before = data_start, "the header"
+    position, before = data_start, None
+
+    def end_of() -> str:
+        return "the header" if before is None else f"tensor {printable(before)}"
+
     for info in sorted(tensors.values(), key=lambda t: (t.start, t.nbytes)):
         if info.start != position:
             what = "leaves a gap after" if info.start > position else "overlaps"
             raise ModelFormatError(
-                f"{path}: tensor {printable(info.name)}: data_offsets {what} {before} "
+                f"{path}: tensor {printable(info.name)}: data_offsets {what} {end_of()} "
                 f"(starts at {info.start - data_start}, expected {position - data_start})"
             )
-        position, before = info.start + info.nbytes, f"tensor {printable(info.name)}"
+        position, before = info.start + info.nbytes, info.name
     if position != size:
         raise ModelFormatError(
-            f"{path}: the file must end with {before} (got {size - position} bytes after it)"
+            f"{path}: the file must end with {end_of()} (got {size - position} bytes after it)"
         )

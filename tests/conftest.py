@@ -7,7 +7,7 @@ import pytest
 from kimi_native import ops
 
 
-@pytest.fixture(params=["generic", "avx2", "avx512"])
+@pytest.fixture(params=["generic", "avx2", "avx512", "amx"])
 def isa(request):
     """Forces one kernel tier for the test; skips, by name, the tiers this machine lacks."""
     if request.param not in ops.supported_isas():
@@ -15,4 +15,16 @@ def isa(request):
     ops.force_isa(request.param)
     assert ops.active_isa() == request.param
     yield request.param
+    ops.force_isa("")
+
+
+@pytest.fixture
+def simd_isas():
+    """The vector tiers of this machine, whose integer ops must agree to the bit; skips if there is but one."""
+    names = [n for n in ops.supported_isas() if n != "generic"]
+    if len(names) < 2:
+        pytest.skip(
+            f"this machine has too few vector tiers to compare ({', '.join(names) or 'none'})"
+        )
+    yield names
     ops.force_isa("")

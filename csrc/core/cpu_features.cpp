@@ -5,6 +5,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace kn {
 namespace {
@@ -14,6 +18,16 @@ uint64_t xgetbv0() {
   uint32_t lo = 0, hi = 0;
   asm volatile("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
   return (uint64_t(hi) << 32) | lo;
+}
+
+// Linux hands out the tile state on request only, once for all threads of the process.
+bool request_tiles() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 
 CpuFeatures detect() {
@@ -36,8 +50,9 @@ CpuFeatures detect() {
   f.avx512vl = os_zmm && (b >> 31 & 1);
   f.avx512vnni = os_zmm && (c >> 11 & 1);
   f.avx512fp16 = os_zmm && (d >> 23 & 1);
-  f.amx_bf16 = os_tile && (d >> 22 & 1);
-  f.amx_int8 = os_tile && (d >> 25 & 1);
+  const bool tile = os_tile && (d >> 24 & 1) && request_tiles();
+  f.amx_bf16 = tile && (d >> 22 & 1);
+  f.amx_int8 = tile && (d >> 25 & 1);
   if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) {
     f.avxvnni = os_ymm && (a >> 4 & 1);
     f.avx512bf16 = os_zmm && (a >> 5 & 1);

@@ -22,8 +22,18 @@ namespace avx512 {
 extern const Kernels table;
 }
 #endif
+#if defined(KN_HAVE_AMX)
+namespace amx {
+extern const Kernels table;
+}
+#endif
 
 namespace {
+
+bool has_avx512(const CpuFeatures& f) {
+  return f.avx512f && f.avx512bw && f.avx512vl && f.avx512dq && f.avx512vnni && f.avx2 && f.fma &&
+         f.f16c;
+}
 
 struct Tier {
   const char* name;
@@ -33,12 +43,12 @@ struct Tier {
 
 // Best first. AVX-512 without VNNI gets avx2: the integer kernels are the point of the tier.
 const Tier kTiers[] = {
+#if defined(KN_HAVE_AMX)
+    {"amx", &amx::table,
+     [](const CpuFeatures& f) { return has_avx512(f) && f.amx_bf16 && f.amx_int8; }},
+#endif
 #if defined(KN_HAVE_AVX512)
-    {"avx512", &avx512::table,
-     [](const CpuFeatures& f) {
-       return f.avx512f && f.avx512bw && f.avx512vl && f.avx512dq && f.avx512vnni && f.avx2 &&
-              f.fma && f.f16c;
-     }},
+    {"avx512", &avx512::table, has_avx512},
 #endif
 #if defined(KN_HAVE_AVX2)
     {"avx2", &avx2::table, [](const CpuFeatures& f) { return f.avx2 && f.fma && f.f16c; }},

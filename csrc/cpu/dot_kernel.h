@@ -15,7 +15,7 @@
 namespace kn::cpu::KN_ISA {
 
 // Accumulators fill the registers, less R widened rows and one packed vector.
-#if KN_TIER == 2
+#if KN_TIER >= 2
 static constexpr int kDotRows = 4, kDotVectors = 6;  // 24 of 32 zmm
 #elif KN_TIER == 1
 static constexpr int kDotRows = 2, kDotVectors = 3;  // 12 of 16 ymm

@@ -11,11 +11,15 @@
 #define KN_ISA_generic 0
 #define KN_ISA_avx2 1
 #define KN_ISA_avx512 2
+#define KN_ISA_amx 3  // the avx512 tier with matrix tiles where they win
 #define KN_TIER KN_CONCAT(KN_ISA_, KN_ISA)
 
-#if KN_TIER == 2
+#if KN_TIER >= 2
 #include "cpu/simd/avx512.h"
 #include "cpu/simd/limbs_avx512.h"
+#if KN_TIER == 3
+#include "cpu/simd/amx.h"
+#endif
 #elif KN_TIER == 1
 #include "cpu/simd/avx2.h"
 #include "cpu/simd/limbs_avx2.h"

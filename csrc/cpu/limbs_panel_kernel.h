@@ -12,7 +12,7 @@
 
 namespace kn::cpu::KN_ISA {
 
-#if KN_TIER != 2
+#if KN_TIER < 2
 
 static constexpr int64_t kPanelMinTokens = INT64_MAX;  // two registers of madd gain nothing
 template <typename Format, typename Finish>

@@ -20,7 +20,7 @@
 namespace kn::cpu::KN_ISA {
 
 // Heads x vectors of columns that accumulate in registers.
-#if KN_TIER == 2
+#if KN_TIER >= 2
 static constexpr int kValueHeads = 6, kValueVectors = 4;
 #elif KN_TIER == 1
 static constexpr int kValueHeads = 6, kValueVectors = 1;

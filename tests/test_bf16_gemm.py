@@ -188,6 +188,7 @@ def test_bf16_gemm_keeps_nan_and_inf_in_their_rows(isa):
 def run_native(x, weight, y, *, tokens, heads, out, in_, strides=None, workspace=None):
     """_native.cpu.bf16_gemm on addresses, with a workspace of exactly the size asked for."""
     x_token, x_head, weight_head = strides or (heads * in_, in_, out * in_)
+    y_token, y_head = (heads * out, out) if y.tensor.dim() == 3 else (out, 0)
     arguments = (
         x.data_ptr(),
         weight,
@@ -201,6 +202,8 @@ def run_native(x, weight, y, *, tokens, heads, out, in_, strides=None, workspace
         x_token,
         x_head,
         weight_head,
+        y_token,
+        y_head,
     )
     if workspace is None:
         workspace = Workspace(_native.cpu.bf16_gemm_workspace_bytes(*arguments))
@@ -219,6 +222,28 @@ def test_bf16_gemm_writes_only_its_output(isa, tokens, heads, out, in_, out_dtyp
     y = Guarded(tokens, heads, out, dtype=out_dtype)
     run_native(x, w.data_ptr(), y, tokens=tokens, heads=heads, out=out, in_=in_)
     assert_close(y.tensor, *expect(x, w, out_dtype))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_bf16_gemm_writes_into_a_strided_output(isa, dtype):
+    """As the absorbed query does: the front of a wider buffer, whose rest must stay as it is."""
+    x, w = randn(5, 3, 40, dtype=BF16), randn(3, 24, 40, dtype=BF16, seed=1)
+    wide = torch.full((5, 3, 32), 7.0, dtype=dtype)
+    result = ops.bf16_gemm(x, w, out=wide[..., 4:28])
+    assert result.data_ptr() == wide[..., 4:28].data_ptr()
+    assert_same_bits(wide[..., 4:28], ops.bf16_gemm(x, w, out_dtype=dtype))
+    assert (wide[..., :4] == 7).all()
+    assert (wide[..., 28:] == 7).all()
+
+
+def test_bf16_gemm_refuses_an_output_that_does_not_fit():
+    x, w = randn(5, 40, dtype=BF16), randn(24, 40, dtype=BF16, seed=1)
+    with pytest.raises(ValueError, match=r"bf16_gemm: out must be \[5, 24\]"):
+        ops.bf16_gemm(x, w, out=torch.empty(5, 23))
+    with pytest.raises(ValueError, match=r"bf16_gemm: out must be .* contiguous rows"):
+        ops.bf16_gemm(x, w, out=torch.empty(24, 5).T)
+    with pytest.raises(TypeError, match="bf16_gemm: out must be"):
+        ops.bf16_gemm(x, w, out=torch.empty(5, 24, dtype=torch.float16))
 
 
 def native_case(**changes):

@@ -20,7 +20,7 @@ CHAT = {"chat.types", "chat.template", "chat.parser"}
 QUANT = {"quant.int4", "quant.int8", "quant.fp8", "quant.modules"}
 FORMATS = {"quant.groups", "checks", "weights"}
 FILES = {"safetensors_file", "tensor_table", "json_file"}
-RUN = {"engine", "generation", "model", "cache", "loader", "ops"}
+RUN = {"engine", "generation", "model", "recorded", "cache", "loader", "ops"}
 MODULES: dict[str, tuple[set[str], set[str]]] = {
     # commands
     "__init__": ({"generate", "generation", "sampling", "chat.types"}, set()),
@@ -47,6 +47,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "engine": ({"model", "cache", "config", "sampling"}, {"torch", "numpy"}),
     "sampling": (set(), {"torch", "numpy"}),
     "model": ({"ops", "cache", "config"}, {"torch"}),
+    "recorded": ({"model", "ops", "cache", "config"}, {"torch"}),
     "cache": ({"config"}, {"torch"}),
     # files
     "config": ({"config_keys", "quantization", "json_file"}, set()),
@@ -76,7 +77,9 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "quant.fp8": (FORMATS, {"torch"}),
     "quant.modules": ({"ops", "weights"}, {"torch"}),
     # kernels
-    "ops": ({"_native", "reference", "checks", "weights"}, {"torch"}),
+    "ops": ({"_native", "native", "reference", "checks", "weights"}, {"torch"}),
+    "native": ({"_native", "arena"}, {"torch"}),
+    "arena": (set(), {"torch", "numpy"}),
     "reference": (set(), {"torch"}),
     "weights": ({"checks"}, {"torch"}),
     "checks": (set(), {"torch"}),
@@ -208,8 +211,9 @@ def test_imports_text_side_does_without_torch(module):
         todo += [m for m in MODULES[current][0] if m not in seen]
 
 
-def test_imports_only_ops_sees_the_native_module():
-    assert [m for m, (own, _) in MODULES.items() if "_native" in own] == ["ops"]
+def test_imports_only_ops_and_its_base_see_the_native_module():
+    assert [m for m, (own, _) in MODULES.items() if "_native" in own] == ["ops", "native"]
+    assert [m for m, (own, _) in MODULES.items() if "native" in own] == ["ops"]
 
 
 @pytest.mark.parametrize(
@@ -262,7 +266,11 @@ CPP_RULES: list[tuple[str, str, str | None]] = [
     (r"csrc/include/.*", r"kimi_native/.*", None),
     (r"csrc/bindings\.cpp", r"kimi_native/.*", r"pybind11/.*|\w+"),
     (r"csrc/core/threads\.cpp", r"(core|kimi_native)/.*", r"\w+|pthread\.h|sched\.h|immintrin\.h"),
-    (r"csrc/core/cpu_features\.cpp", r"(core|kimi_native)/.*", r"\w+|cpuid\.h"),
+    (
+        r"csrc/core/cpu_features\.cpp",
+        r"(core|kimi_native)/.*",
+        r"\w+|cpuid\.h|sys/syscall\.h|unistd\.h",
+    ),
     (r"csrc/core/.*", r"(core|kimi_native)/.*", None),
     (r"csrc/cpu/simd/.*", r"kimi_native/(types|layout)\.h|cpu/simd/.*", TIER_SYSTEM),
     (r"csrc/cpu/\w+_kernel\.h", r"kimi_native/(types|layout)\.h|cpu/\w+\.h", TIER_SYSTEM),
@@ -344,7 +352,9 @@ def test_imports_checker_sees_a_forbidden_include(path, source):
 # ---- size -----------------------------------------------------------------------------------------------------------
 
 MAX_LINES = 500
-LONGER = {"python/kimi_native/ops.py": 650}  # ten ops, most of it docstrings and argument lists
+LONGER = {
+    "python/kimi_native/ops.py": 700
+}  # thirteen ops, most of it docstrings and argument lists
 
 
 def test_imports_files_stay_short():

@@ -228,6 +228,26 @@ def test_rms_norm_rounds_where_the_published_model_does(dtype):
         assert torch.equal(reference.rms_norm(x, weight, eps=1e-5), norm(x))
 
 
+def test_add_rms_norm_is_the_norm_of_the_sum():
+    x, residual, weight = randn(3, 5), randn(3, 5, seed=1), randn(5, seed=2)
+    y, total = reference.add_rms_norm(x, residual, weight, eps=1e-5)
+    assert_equal_float64(total, x + residual)
+    assert_equal_float64(y, reference.rms_norm(x + residual, weight, eps=1e-5))
+
+
+def test_rope_append_rotates_as_apply_rope_and_fills_the_cache():
+    q, latent, k_rope = randn(3, 2, 8), randn(3, 5, seed=1), randn(3, 8, seed=2)
+    positions, inv_freq = torch.tensor([4, 0, 70]), torch.tensor([1.0, 0.3, 0.1, 0.01], dtype=F64)
+    angle = positions.double()[:, None] * inv_freq
+    cache, q_out = torch.zeros(2, 4, 13, dtype=F64), torch.empty(3, 2, 8, dtype=F64)
+    slots = torch.tensor([6, 1, 0])
+    reference.rope_append(q, latent, k_rope, angle.cos(), angle.sin(), slots, cache, q_out)
+    assert_equal_float64(q_out, reference.apply_rope(q, positions, inv_freq))
+    rows = torch.cat([latent, reference.apply_rope(k_rope, positions, inv_freq)], dim=-1)
+    assert_equal_float64(cache.view(8, 13)[slots], rows)
+    assert (cache.view(8, 13)[[2, 3, 4, 5, 7]] == 0).all()
+
+
 def test_swiglu_is_silu_times_up():
     gate, up = randn(3, 7), randn(3, 7, seed=1)
     assert_equal_float64(reference.swiglu(gate, up), silu(gate) * up)

@@ -33,16 +33,19 @@ Plan plan(const Bf16GemmArgs& a, const Kernels& k) {
   KN_REQUIRE(a.tokens >= 0 && a.heads >= 1 && a.out >= 1 && a.in >= 1,
              "bf16_gemm: need tokens >= 0 and heads, out, in >= 1 (got tokens=", a.tokens,
              ", heads=", a.heads, ", out=", a.out, ", in=", a.in, ")");
-  KN_REQUIRE(a.x_token_stride >= 0 && a.x_head_stride >= 0 && a.weight_head_stride >= 0,
+  KN_REQUIRE(a.x_token_stride >= 0 && a.x_head_stride >= 0 && a.weight_head_stride >= 0 &&
+                 a.y_token_stride >= 0 && a.y_head_stride >= 0,
              "bf16_gemm: strides must not be negative (got x_token_stride=", a.x_token_stride,
              ", x_head_stride=", a.x_head_stride, ", weight_head_stride=", a.weight_head_stride,
-             ")");
+             ", y_token_stride=", a.y_token_stride, ", y_head_stride=", a.y_head_stride, ")");
   // Each size stays 64 times below the limit, so sums and paddings of sizes fit too.
   mul(mul(std::max<int64_t>(a.tokens, 1), a.x_token_stride), 256);
   mul(mul(a.heads, a.x_head_stride), 256);
   mul(mul(a.heads, a.weight_head_stride), 128);
   mul(mul(a.out, a.in), 128);
   mul(mul(mul(a.tokens, a.heads), a.out), 256);
+  mul(mul(std::max<int64_t>(a.tokens, 1), a.y_token_stride), 256);
+  mul(mul(a.heads, a.y_head_stride), 256);
   const int64_t width = round_up(a.in, 16);
   const int64_t tile = k.dot_vectors;
   const int64_t fit = std::max(tile, kPackedBytes / (width * 4) / tile * tile);
@@ -90,8 +93,9 @@ void bf16_gemm(const Bf16GemmArgs& a) {
     tile.x_token_stride = a.x_token_stride;
     tile.weight = weight + row * a.in;
     tile.weight_end = weight + a.out * a.in;
-    tile.y = (char*)a.y + ((token * a.heads + head) * a.out + row) * dtype_bytes(a.y_dtype);
-    tile.y_token_stride = a.heads * a.out;
+    tile.y = (char*)a.y +
+             (token * a.y_token_stride + head * a.y_head_stride + row) * dtype_bytes(a.y_dtype);
+    tile.y_token_stride = a.y_token_stride;
     tile.x_dtype = a.x_dtype;
     tile.y_dtype = a.y_dtype;
     tile.tokens = std::min(p.tokens_per_task, a.tokens - token);

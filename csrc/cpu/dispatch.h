@@ -51,10 +51,23 @@ struct MlaDecodeRow {
   DType dtype;
 };
 
+// One token of rope_append: its own row of everything.
+struct RopeAppendToken {
+  const void *q, *latent, *k_rope;
+  const float *cos, *sin;
+  void* q_out;
+  void* row;  // of the cache
+  DType dtype, q_out_dtype, cache_dtype;
+  int64_t heads, latent_width, rope, q_head_stride, q_out_head_stride;
+};
+
 struct Kernels {
   // rms_norm_kernel.h: one row.
   void (*rms_norm_row)(const void* x, const bf16* weight, void* y, DType dtype, int64_t hidden,
                        float eps);
+  void (*add_row)(const void* x, const void* residual, void* sum, DType dtype, int64_t hidden);
+  // rope_append_kernel.h
+  void (*rope_append_token)(const RopeAppendToken&);
   // swiglu_kernel.h: a run of elements.
   void (*swiglu_run)(const void* gate, const void* up, void* y, DType dtype, int64_t n);
   // moe_combine_kernel.h: one token; row_index and weights are its own topk entries.

@@ -35,6 +35,7 @@
 #include "cpu/mla_decode_kernel.h"
 #include "cpu/moe_combine_kernel.h"
 #include "cpu/rms_norm_kernel.h"
+#include "cpu/rope_append_kernel.h"
 #include "cpu/swiglu_kernel.h"
 
 namespace kn::cpu::KN_ISA {
@@ -42,6 +43,8 @@ namespace kn::cpu::KN_ISA {
 extern const Kernels table;
 const Kernels table = {
     .rms_norm_row = rms_norm_row,
+    .add_row = add_row,
+    .rope_append_token = rope_append_token,
     .swiglu_run = swiglu_run,
     .moe_combine_row = moe_combine_row,
     .dot_vectors = kDotVectors,

@@ -38,4 +38,20 @@ static void rms_norm_row(const void* x, const bf16* weight, void* y, DType dtype
     rms_norm_typed_row((const float*)x, weight, (float*)y, hidden, eps);
 }
 
+// sum = x + residual, rounded to their dtype; sum may be residual.
+template <typename T>
+static void add_typed_row(const T* x, const T* residual, T* sum, int64_t hidden) {
+  const int64_t whole = hidden / 16 * 16;
+  for (int64_t i = 0; i < whole; i += 16) store(sum + i, add(load(x + i), load(residual + i)));
+  if (const int rest = int(hidden - whole))
+    store(sum + whole, add(load(x + whole, rest), load(residual + whole, rest)), rest);
+}
+
+static void add_row(const void* x, const void* residual, void* sum, DType dtype, int64_t hidden) {
+  if (dtype == DType::kBf16)
+    add_typed_row((const bf16*)x, (const bf16*)residual, (bf16*)sum, hidden);
+  else
+    add_typed_row((const float*)x, (const float*)residual, (float*)sum, hidden);
+}
+
 }  // namespace kn::cpu::KN_ISA

@@ -95,10 +95,6 @@ class LatentCache:
         pages = torch.tensor(seq.pages, dtype=torch.int64)
         return pages[position // self.page_size] * self.page_size + position % self.page_size
 
-    def write(self, layer: int, slots: Tensor, rows: Tensor) -> None:
-        """Store rows [tokens, latent_width] at `slots` of one layer."""
-        self.data[layer].view(-1, rows.shape[-1])[slots] = rows.to(self.dtype)
-
     def read(self, layer: int, slots: Tensor) -> Tensor:
         """The rows at `slots` of one layer, gathered: [tokens, latent_width]."""
         return self.data[layer].view(-1, self.data.shape[-1])[slots]

@@ -35,5 +35,16 @@ def check_tensor(
         raise RuntimeError(f"{op}: no kernel for device {x.device} in this build (supported: cpu)")
 
 
+def check_rows(op: str, name: str, x: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
+    """dtype, shape and device of a tensor whose rows are contiguous and whose other strides are free."""
+    check_dtype(op, name, x, *dtypes)
+    require(
+        tuple(x.shape) == shape and x.stride(-1) == 1,
+        f"{op}: {name} must be {list(shape)} with contiguous rows (got {list(x.shape)}, strides {x.stride()})",
+    )
+    if x.device.type != "cpu":
+        raise RuntimeError(f"{op}: no kernel for device {x.device} in this build (supported: cpu)")
+
+
 def check_activation(op: str, name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
     check_tensor(op, name, x, shape, torch.bfloat16, torch.float32)

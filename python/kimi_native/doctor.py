@@ -208,11 +208,26 @@ def _rms_norm(ops: Any, g: torch.Generator) -> tuple[Tensor, ...]:
     return (ops.rms_norm(_activations(g, _TOKENS, _IN), weight, eps=1e-6),)
 
 
+def _add_rms_norm(ops: Any, g: torch.Generator) -> tuple[Tensor, ...]:
+    x, residual = _activations(g, _TOKENS, _IN), _activations(g, _TOKENS, _IN)
+    return ops.add_rms_norm(x, residual, _activations(g, _IN).bfloat16(), eps=1e-6)
+
+
+def _rope_append(ops: Any, g: torch.Generator) -> tuple[Tensor, ...]:
+    q, latent = _activations(g, _TOKENS, 2, 8), _activations(g, _TOKENS, 16)
+    cos, sin = torch.rand(2, _TOKENS, 4, generator=g)
+    cache, q_out = torch.zeros(1, 4, 24), torch.zeros(_TOKENS, 2, 8)
+    slots = torch.tensor([2, 0, 3])
+    ops.rope_append(q, latent, _activations(g, _TOKENS, 8), cos, sin, slots, cache, q_out)
+    return q_out, cache
+
+
 def _swiglu(ops: Any, g: torch.Generator) -> tuple[Tensor, ...]:
     return (ops.swiglu(_activations(g, _TOKENS, _IN), _activations(g, _TOKENS, _IN)),)
 
 
 _CASES: dict[str, Callable[[Any, torch.Generator], tuple[Tensor, ...]]] = {
+    "add_rms_norm": _add_rms_norm,
     "bf16_gemm": _bf16_gemm,
     "int4_gemm": _int4_gemm,
     "int4_grouped_gemm": _int4_grouped_gemm,
@@ -223,6 +238,7 @@ _CASES: dict[str, Callable[[Any, torch.Generator], tuple[Tensor, ...]]] = {
     "moe_dispatch": _moe_dispatch,
     "moe_route": _moe_route,
     "rms_norm": _rms_norm,
+    "rope_append": _rope_append,
     "swiglu": _swiglu,
 }
 

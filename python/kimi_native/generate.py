@@ -77,6 +77,7 @@ def load(
     from kimi_native.cache import PAGE_SIZE, LatentCache
     from kimi_native.config import load_config
     from kimi_native.loader import DTYPES, load_model
+    from kimi_native.recorded import RecordedModel
     from kimi_native.tokenizer import load_tokenizer
 
     started = time.perf_counter()
@@ -103,7 +104,7 @@ def load(
     pages = max_batch * -(-max_context // PAGE_SIZE)
     cache = LatentCache(config, max_tokens=pages * PAGE_SIZE, dtype=DTYPES[dtype])
     return Model(
-        network,
+        RecordedModel(network, cache),
         cache,
         tokenizer,
         generation_config=checkpoint.generation_config,

@@ -49,8 +49,11 @@ class RMSNorm(nn.Module):
         self.weight = _empty(size)
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, eps=self.eps)
+    def forward(self, x: Tensor, update: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of x; with `update`, the norm of x + update, and that sum."""
+        if update is None:
+            return ops.rms_norm(x, self.weight, eps=self.eps)
+        return ops.add_rms_norm(update, x, self.weight, eps=self.eps)
 
 
 class Rope:
@@ -83,18 +86,6 @@ class Rope:
             block_cos, block_sin = self._block(index)
             cos[rows], sin[rows] = block_cos[within], block_sin[within]
         return cos, sin
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (2j, 2j + 1) of x [tokens, ..., rope] by the tables of Rope; fp32, rounded once to x's dtype."""
-    shape = (cos.shape[0], *[1] * (x.dim() - 2), cos.shape[1])
-    cos, sin = cos.view(shape), sin.view(shape)
-    even, odd = x[..., 0::2].float(), x[..., 1::2].float()
-    return (
-        torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-        .flatten(-2)
-        .to(x.dtype)
-    )
 
 
 @dataclass
@@ -143,41 +134,47 @@ class Attention(nn.Module):
         self.value_up = per_head[:, self.nope :]
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
-        tokens = x.shape[0]
-        q = self._query(x).view(tokens, self.heads, self.nope + self.rope)
-        q_nope, q_rope = q[..., : self.nope], rotate(q[..., self.nope :], step.cos, step.sin)
+        q = self._query(x).view(x.shape[0], self.heads, self.nope + self.rope)
         compressed = self.kv_a_proj_with_mqa(x)
         latent = self.kv_a_layernorm(compressed[:, : self.latent])
-        k_rope = rotate(compressed[:, self.latent :], step.cos, step.sin)
-        step.cache.write(self.layer, step.slots, torch.cat([latent, k_rope], dim=-1))
+        k_rope = compressed[:, self.latent :]
         attend = self._absorbed if step.prefix_slots is None else self._expanded
-        return self.o_proj(attend(q_nope, q_rope, step).to(x.dtype).flatten(1))
+        return self.o_proj(attend(q, latent, k_rope, step).flatten(1))
+
+    def _rope_append(
+        self, q_rope: Tensor, latent: Tensor, k_rope: Tensor, step: Step, q_out: Tensor
+    ) -> None:
+        cache = step.cache.data[self.layer]
+        ops.rope_append(q_rope, latent, k_rope, step.cos, step.sin, step.slots, cache, q_out)
 
     def _query(self, x: Tensor) -> Tensor:
         if hasattr(self, "q_proj"):
             return self.q_proj(x)
         return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, step: Step) -> Tensor:
+    def _absorbed(self, q: Tensor, latent: Tensor, k_rope: Tensor, step: Step) -> Tensor:
         """One new token per sequence; q . k = (q_nope Wk) . latent + q_rope . k_rope, and Wv after the sum."""
         if self.key_up_t is None or self.value_up is None:
             raise RuntimeError("model: decode needs Attention.absorb(), which the loader calls")
-        q_latent = ops.bf16_gemm(q_nope, self.key_up_t, out_dtype=torch.float32)
+        query = ops.empty((*q.shape[:2], self.latent + self.rope), torch.float32)
+        self._rope_append(q[..., self.nope :], latent, k_rope, step, query[..., self.latent :])
+        ops.bf16_gemm(q[..., : self.nope], self.key_up_t, out=query[..., : self.latent])
         attended = ops.mla_decode(
-            torch.cat([q_latent, q_rope.float()], dim=-1),
+            query,
             step.cache.data[self.layer],
             step.page_table,
             step.seq_lens,
             kv_lora_rank=self.latent,
             softmax_scale=self.scale,
         )
-        return ops.bf16_gemm(attended, self.value_up)
+        return ops.bf16_gemm(attended, self.value_up, out_dtype=q.dtype)
 
-    def _expanded(self, q_nope: Tensor, q_rope: Tensor, step: Step) -> Tensor:
+    def _expanded(self, q: Tensor, latent: Tensor, k_rope: Tensor, step: Step) -> Tensor:
         """A run of tokens of one sequence, causal over everything cached so far; some heads at a time, in fp32."""
+        self._rope_append(q[..., self.nope :], latent, k_rope, step, q[..., self.nope :])
         rows = step.cache.read(self.layer, step.prefix_slots)
         latent, k_rope = rows[:, : self.latent].contiguous(), rows[:, self.latent :].float()
-        queries, keys = q_nope.shape[0], rows.shape[0]
+        queries, keys = q.shape[0], rows.shape[0]
         # The fast CPU attention needs values as wide as the keys, and masks a later chunk explicitly.
         width = max(self.nope + self.rope, self.value)
         visible = None
@@ -195,7 +192,7 @@ class Attention(nn.Module):
                 [expanded[..., : self.nope], k_rope[:, None].expand(-1, num, -1)], dim=-1
             )
             value = expanded[..., self.nope :]
-            query = torch.cat([q_nope[:, block], q_rope[:, block]], dim=-1).float()
+            query = q[:, block].float()
             query, key, value = (
                 F.pad(t, (0, width - t.shape[-1])).transpose(0, 1)[None]
                 for t in (query, key, value)
@@ -204,7 +201,7 @@ class Attention(nn.Module):
                 query, key, value, attn_mask=visible, is_causal=visible is None, scale=self.scale
             )
             out[:, block] = attended[0, :, :, : self.value].transpose(0, 1)
-        return out
+        return out.to(q.dtype)
 
 
 class MLP(nn.Module):
@@ -309,9 +306,14 @@ class Block(nn.Module):
             else MLP(config.hidden_size, config.intermediate_size)
         )
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), step)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, update: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:
+        """The residual stream x before `update` is added, to the same after this layer."""
+        if update is None:
+            normed = self.input_layernorm(x)
+        else:
+            normed, x = self.input_layernorm(x, update)
+        normed, x = self.post_attention_layernorm(x, self.self_attn(normed, step))
+        return x, self.mlp(normed)
 
 
 class Trunk(nn.Module):
@@ -324,11 +326,12 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, ids: Tensor, step: Step, dtype: torch.dtype) -> Tensor:
-        x = self.embed_tokens.weight[ids].to(dtype)
+    def forward(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """Embedded tokens to the residual stream and the last layer's update of it."""
+        update = None
         for layer in self.layers:
-            x = layer(x, step)
-        return x
+            x, update = layer(x, update, step)
+        return x, update
 
 
 class KimiModel(nn.Module):
@@ -362,9 +365,9 @@ class KimiModel(nn.Module):
             prefix = cache.slots(seq, 0, stop)
             cos, sin = self.rope.tables(torch.arange(start, stop))
             step = Step(cache, prefix[start:], cos, sin, prefix_slots=prefix)
-            x = self.model(chunk, step, self.dtype)
+            x, update = self.model(self.embed(chunk), step)
             seq.length = stop
-        return self._logits(x[-1:])[0]
+        return self.logits(x[-1:], update[-1:])[0]
 
     @torch.no_grad()
     def decode(self, ids: Tensor, cache: LatentCache, seqs: list[CachedSequence]) -> Tensor:
@@ -375,6 +378,14 @@ class KimiModel(nn.Module):
 
         Raises ValueError on a wrong count or an id outside the vocabulary, RequestError when the cache is full.
         """
+        step = self.decode_step(ids, cache, seqs)
+        logits = self.logits(*self.model(self.embed(ids), step))
+        for seq in seqs:
+            seq.length += 1
+        return logits
+
+    def decode_step(self, ids: Tensor, cache: LatentCache, seqs: list[CachedSequence]) -> Step:
+        """Check the arguments of `decode`, reserve the cache, and say where each sequence's token goes."""
         self._check_ids(ids)
         if ids.shape[0] != len(seqs):
             raise ValueError(
@@ -384,20 +395,22 @@ class KimiModel(nn.Module):
             cache.reserve(seq, 1)
         lengths = torch.tensor([s.length for s in seqs])
         slots = torch.cat([cache.slots(s, s.length, s.length + 1) for s in seqs])
-        step = Step(
+        return Step(
             cache,
             slots,
             *self.rope.tables(lengths),
             page_table=cache.page_table(seqs),
             seq_lens=(lengths + 1).to(torch.int32),
         )
-        x = self.model(ids, step, self.dtype)
-        for seq in seqs:
-            seq.length += 1
-        return self._logits(x)
 
-    def _logits(self, x: Tensor) -> Tensor:
-        return self.lm_head(self.model.norm(x), out_dtype=torch.float32)
+    def embed(self, ids: Tensor) -> Tensor:
+        """[tokens] int64 to [tokens, hidden] in the model's dtype."""
+        return self.model.embed_tokens.weight[ids].to(self.dtype)
+
+    def logits(self, x: Tensor, update: Tensor) -> Tensor:
+        """The residual stream after the last layer to [tokens, vocab_size] float32."""
+        normed, _ = self.model.norm(x, update)
+        return self.lm_head(normed, out_dtype=torch.float32)
 
     def _check_ids(self, ids: Tensor) -> None:
         if ids.dim() != 1 or ids.dtype != torch.int64 or ids.shape[0] == 0:

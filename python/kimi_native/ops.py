@@ -1,8 +1,7 @@
-"""Public ops: check the tensors, choose the backend, call the kernel. The only importer of `_native`.
+"""Public ops: check the tensors, choose the backend, call the kernel.
 
 Every op has the same name in reference.py (plain torch, naive, the specification) and in ops.h.
-The native backend takes CPU tensors. `backend("reference")`, or KIMI_NATIVE_BACKEND=reference, runs the specification
-instead: for checking, and for training, since it is differentiable. There is no silent fallback between the two.
+The settings of native.py (backend, tier, threads, recording) are reached as attributes of this module.
 
 Fixed reduction order: natively computed rows depend on their own inputs only, to the last bit, whatever else is in the
 call and however many threads run it.
@@ -10,16 +9,26 @@ call and however many threads run it.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import threading
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from kimi_native import _native, reference
-from kimi_native.checks import check_activation, check_dtype, check_tensor, require
+from kimi_native.checks import check_activation, check_dtype, check_rows, check_tensor, require
+from kimi_native.native import (  # noqa: F401  the settings, as attributes of this module
+    Recording,
+    active_backend,
+    active_isa,
+    backend,
+    call_with_workspace,
+    cpu_features,
+    empty,
+    force_isa,
+    num_threads,
+    pointer,
+    record,
+    set_num_threads,
+    supported_isas,
+)
 from kimi_native.weights import (
     GROUP_SIZE,
     Int4ExpertWeights,
@@ -29,6 +38,7 @@ from kimi_native.weights import (
 )
 
 __all__ = [
+    "add_rms_norm",
     "bf16_gemm",
     "int4_gemm",
     "int4_grouped_gemm",
@@ -39,101 +49,13 @@ __all__ = [
     "moe_dispatch",
     "moe_route",
     "rms_norm",
+    "rope_append",
     "swiglu",
 ]
 
 _DTYPES = {torch.bfloat16: 0, torch.float32: 1}  # kn::DType
 _SCORING = {"sigmoid": 0, "softmax": 1}  # kn::Scoring
 _GROUP_SCORE = {"top2_sum": 0, "max": 1}  # kn::GroupScore
-
-
-# ---- runtime settings -----------------------------------------------------------------------------------------------
-
-
-def cpu_features() -> list[str]:
-    """Names of the CPU features that the processor and the operating system offer."""
-    return _native.cpu_features()
-
-
-def supported_isas() -> list[str]:
-    """Kernel tiers this machine can run, best first, such as ["avx512", "avx2", "generic"]."""
-    return _native.supported_isas()
-
-
-def active_isa() -> str:
-    """The kernel tier in use."""
-    return _native.active_isa()
-
-
-def force_isa(name: str) -> None:
-    """Use one kernel tier; "" returns to the default. Raises RuntimeError if this machine lacks it."""
-    _native.force_isa(name)
-
-
-def num_threads() -> int:
-    """Threads that native ops use, the caller's included."""
-    return _native.num_threads()
-
-
-def set_num_threads(n: int) -> None:
-    """Set the number of threads of native ops. Raises ValueError below 1."""
-    _native.set_num_threads(n)
-
-
-_BACKENDS = ("native", "reference")
-
-
-def _initial_backend() -> str:
-    name = os.environ.get("KIMI_NATIVE_BACKEND", "native")
-    if name not in _BACKENDS:
-        raise RuntimeError(
-            f"KIMI_NATIVE_BACKEND must be one of {', '.join(_BACKENDS)} (got {name})"
-        )
-    return name
-
-
-_state = threading.local()
-_default_backend = _initial_backend()
-
-
-def active_backend() -> str:
-    """ "native" or "reference"."""
-    return getattr(_state, "backend", _default_backend)
-
-
-@contextlib.contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Run the ops of this thread on "native" or "reference" inside the with-block."""
-    if name not in _BACKENDS:
-        raise ValueError(f"backend: name must be one of {', '.join(_BACKENDS)} (got {name})")
-    before = active_backend()
-    _state.backend = name
-    try:
-        yield
-    finally:
-        _state.backend = before
-
-
-# ---- calling the kernel ----------------------------------------------------------------------------------------------
-
-
-def _workspace(nbytes: int) -> Tensor:
-    """This thread's scratch buffer, grown as needed and kept: nothing is allocated per op in a steady state."""
-    buffer = getattr(_state, "workspace", None)
-    if buffer is None or buffer.numel() < nbytes + 64:
-        buffer = _state.workspace = torch.empty(nbytes + 64, dtype=torch.uint8)
-    start = -buffer.data_ptr() % 64
-    return buffer[start : start + nbytes]
-
-
-def _call_with_workspace(name: str, *arguments: int | float) -> None:
-    nbytes = getattr(_native.cpu, name + "_workspace_bytes")(*arguments)
-    scratch = _workspace(nbytes)
-    getattr(_native.cpu, name)(*arguments, scratch.data_ptr(), nbytes)
-
-
-def _pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 # ---- experts: routing -----------------------------------------------------------------------------------------------
@@ -186,11 +108,11 @@ def moe_route(
     if correction_bias is not None:
         check_tensor("moe_route", "correction_bias", correction_bias, (experts,), torch.float32)
     require(1 <= topk <= experts, f"moe_route: topk must be 1 to {experts} (got {topk})")
-    topk_ids = torch.empty(tokens, topk, dtype=torch.int32)
-    topk_weights = torch.empty(tokens, topk, dtype=torch.float32)
+    topk_ids = empty((tokens, topk), torch.int32)
+    topk_weights = empty((tokens, topk), torch.float32)
     _native.cpu.moe_route(
         logits.data_ptr(),
-        _pointer(correction_bias),
+        pointer(correction_bias),
         topk_ids.data_ptr(),
         topk_weights.data_ptr(),
         tokens,
@@ -219,9 +141,9 @@ def moe_dispatch(topk_ids: Tensor, experts: int) -> MoeDispatch:
     check_tensor("moe_dispatch", "topk_ids", topk_ids, (None, None), torch.int32)
     require(experts >= 1, f"moe_dispatch: experts must be at least 1 (got {experts})")
     tokens, topk = topk_ids.shape
-    token_index = torch.empty(tokens * topk, dtype=torch.int32)
-    row_index = torch.empty(tokens, topk, dtype=torch.int32)
-    expert_offsets = torch.empty(experts + 1, dtype=torch.int32)
+    token_index = empty((tokens * topk,), torch.int32)
+    row_index = empty((tokens, topk), torch.int32)
+    expert_offsets = empty((experts + 1,), torch.int32)
     _native.cpu.moe_dispatch(
         topk_ids.data_ptr(),
         token_index.data_ptr(),
@@ -260,7 +182,7 @@ def moe_combine(
     tokens, topk = topk_weights.shape
     check_activation("moe_combine", "rows", rows, (tokens * topk, None))
     check_tensor("moe_combine", "row_index", dispatch.row_index, (tokens, topk), torch.int32)
-    out = torch.empty(tokens, rows.shape[1], dtype=out_dtype)
+    out = empty((tokens, rows.shape[1]), out_dtype)
     check_activation("moe_combine", "out", out, (tokens, None))
     if shared is not None:
         check_tensor("moe_combine", "shared", shared, tuple(out.shape), out_dtype)
@@ -268,7 +190,7 @@ def moe_combine(
         rows.data_ptr(),
         dispatch.row_index.data_ptr(),
         topk_weights.data_ptr(),
-        _pointer(shared),
+        pointer(shared),
         out.data_ptr(),
         _DTYPES[rows.dtype],
         _DTYPES[out_dtype],
@@ -297,9 +219,9 @@ def int4_gemm(x: Tensor, weight: Int4Weight, *, out_dtype: torch.dtype | None = 
             x, weight.weight_packed, weight.weight_scale, out_dtype=out_dtype
         )
     check_activation("int4_gemm", "x", x, (None, weight.in_features))
-    y = torch.empty(x.shape[0], weight.out_features, dtype=out_dtype)
+    y = empty((x.shape[0], weight.out_features), out_dtype)
     check_activation("int4_gemm", "out", y, (None, None))
-    _call_with_workspace(
+    call_with_workspace(
         "int4_gemm",
         x.data_ptr(),
         weight.weight_packed.data_ptr(),
@@ -362,9 +284,9 @@ def int4_grouped_swiglu(
             out_dtype=out_dtype,
         )
     rows = _grouped(op, x, dispatch, True, gate)
-    y = torch.empty(rows, gate.out_features, dtype=out_dtype)
+    y = empty((rows, gate.out_features), out_dtype)
     check_activation(op, "out", y, (None, None))
-    _call_with_workspace(
+    call_with_workspace(
         op,
         x.data_ptr(),
         dispatch.token_index.data_ptr(),
@@ -411,9 +333,9 @@ def int4_grouped_gemm(
             out_dtype=out_dtype,
         )
     rows = _grouped(op, x, dispatch, False, weights)
-    y = torch.empty(rows, weights.out_features, dtype=out_dtype)
+    y = empty((rows, weights.out_features), out_dtype)
     check_activation(op, "out", y, (None, None))
-    _call_with_workspace(
+    call_with_workspace(
         op,
         x.data_ptr(),
         0,
@@ -436,22 +358,31 @@ def int4_grouped_gemm(
 # ---- dense matrices -------------------------------------------------------------------------------------------------
 
 
-def bf16_gemm(x: Tensor, weight: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
+def bf16_gemm(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """x times a BF16 matrix transposed, or one matrix per head.
 
     x        [tokens, in] or [tokens, heads, in]  bf16 or float32; rows of `in` contiguous, other strides free
     weight   [out, in] or [heads, out, in]        bf16; matrices contiguous, any stride from head to head
-    returns  [tokens, out] or [tokens, heads, out]  out_dtype (default: of x); products and sums in fp32
+    out      [tokens, out] or [tokens, heads, out]  bf16 or float32, written; rows contiguous, other strides free
+    returns  `out`, or a new tensor of that shape and out_dtype (default: of x); products and sums in fp32
 
     Raises ValueError on a shape or stride, TypeError on a dtype. Reference: reference.bf16_gemm.
     """
     op = "bf16_gemm"
-    out_dtype = out_dtype or x.dtype
+    out_dtype = out_dtype or (x if out is None else out).dtype
     if active_backend() == "reference":
-        return reference.bf16_gemm(x, weight, out_dtype=out_dtype)
+        y = reference.bf16_gemm(x, weight, out_dtype=out_dtype)
+        return y if out is None else out.copy_(y)
     check_dtype(op, "x", x, torch.bfloat16, torch.float32)
     check_dtype(op, "weight", weight, torch.bfloat16)
-    check_dtype(op, "out", torch.empty(0, dtype=out_dtype), torch.bfloat16, torch.float32)
+    if out_dtype not in _DTYPES:
+        raise TypeError(f"{op}: out must be torch.bfloat16 or torch.float32 (got {out_dtype})")
     require(
         x.dim() == weight.dim() and x.dim() in (2, 3) and x.shape[1:-1] == weight.shape[:-2],
         f"{op}: x and weight must be [tokens, in] and [out, in], or [tokens, heads, in] and [heads, out, in] "
@@ -468,8 +399,10 @@ def bf16_gemm(x: Tensor, weight: Tensor, *, out_dtype: torch.dtype | None = None
     if x.device.type != "cpu" or weight.device.type != "cpu":
         raise RuntimeError(f"{op}: no kernel for device {x.device} in this build (supported: cpu)")
     per_head = x.dim() == 3
-    y = torch.empty(*x.shape[:-1], weight.shape[-2], dtype=out_dtype)
-    _call_with_workspace(
+    shape = (*x.shape[:-1], weight.shape[-2])
+    y = empty(shape, out_dtype) if out is None else out
+    check_rows(op, "out", y, shape, out_dtype)
+    call_with_workspace(
         op,
         x.data_ptr(),
         weight.data_ptr(),
@@ -483,6 +416,8 @@ def bf16_gemm(x: Tensor, weight: Tensor, *, out_dtype: torch.dtype | None = None
         x.stride(0),
         x.stride(1) if per_head else 0,
         weight.stride(0) if per_head else 0,
+        y.stride(0),
+        y.stride(1) if per_head else 0,
     )
     return y
 
@@ -499,9 +434,9 @@ def int8_gemm(x: Tensor, weight: Int8Weight, *, out_dtype: torch.dtype | None = 
     if active_backend() == "reference":
         return reference.int8_gemm(x, weight.weight, weight.weight_scale, out_dtype=out_dtype)
     check_activation("int8_gemm", "x", x, (None, weight.in_features))
-    y = torch.empty(x.shape[0], weight.out_features, dtype=out_dtype)
+    y = empty((x.shape[0], weight.out_features), out_dtype)
     check_activation("int8_gemm", "out", y, (None, None))
-    _call_with_workspace(
+    call_with_workspace(
         "int8_gemm",
         x.data_ptr(),
         weight.weight.data_ptr(),
@@ -553,8 +488,8 @@ def mla_decode(
     require(
         1 <= kv_lora_rank <= width, f"{op}: kv_lora_rank must be 1 to {width} (got {kv_lora_rank})"
     )
-    out = torch.empty(batch, heads, kv_lora_rank, dtype=q.dtype)
-    _call_with_workspace(
+    out = empty((batch, heads, kv_lora_rank), q.dtype)
+    call_with_workspace(
         op,
         q.data_ptr(),
         cache.data_ptr(),
@@ -592,7 +527,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
         f"rms_norm: x must be [tokens, hidden] on the cpu with contiguous rows (got {list(x.shape)}, {x.device})",
     )
     check_tensor("rms_norm", "weight", weight, (x.shape[1],), torch.bfloat16)
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = empty(x.shape, x.dtype)
     _native.cpu.rms_norm(
         x.data_ptr(),
         weight.data_ptr(),
@@ -604,6 +539,103 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
         eps,
     )
     return y
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, *, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The residual stream's step: rms_norm of x + residual, and that sum.
+
+    x, residual  [tokens, hidden]  bf16 or float32, of one dtype
+    weight       [hidden]          bf16
+    returns      y, sum            [tokens, hidden] each, of x's dtype; y = rms_norm(sum)
+
+    Raises ValueError on a shape, TypeError on a dtype. Reference: reference.add_rms_norm.
+    """
+    if active_backend() == "reference":
+        return reference.add_rms_norm(x, residual, weight, eps=eps)
+    check_activation("add_rms_norm", "x", x, (None, None))
+    check_tensor("add_rms_norm", "residual", residual, tuple(x.shape), x.dtype)
+    check_tensor("add_rms_norm", "weight", weight, (x.shape[1],), torch.bfloat16)
+    y, total = empty(x.shape, x.dtype), empty(x.shape, x.dtype)
+    _native.cpu.add_rms_norm(
+        x.data_ptr(),
+        residual.data_ptr(),
+        weight.data_ptr(),
+        y.data_ptr(),
+        total.data_ptr(),
+        _DTYPES[x.dtype],
+        x.shape[0],
+        x.shape[1],
+        eps,
+    )
+    return y, total
+
+
+def rope_append(
+    q: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    cache: Tensor,
+    q_out: Tensor,
+) -> Tensor:
+    """Rotate the rope part of queries and of the shared key; append latent and key to the cache.
+
+    q         [tokens, heads, rope]      bf16 or float32; pairs (2j, 2j + 1) turn by (cos, sin)[:, j]
+    latent    [tokens, kv_lora_rank]     of q's dtype
+    k_rope    [tokens, rope]             of q's dtype
+    cos, sin  [tokens, rope / 2]         float32
+    slots     [tokens]                   int64, distinct: rows of the cache, its pages laid end to end
+    cache     [pages, page_size, kv_lora_rank + rope]  bf16 or float32; row slots[t] = latent[t], rotated k_rope[t]
+    q_out     [tokens, heads, rope]      bf16 or float32, written and returned; may be q itself
+
+    Rows are contiguous in their last dimension, other strides of q, latent, k_rope and q_out are free. Rotations in
+    fp32, rounded once to q's dtype.
+
+    Raises ValueError on a shape, stride or slot, TypeError on a dtype. Reference: reference.rope_append.
+    """
+    op = "rope_append"
+    if active_backend() == "reference":
+        return reference.rope_append(q, latent, k_rope, cos, sin, slots, cache, q_out)
+    check_activation(op, "cache", cache, (None, None, None))
+    require(q.dim() == 3, f"{op}: q must be [tokens, heads, rope] (got {list(q.shape)})")
+    tokens, heads, rope = q.shape
+    rank = cache.shape[2] - rope
+    check_rows(op, "q", q, (tokens, heads, rope), torch.bfloat16, torch.float32)
+    check_rows(op, "q_out", q_out, (tokens, heads, rope), torch.bfloat16, torch.float32)
+    check_rows(op, "latent", latent, (tokens, rank), q.dtype)
+    check_rows(op, "k_rope", k_rope, (tokens, rope), q.dtype)
+    for name, table in (("cos", cos), ("sin", sin)):
+        check_tensor(op, name, table, (tokens, rope // 2), torch.float32)
+    check_tensor(op, "slots", slots, (tokens,), torch.int64)
+    _native.cpu.rope_append(
+        q.data_ptr(),
+        latent.data_ptr(),
+        k_rope.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        slots.data_ptr(),
+        q_out.data_ptr(),
+        cache.data_ptr(),
+        _DTYPES[q.dtype],
+        _DTYPES[q_out.dtype],
+        _DTYPES[cache.dtype],
+        tokens,
+        heads,
+        rank,
+        rope,
+        cache.shape[0] * cache.shape[1],
+        q.stride(0),
+        q.stride(1),
+        q_out.stride(0),
+        q_out.stride(1),
+        latent.stride(0),
+        k_rope.stride(0),
+    )
+    return q_out
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -618,7 +650,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         return reference.swiglu(gate, up)
     check_activation("swiglu", "gate", gate, (None, None))
     check_tensor("swiglu", "up", up, tuple(gate.shape), gate.dtype)
-    y = torch.empty_like(gate)
+    y = empty(gate.shape, gate.dtype)
     _native.cpu.swiglu(
         gate.data_ptr(),
         up.data_ptr(),

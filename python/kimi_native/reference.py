@@ -215,6 +215,43 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     return (normed.to(x.dtype).to(wide.dtype) * weight.to(wide.dtype)).to(x.dtype)
 
 
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, *, eps: float
+) -> tuple[Tensor, Tensor]:
+    """rms_norm of x + residual (rounded to their dtype), and that sum; see ops.add_rms_norm."""
+    total = x + residual
+    return rms_norm(total, weight, eps=eps), total
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs (2j, 2j + 1) of x [tokens, ..., rope] turned by cos, sin [tokens, rope / 2]; rounded once to x's dtype."""
+    wide = x.to(_wide(x, cos))
+    shape = (cos.shape[0], *[1] * (x.dim() - 2), cos.shape[1])
+    cos, sin = cos.to(wide.dtype).view(shape), sin.to(wide.dtype).view(shape)
+    even, odd = wide[..., 0::2], wide[..., 1::2]
+    return (
+        torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+        .flatten(-2)
+        .to(x.dtype)
+    )
+
+
+def rope_append(
+    q: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    cache: Tensor,
+    q_out: Tensor,
+) -> Tensor:
+    """q_out = rotated q; cache rows at `slots` = latent and rotated k_rope, both in place; see ops.rope_append."""
+    rows = torch.cat([latent, rotate_pairs(k_rope, cos, sin)], dim=-1)
+    cache.view(-1, cache.shape[-1])[slots] = rows.to(cache.dtype)
+    return q_out.copy_(rotate_pairs(q, cos, sin))
+
+
 def apply_rope(x: Tensor, positions: Tensor, inv_freq: Tensor, magnitude: float = 1.0) -> Tensor:
     """Rotary embedding in the published (interleaved) pairing: frequency j turns the pair (2j, 2j + 1).
 
@@ -226,15 +263,8 @@ def apply_rope(x: Tensor, positions: Tensor, inv_freq: Tensor, magnitude: float 
     Source: RoFormer, arXiv 2104.09864.
     """
     angle = positions.to(torch.float64)[:, None] * inv_freq.to(torch.float64)
-    angle = angle.view(angle.shape[0], *[1] * (x.dim() - 2), angle.shape[1])
-    wide = x.to(_wide(x))
-    cos, sin = (angle.cos() * magnitude).to(wide.dtype), (angle.sin() * magnitude).to(wide.dtype)
-    even, odd = wide[..., 0::2], wide[..., 1::2]
-    return (
-        torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-        .flatten(-2)
-        .to(x.dtype)
-    )
+    wide = _wide(x)
+    return rotate_pairs(x, (angle.cos() * magnitude).to(wide), (angle.sin() * magnitude).to(wide))
 
 
 def mla_decode(

@@ -104,10 +104,11 @@ struct Int4GroupedSwigluArgs {
 struct Bf16GemmArgs {
   const void* x;       // [tokens, heads, in], strides in elements
   const bf16* weight;  // [heads, out, in], rows of `in` contiguous
-  void* y;             // [tokens, heads, out] contiguous
+  void* y;             // [tokens, heads, out], rows contiguous, strides in elements
   DType x_dtype, y_dtype;
   int64_t tokens, heads, out, in;
   int64_t x_token_stride, x_head_stride, weight_head_stride;
+  int64_t y_token_stride, y_head_stride;
   void* workspace;
   int64_t workspace_bytes;
 };
@@ -153,6 +154,37 @@ struct RmsNormArgs {
   float eps;
 };
 
+// The residual stream's step: sum = round(x + residual), then rms_norm of sum. `sum` may be
+// `residual` itself.
+struct AddRmsNormArgs {
+  const void* x;         // [tokens, hidden]
+  const void* residual;  // [tokens, hidden]
+  const bf16* weight;    // [hidden]
+  void* y;               // [tokens, hidden]
+  void* sum;             // [tokens, hidden]
+  DType dtype;           // of all but the weight
+  int64_t tokens, hidden;
+  float eps;
+};
+
+// Rotary embedding of queries and of the shared key, and the append to the latent cache. Pairs
+// (2j, 2j + 1) turn by (cos, sin)[j]: fp32, rounded once to the activation dtype.
+//   q_out = rotate(q);  cache[slots[t]] = latent[t], rotate(k_rope[t])
+struct RopeAppendArgs {
+  const void* q;         // [tokens, heads, rope], strides in elements
+  const void* latent;    // [tokens, kv_lora_rank]
+  const void* k_rope;    // [tokens, rope]
+  const float* cos;      // [tokens, rope / 2]
+  const float* sin;      // [tokens, rope / 2]
+  const int64_t* slots;  // [tokens], distinct, in [0, cache_rows)
+  void* q_out;           // [tokens, heads, rope], strides in elements; may be q itself
+  void* cache;           // [cache_rows, kv_lora_rank + rope]
+  DType dtype, q_out_dtype, cache_dtype;
+  int64_t tokens, heads, kv_lora_rank, qk_rope_head_dim, cache_rows;
+  int64_t q_token_stride, q_head_stride, q_out_token_stride, q_out_head_stride;
+  int64_t latent_token_stride, k_rope_token_stride;
+};
+
 // y = silu(gate) * up, elementwise, in fp32 and rounded once.
 struct SwigluArgs {
   const void* gate;  // [tokens, width]
@@ -184,6 +216,8 @@ int64_t mla_decode_workspace_bytes(const MlaDecodeArgs&);
 void mla_decode(const MlaDecodeArgs&);
 
 void rms_norm(const RmsNormArgs&);
+void add_rms_norm(const AddRmsNormArgs&);
+void rope_append(const RopeAppendArgs&);
 void swiglu(const SwigluArgs&);
 
 }  // namespace cpu

@@ -1,0 +1,89 @@
+"""A model whose decode steps are replayed: the ops of one step are recorded once per batch size, then made again by a
+single native call. The numbers are those of KimiModel.decode, to the bit; what goes is the Python between two ops.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kimi_native import ops
+from kimi_native.cache import CachedSequence, LatentCache
+from kimi_native.model import Experts, KimiModel, Step
+
+MAX_RECORDED_BATCH = 16  # beyond it the Python between the ops hardly shows, and buffers grow
+
+
+class RecordedModel:
+    """`prefill` and `decode` of a KimiModel over one cache. Its modules and weights must not be replaced any more.
+
+    Not recorded, but run as they are: models with BF16 experts (they loop over the hit experts in Python), larger
+    batches, and the reference backend.
+    """
+
+    def __init__(self, model: KimiModel, cache: LatentCache) -> None:
+        self.config = model.config
+        self._model = model
+        self._cache = cache
+        self._steps: dict[int, _RecordedStep] = {}
+        self._recordable = not any(isinstance(m, Experts) for m in model.modules())
+
+    def prefill(self, ids: Tensor, cache: LatentCache, seq: CachedSequence) -> Tensor:
+        """See KimiModel.prefill."""
+        return self._model.prefill(ids, cache, seq)
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor, cache: LatentCache, seqs: list[CachedSequence]) -> Tensor:
+        """See KimiModel.decode. The logits are overwritten by the next step of as many sequences."""
+        batch = len(seqs)
+        if (
+            not self._recordable
+            or cache is not self._cache
+            or not 1 <= batch <= MAX_RECORDED_BATCH
+            or ops.active_backend() != "native"
+        ):
+            return self._model.decode(ids, cache, seqs)
+        step = self._model.decode_step(ids, cache, seqs)
+        if batch not in self._steps:
+            self._steps[batch] = _RecordedStep(self._model, cache, batch)
+        logits = self._steps[batch].run(self._model.embed(ids), step)
+        for seq in seqs:
+            seq.length += 1
+        return logits
+
+
+class _RecordedStep:
+    """One batch size: the buffers that change from step to step, and the recording that reads them."""
+
+    def __init__(self, model: KimiModel, cache: LatentCache, batch: int) -> None:
+        config = model.config
+        pages = min(cache.num_pages, -(-config.max_position_embeddings // cache.page_size))
+        half = config.qk_rope_head_dim // 2
+        self._model = model
+        self._x = torch.empty(batch, config.hidden_size, dtype=model.dtype)
+        self._step = Step(
+            cache,
+            torch.zeros(batch, dtype=torch.int64),
+            torch.empty(batch, half),
+            torch.empty(batch, half),
+            page_table=torch.zeros(batch, pages, dtype=torch.int32),
+            seq_lens=torch.zeros(batch, dtype=torch.int32),
+        )
+        self._recording: ops.Recording | None = None
+        self._logits: Tensor | None = None
+
+    def run(self, x: Tensor, step: Step) -> Tensor:
+        mine = self._step
+        self._x.copy_(x)
+        mine.slots.copy_(step.slots)
+        mine.cos.copy_(step.cos)
+        mine.sin.copy_(step.sin)
+        mine.page_table[:, : step.page_table.shape[1]].copy_(step.page_table)
+        mine.seq_lens.copy_(step.seq_lens)
+        if self._recording is None:
+            with ops.record() as recording:
+                self._logits = self._model.logits(*self._model.model(self._x, mine))
+            self._recording = recording
+        else:
+            self._recording.replay()
+        return self._logits

@@ -20,6 +20,7 @@ CHAT = {"chat.types", "chat.template", "chat.parser"}
 QUANT = {"quant.int4", "quant.int8", "quant.fp8", "quant.modules"}
 FORMATS = {"quant.groups", "checks", "weights"}
 FILES = {"safetensors_file", "tensor_table", "json_file"}
+WRITING = {"checkpoint_writer", "folder_names", "progress_bar"}
 RUN = {"engine", "generation", "model", "recorded", "cache", "loader", "ops"}
 MODULES: dict[str, tuple[set[str], set[str]]] = {
     # commands
@@ -56,7 +57,8 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "json_file": (set(), set()),
     "safetensors_file": ({"json_file"}, {"torch", "numpy"}),
     "tensor_table": ({"config", "quantization", "safetensors_file"}, set()),
-    "checkpoint": ({"config", "quantization", *FILES}, {"torch"}),
+    "folder_names": (set(), set()),
+    "checkpoint": ({"config", "quantization", "folder_names", *FILES}, {"torch"}),
     "plan": ({"checkpoint", "config", "quantization", "cache", *FILES}, {"torch"}),
     "loader": (
         {"model", "config", "checkpoint", "plan", "tokenizer", "weights", *QUANT},
@@ -64,11 +66,13 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     # making checkpoints
     "make_checkpoint": (
-        {"config", "presets", "random_tensors", "tokenizer_files"},
-        {"numpy", "rich"},
+        {"config", "presets", "random_tensors", "tokenizer_files", *WRITING},
+        {"numpy"},
     ),
+    "checkpoint_writer": ({"folder_names"}, {"numpy"}),
+    "progress_bar": (set(), {"rich"}),
     "presets": ({"config"}, set()),
-    "random_tensors": ({"presets", *QUANT}, {"torch", "numpy"}),
+    "random_tensors": ({"presets", "checkpoint_writer", *QUANT}, {"torch", "numpy"}),
     "tokenizer_files": ({"presets"}, {"numpy"}),
     "quant": (set(), set()),
     "quant.groups": (FORMATS, {"torch"}),

@@ -44,7 +44,7 @@ ITEM_BYTES = {
 
 Data = bytes | np.ndarray
 _SHARD_NAME = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
-_TEMPORARY = ".part"
+TEMPORARY = ".part"
 _Argument = TypeVar("_Argument")
 _Result = TypeVar("_Result")
 
@@ -181,7 +181,7 @@ class FolderWriter:
             )
         present = sorted(self.path.iterdir())
         strangers = [
-            p.name for p in present if p.is_dir() or not own(p.name.removesuffix(_TEMPORARY))
+            p.name for p in present if p.is_dir() or not own(p.name.removesuffix(TEMPORARY))
         ]
         if strangers:
             shown = ", ".join(strangers[:3]) + (", ..." if len(strangers) > 3 else "")
@@ -216,7 +216,7 @@ class FolderWriter:
             for path in sorted(
                 files, key=lambda p: (p.name not in (INDEX_NAME, CONFIG_NAME), p.name)
             ):
-                path.unlink()
+                path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -239,7 +239,7 @@ class FolderWriter:
     def write(self, name: str, pieces: Iterable[tuple[int, Data]]) -> None:
         """Write (position, data) pieces under a temporary name, flush, rename. What fails leaves nothing behind."""
         path = self.path / name
-        temporary = path.with_name(name + _TEMPORARY)
+        temporary = path.with_name(name + TEMPORARY)
         with self._errors("write", path):
             temporary.unlink(missing_ok=True)  # of a killed run; it may be a link
             try:

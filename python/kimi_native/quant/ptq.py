@@ -24,6 +24,7 @@ import torch
 from kimi_native import __version__
 from kimi_native.checkpoint import Checkpoint
 from kimi_native.checkpoint_writer import (
+    TEMPORARY,
     FolderWriter,
     file_header,
     file_index,
@@ -162,9 +163,12 @@ class _Run:
         elif not out.is_dir():
             folder.present_files(lambda name: False)  # says so
         with folder.locked():
-            present = folder.present_files(self._is_own)
-            if not self._resume(out, present, overwrite):
-                folder.require_overwrite(present, overwrite)
+            before = self._unfinished(out, overwrite)
+            of_before = before.files.keys() if before else ()
+            present = folder.present_files(lambda name: self._is_own(name) or name in of_before)
+            if before is None or not self._resume(out, before, overwrite):
+                begun = out / (UNFINISHED_NAME + TEMPORARY)  # nothing else was written then
+                folder.require_overwrite([p for p in present if p != begun], overwrite)
             keep = {out / name for name in (*self.resumed, UNFINISHED_NAME)}
             self.gone = [p for p in present if p not in keep]
             folder.require_room(self._needed_bytes(), freed=self.gone)
@@ -174,18 +178,19 @@ class _Run:
         names = (CONFIG_NAME, INDEX_NAME, UNFINISHED_NAME, *self.plan.copied)
         return name in names or is_shard(name)
 
-    def _resume(self, out: Path, present: list[Path], overwrite: bool) -> bool:
-        """Whether the folder holds an unfinished run to go on with; notes what is finished."""
+    def _unfinished(self, out: Path, overwrite: bool) -> RunState | None:
+        """The run that a folder holds unfinished, if it does."""
         try:
-            before = RunState.read(out)
+            return RunState.read(out)
         except ModelFormatError as error:
             if overwrite:
-                return False
+                return None
             raise CheckpointWriteError(
                 f"quantize: {error}; it can be overwritten on request"
             ) from error
-        if before is None:
-            return False
+
+    def _resume(self, out: Path, before: RunState, overwrite: bool) -> bool:
+        """Whether this run goes on with that one; notes what is finished. A different one may be overwritten."""
         difference = self.state.difference(before)
         if difference is not None:
             if overwrite:
@@ -231,7 +236,6 @@ class _Run:
             folder.write_json(CONFIG_NAME, self.plan.config)
             folder.sync()
             folder.remove([folder.path / UNFINISHED_NAME])
-            folder.sync()
         except CheckpointWriteError as error:
             raise CheckpointWriteError(
                 f"{error}; {len(self.state.shards)} of {len(self.plan.shards)} shards are done: to go on, run the same "

@@ -100,7 +100,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         set(),
     ),
     "quant.ptq_tensors": (
-        {"checkpoint_writer", "safetensors_file", "weights", *QUANT},
+        {"checkpoint_writer", "weights", "quant.groups", *FILES, *QUANT},
         {"torch", "numpy"},
     ),
     "quant.ptq_state": ({"checkpoint_writer", "folder_names", "json_file"}, set()),

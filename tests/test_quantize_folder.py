@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from kimi_native import checkpoint_writer
+import kimi_native as kn
+from kimi_native import checkpoint_writer, cli
 from kimi_native.checkpoint import Checkpoint
+from kimi_native.config import load_config
 from kimi_native.errors import CheckpointWriteError, ModelFormatError
+from kimi_native.loader import load_model
 from kimi_native.make_checkpoint import make_checkpoint
 from kimi_native.quant import ptq, ptq_state
 from kimi_native.quant.ptq import quantize_checkpoint
@@ -438,6 +441,17 @@ def test_quantize_gives_torch_its_threads_back_after_an_error(source, tmp_path, 
     with pytest.raises(Died):
         quantize(source, tmp_path / "out")
     assert torch.get_num_threads() == before
+
+
+def test_an_unfinished_folder_is_refused_by_every_way_in(half, capsys):
+    out, _ = half
+    for enter in (kn.load, load_config, Checkpoint.open, load_model):
+        with pytest.raises(ModelFormatError, match=rf"{INTERRUPTED} .* run it again with the same"):
+            enter(out)
+    assert cli.main(["inspect", str(out)]) == 1
+    message = capsys.readouterr().err
+    assert INTERRUPTED in message
+    assert message.count("\n") == 1
 
 
 def test_state_file_says_whose_run_it_is(source, half):

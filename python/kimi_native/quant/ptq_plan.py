@@ -181,7 +181,7 @@ def _new_config(checkpoint: Checkpoint, levels: int) -> dict[str, Any]:
 
 
 def _unquantized_parts(checkpoint: Checkpoint) -> list[str]:
-    """Patterns for what the text model does not use and quantize leaves as it is."""
+    """What the published scheme does not name: parts that the text model does not use, and a prefixed lm_head."""
     config = checkpoint.config
     others = {n for file in checkpoint.files for n in file.tensors} - checkpoint.tensors.keys()
     first = config.num_hidden_layers
@@ -190,4 +190,7 @@ def _unquantized_parts(checkpoint: Checkpoint) -> list[str]:
         for i in range(first, first + config.num_nextn_predict_layers)
     }
     patterns |= {f"re:.*{p.removesuffix('.')}.*": p for p in VISION_PREFIXES}
-    return [pattern for pattern, p in patterns.items() if any(n.startswith(p) for n in others)]
+    found = [pattern for pattern, p in patterns.items() if any(n.startswith(p) for n in others)]
+    if config.tensor_prefix:  # the published scheme names lm_head as the text model alone does
+        found.append(f"{config.tensor_prefix}lm_head")
+    return found

@@ -7,6 +7,7 @@ holds the values exactly. Files are read, not mapped: pages of a map would count
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,12 +17,14 @@ from torch import Tensor
 
 from kimi_native.checkpoint_writer import PlainTensor
 from kimi_native.errors import ModelFormatError
+from kimi_native.json_file import printable
 from kimi_native.quant.fp8 import BLOCK_SIZE, dequantize_block
+from kimi_native.quant.groups import CHUNK_ELEMENTS
 from kimi_native.quant.int4 import quantize
 from kimi_native.safetensors_file import DTYPES, TensorInfo
 from kimi_native.weights import GROUP_SIZE
 
-# Of the source, converted at once by one thread. With all that is made of it, a thread holds about three times as much.
+# Of the source, converted at once by one thread; with all that is made of it, not three times as much.
 PIECE_BYTES = 4 << 20
 
 Piece = tuple[str, int, np.ndarray]  # tensor name, byte offset in it, data
@@ -75,11 +78,13 @@ class Conversion:
         that cannot be read.
         """
         name, columns = self.source.name, self._grid()[1]
-        values = _read(self.source, first * columns, last * columns)
+        elements = (first * columns, last * columns)
         if self.form == "copy":
+            values = _read(self.source, *elements)
             if self.finite:
                 self._require_finite(values)
             return [(name, first * values.itemsize, _octets(values))]
+        values = _read(self.source, *elements, _scratch(self.span_bytes(first, last)))
         values = self._bf16(values.view(-1, columns), first, last)
         if self.form == "bf16":
             self._require_finite(values)
@@ -120,18 +125,44 @@ class Conversion:
         return rounded
 
     def _require_finite(self, values: Tensor) -> None:
-        bad = values.numel() - int(torch.isfinite(values.float()).sum())
-        if bad:
+        parts = values.flatten().split(CHUNK_ELEMENTS)
+        if not all(_is_finite(part) for part in parts):
+            bad = sum(part.numel() - int(torch.isfinite(part).sum()) for part in parts)
             raise ModelFormatError(
                 f"{self.source.file}: tensor {self.source.name}: values must be finite "
                 f"(got {bad} NaN or infinite values)"
             )
 
 
-def _read(info: TensorInfo, first: int, last: int) -> Tensor:
-    """Elements first .. last of a tensor, flat, in memory of their own."""
+# dtype -> an integer dtype of its width, all bits but the sign's, the bits of infinity: no finite value reaches them
+_BITS = {
+    torch.bfloat16: (torch.int16, 0x7FFF, 0x7F80),
+    torch.float16: (torch.int16, 0x7FFF, 0x7C00),
+    torch.float32: (torch.int32, 0x7FFFFFFF, 0x7F800000),
+}
+
+
+def _is_finite(values: Tensor) -> bool:
+    """torch.isfinite(values).all(), several times as fast: one AND and one maximum of integers."""
+    integer, magnitude, infinity = _BITS[values.dtype]
+    return int((values.view(integer) & magnitude).max()) < infinity
+
+
+_local = threading.local()
+
+
+def _scratch(nbytes: int) -> Tensor:
+    """Bytes of this thread's own, the same for each piece: fresh memory costs more than what is read into it."""
+    if getattr(_local, "scratch", None) is None or _local.scratch.numel() < nbytes:
+        _local.scratch = torch.empty(nbytes, dtype=torch.uint8)
+    return _local.scratch[:nbytes]
+
+
+def _read(info: TensorInfo, first: int, last: int, octets: Tensor | None = None) -> Tensor:
+    """Elements first .. last of a tensor, flat, in the given bytes or in memory of their own."""
     dtype = DTYPES[info.dtype]
-    octets = torch.empty((last - first) * dtype.itemsize, dtype=torch.uint8)
+    if octets is None:
+        octets = torch.empty((last - first) * dtype.itemsize, dtype=torch.uint8)
     left = memoryview(octets.numpy())
     try:
         with open(info.file, "rb", buffering=0) as file:
@@ -139,7 +170,9 @@ def _read(info: TensorInfo, first: int, last: int) -> Tensor:
             while left:
                 count = file.readinto(left)
                 if not count:
-                    raise ModelFormatError(f"{info.file}: tensor {info.name}: the file ends early")
+                    raise ModelFormatError(
+                        f"{info.file}: tensor {printable(info.name)}: the file ends early"
+                    )
                 left = left[count:]
     except OSError as error:
         reason = error.strerror or str(error)

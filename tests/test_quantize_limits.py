@@ -312,7 +312,9 @@ def test_a_full_disk_is_one_line_and_the_command_goes_on(source, tmp_path):
     assert notes.startswith(
         f"kimi-native: error: quantize: cannot write {out}/model-00001-of-00001"
     )
-    assert "(got File too large); 0 of 1 shards are done: to go on, run the same" in notes
+    assert (
+        "(got File too large); 0 of 1 shards are done: run the same command again to go on" in notes
+    )
     assert not list(out.glob("*.part"))
     with pytest.raises(ModelFormatError, match="quantize was interrupted here"):
         Checkpoint.open(out)

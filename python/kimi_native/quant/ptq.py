@@ -2,7 +2,7 @@
 
 Routed experts become INT4 (compressed-tensors "pack-quantized", groups of 32, symmetric); every other tensor stays as
 it is, except that FP8, FP16 and FP32 become BF16. The source streams through in pieces: memory depends on the number of
-threads (some 12 MB each) and of tensors (their headers), not on the size of the model.
+threads (some 30 MB each, measured) and of tensors (their headers), not on the size of the model.
 
 The new folder never loads before it is complete. quantize-state.json is its first file and the last to go; between
 them shards appear one by one, each written under a temporary name, flushed and renamed; index and config.json follow.
@@ -238,8 +238,8 @@ class _Run:
             folder.remove([folder.path / UNFINISHED_NAME])
         except CheckpointWriteError as error:
             raise CheckpointWriteError(
-                f"{error}; {len(self.state.shards)} of {len(self.plan.shards)} shards are done: to go on, run the same "
-                "again"
+                f"{error}; {len(self.state.shards)} of {len(self.plan.shards)} shards are done: run the same command "
+                "again to go on"
             ) from error
 
     def _write_shard(self, folder: FolderWriter, shard: str, pool: ThreadPoolExecutor) -> None:

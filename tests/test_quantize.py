@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import kimi_native as kn
+from kimi_native import checkpoint_writer, safetensors_file
 from kimi_native.cache import LatentCache
 from kimi_native.checkpoint import Checkpoint
 from kimi_native.errors import ModelFormatError
@@ -172,6 +173,11 @@ def test_quantize_packs_the_bits_of_compressed_tensors(sources, quantized, forma
         # half a step, for 16 levels and a clamped group 8 / 7.5 of it more; BF16 rounds the product
         step = scale.float().repeat_interleave(32, dim=1)
         assert ((values - w).abs() <= step * {15: 0.55, 16: 0.6}[levels]).all()
+
+
+def test_quantize_writer_and_reader_know_the_same_dtypes():
+    """Any tensor that a source may hold can be copied."""
+    assert checkpoint_writer.ITEM_BYTES == safetensors_file.DTYPE_BYTES
 
 
 def test_quantize_levels_differ_in_range(quantized):

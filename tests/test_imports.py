@@ -20,6 +20,8 @@ CHAT = {"chat.types", "chat.template", "chat.parser"}
 QUANT = {"quant.int4", "quant.int8", "quant.fp8", "quant.modules"}
 FORMATS = {"quant.groups", "checks", "weights"}
 FILES = {"safetensors_file", "tensor_table", "json_file"}
+PTQ = {"quant.ptq_plan", "quant.ptq_tensors", "quant.ptq_state"}
+WRITING = {"checkpoint_writer", "folder_names", "progress_bar"}
 RUN = {"engine", "generation", "model", "recorded", "cache", "loader", "ops"}
 MODULES: dict[str, tuple[set[str], set[str]]] = {
     # commands
@@ -27,7 +29,15 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "__main__": ({"cli"}, set()),
     "cli": (
         {"__init__", "generate", "generation", "sampling", "tokenizer", "config", *CHAT}
-        | {"checkpoint", "plan", "doctor", "make_checkpoint", "presets"},
+        | {
+            "checkpoint",
+            "plan",
+            "doctor",
+            "make_checkpoint",
+            "presets",
+            "quant.ptq",
+            "progress_bar",
+        },
         {"rich", "torch"},
     ),
     "doctor": ({"__init__", "ops", "config", "checkpoint", "plan"}, {"torch", "numpy"}),
@@ -50,13 +60,14 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "recorded": ({"model", "ops", "cache", "config"}, {"torch"}),
     "cache": ({"config"}, {"torch"}),
     # files
-    "config": ({"config_keys", "quantization", "json_file"}, set()),
+    "config": ({"config_keys", "quantization", "json_file", "folder_names"}, set()),
     "config_keys": ({"quantization", "json_file"}, set()),
     "quantization": ({"json_file"}, set()),
     "json_file": (set(), set()),
     "safetensors_file": ({"json_file"}, {"torch", "numpy"}),
     "tensor_table": ({"config", "quantization", "safetensors_file"}, set()),
-    "checkpoint": ({"config", "quantization", *FILES}, {"torch"}),
+    "folder_names": (set(), set()),
+    "checkpoint": ({"config", "quantization", "folder_names", *FILES}, {"torch"}),
     "plan": ({"checkpoint", "config", "quantization", "cache", *FILES}, {"torch"}),
     "loader": (
         {"model", "config", "checkpoint", "plan", "tokenizer", "weights", *QUANT},
@@ -64,11 +75,13 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     # making checkpoints
     "make_checkpoint": (
-        {"config", "presets", "random_tensors", "tokenizer_files"},
-        {"numpy", "rich"},
+        {"config", "presets", "random_tensors", "tokenizer_files", *WRITING},
+        {"numpy"},
     ),
+    "checkpoint_writer": ({"folder_names"}, {"numpy"}),
+    "progress_bar": (set(), {"rich"}),
     "presets": ({"config"}, set()),
-    "random_tensors": ({"presets", *QUANT}, {"torch", "numpy"}),
+    "random_tensors": ({"presets", "checkpoint_writer", *QUANT}, {"torch", "numpy"}),
     "tokenizer_files": ({"presets"}, {"numpy"}),
     "quant": (set(), set()),
     "quant.groups": (FORMATS, {"torch"}),
@@ -76,6 +89,21 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "quant.int8": (FORMATS, {"torch"}),
     "quant.fp8": (FORMATS, {"torch"}),
     "quant.modules": ({"ops", "weights"}, {"torch"}),
+    # one checkpoint into another
+    "quant.ptq": (
+        {"__init__", "checkpoint", "checkpoint_writer", "folder_names", *PTQ},
+        {"torch"},
+    ),
+    "quant.ptq_plan": (
+        {"checkpoint", "config", "presets", "checkpoint_writer", "folder_names", *FILES}
+        | {"quant.ptq_tensors"},
+        set(),
+    ),
+    "quant.ptq_tensors": (
+        {"checkpoint_writer", "weights", "quant.groups", *FILES, *QUANT},
+        {"torch", "numpy"},
+    ),
+    "quant.ptq_state": ({"checkpoint_writer", "folder_names", "json_file"}, set()),
     # kernels
     "ops": ({"_native", "native", "reference", "checks", "weights"}, {"torch"}),
     "native": ({"_native", "arena"}, {"torch"}),

@@ -7,11 +7,12 @@ import errno
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 
+from kimi_native import checkpoint_writer, presets
 from kimi_native import make_checkpoint as maker
-from kimi_native import presets, random_tensors
 from kimi_native.errors import ConfigError, KimiNativeError
 from kimi_native.make_checkpoint import CheckpointWriteError, make_checkpoint
 from made_checkpoints import make_tiny_folders, read_bytes, read_tensors
@@ -68,7 +69,7 @@ def test_shards_keep_to_their_size_and_tensors_to_their_alignment(tmp_path):
         header.pop("__metadata__")
         assert len(raw) - 8 - length <= (300_000 if len(header) > 1 else largest)
         for entry in header.values():
-            assert entry["data_offsets"][0] % random_tensors.ITEM_BYTES[entry["dtype"]] == 0
+            assert entry["data_offsets"][0] % checkpoint_writer.ITEM_BYTES[entry["dtype"]] == 0
 
 
 def test_config_carries_the_published_quantization(folders):
@@ -174,7 +175,7 @@ def test_a_full_disk_is_seen_before_anything_is_written_or_removed(tmp_path, mon
     make_checkpoint(out, layers=2)
     before = read_bytes(out)
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(maker.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(checkpoint_writer.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(
         CheckpointWriteError, match=r"needs 0\.\d+ GiB on the disk \(got 0\.\d+ GiB free\)"
     ):
@@ -187,15 +188,15 @@ def test_a_full_disk_is_seen_before_anything_is_written_or_removed(tmp_path, mon
 
 def fail_after(monkeypatch, writes: int, error: BaseException) -> None:
     """The `writes`-th write of this run writes a part of its data, then raises."""
-    write_bytes, count = maker._write_bytes, iter(range(10**9))
+    write_at, count = checkpoint_writer.write_at, iter(range(10**9))
 
-    def failing(file, data):
+    def failing(file, position, data):
         if next(count) == writes:
             file.write(b"\0" * 100)
             raise error
-        write_bytes(file, data)
+        write_at(file, position, data)
 
-    monkeypatch.setattr(maker, "_write_bytes", failing)
+    monkeypatch.setattr(checkpoint_writer, "write_at", failing)
 
 
 @pytest.mark.parametrize("writes", [0, 3, 40, 300, 484])
@@ -227,14 +228,14 @@ def test_an_interrupted_run_never_looks_complete(tmp_path, monkeypatch, writes, 
 def test_an_interrupted_removal_leaves_nothing_that_looks_complete(tmp_path, monkeypatch):
     out = tmp_path / "c"
     make_checkpoint(out, layers=2)
-    unlink = maker.Path.unlink
+    unlink = Path.unlink
 
     def failing(path, missing_ok=False):
         if path.suffix == ".safetensors":
             raise PermissionError(errno.EACCES, "Permission denied")
         unlink(path, missing_ok)
 
-    monkeypatch.setattr(maker.Path, "unlink", failing)
+    monkeypatch.setattr(Path, "unlink", failing)
     with pytest.raises(CheckpointWriteError, match=r"cannot prepare .*Permission denied"):
         make_checkpoint(out, layers=2, overwrite=True)
     left = {p.name for p in out.iterdir()}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kimi_native.config import KimiConfig, load_config, load_generation_config
 from kimi_native.errors import ModelFormatError
+from kimi_native.folder_names import INDEX_NAME
 from kimi_native.json_file import file_inside, printable, read_json
 from kimi_native.safetensors_file import SafetensorsFile, TensorInfo
 from kimi_native.tensor_table import (
@@ -33,7 +34,6 @@ from kimi_native.tensor_table import (
 
 __all__ = ["Checkpoint", "Expected", "expected_tensors", "summarize"]
 
-INDEX_NAME = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 128 << 20
 MAX_INDEX_TENSORS = 1_000_000
 MAX_FILES = 4096

@@ -73,6 +73,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     doctor = verb("doctor", _doctor, "show what this machine offers, and check every kernel once")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.add_argument("--quick", action="store_true", help="measure on less memory")
+    _add_quantize(verb("quantize", _quantize, "write a checkpoint with its routed experts in INT4"))
     make = verb(
         "make-checkpoint", _make_checkpoint, "write a random checkpoint as published ones are"
     )
@@ -119,6 +120,10 @@ def _add_settings(parser: Any) -> None:
     parser.add_argument("--max-context", type=int, metavar="N", help="tokens of prompt and answer")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--dense", choices=("bf16", "int8"), default="bf16", help="dense matrices")
+    _add_ignored_keys(parser)
+
+
+def _add_ignored_keys(parser: Any) -> None:
     parser.add_argument(
         "--ignore-config-key",
         action="append",
@@ -145,6 +150,22 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     _add_folder(parser)
     _add_settings(parser)
     parser.add_argument("--max-batch", type=int, default=1, metavar="N", help="sequences at once")
+
+
+def _add_quantize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="BF16 or FP8 checkpoint folder")
+    parser.add_argument("out", metavar="OUT", help="folder to write, made if missing")
+    parser.add_argument(
+        "--levels",
+        type=int,
+        choices=(15, 16),
+        default=15,
+        help="15: -7 .. 7, as the published weights (default); 16: -8 .. 7, as compressed-tensors",
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="default: the cores there are")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint in OUT")
+    _add_ignored_keys(parser)
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def _folder(args: argparse.Namespace) -> str:
@@ -288,7 +309,7 @@ def _progress() -> Iterator[Callable[[int, int], None] | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-# ---- inspect, plan, doctor, make-checkpoint -------------------------------------------------------------------------
+# ---- inspect, plan, doctor, quantize, make-checkpoint ---------------------------------------------------------------
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -357,6 +378,37 @@ def _doctor(args: argparse.Namespace) -> int:
         )
         _print_table("self-check", [(check["op"], check["result"]) for check in checks])
     return 0 if report["ok"] else 1
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from kimi_native.progress_bar import progress_bar
+    from kimi_native.quant.ptq import quantize_checkpoint
+
+    try:
+        with progress_bar("quantize") as progress:
+            report = quantize_checkpoint(
+                args.source,
+                args.out,
+                levels=args.levels,
+                threads=args.threads,
+                overwrite=args.overwrite,
+                ignore_config_keys=tuple(args.ignore_config_key),
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        _note("interrupted; the same command goes on from here")
+        raise
+    if args.json:
+        _print_json(report)
+        return 0
+    print(
+        f"{report['path']}: {report['quantized']} matrices in INT4 ({report['levels']} levels), "
+        f"{_bytes(report['bytes'])} in {len(report['shards'])} shard(s) from {_bytes(report['source_bytes'])}, "
+        f"{report['seconds']:.1f} s, {report['gb_per_s']:.2f} GB/s"
+    )
+    if report["left_out"]:
+        _note(f"not copied: {', '.join(report['left_out'])}")
+    return 0
 
 
 def _make_checkpoint(args: argparse.Namespace) -> int:

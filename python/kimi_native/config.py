@@ -24,7 +24,8 @@ from kimi_native.config_keys import (
     read_text,
     token_ids,
 )
-from kimi_native.errors import ConfigError
+from kimi_native.errors import ConfigError, ModelFormatError
+from kimi_native.folder_names import CONFIG_NAME, UNFINISHED_NAME
 from kimi_native.json_file import REQUIRED, Section, check_depth, file_inside, read_json
 from kimi_native.quantization import QuantizationConfig
 
@@ -165,8 +166,16 @@ class KimiConfig:
 
 
 def load_config(path: str | Path, *, ignore_keys: Iterable[str] = ()) -> KimiConfig:
-    """Reads and checks config.json of a model folder; errors as KimiConfig.from_dict."""
-    file = _model_file(path, "config.json")
+    """Reads and checks config.json of a model folder; errors as KimiConfig.from_dict.
+
+    Raises ModelFormatError if `kimi-native quantize` has begun the folder and not finished it.
+    """
+    if (Path(path) / UNFINISHED_NAME).exists():
+        raise ModelFormatError(
+            f"{path}: kimi-native quantize was interrupted here and the checkpoint is not complete; run it again with "
+            f"the same arguments to finish it (got {UNFINISHED_NAME})"
+        )
+    file = _model_file(path, CONFIG_NAME)
     if file is None:
         raise ConfigError(f"{path}: must be a model folder with a config.json (found none)")
     values = read_json(file, max_bytes=MAX_CONFIG_BYTES)

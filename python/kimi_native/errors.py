@@ -17,6 +17,10 @@ class TokenizerError(KimiNativeError, ValueError):
     """The tokenizer files are malformed or a text cannot be encoded as asked."""
 
 
+class CheckpointWriteError(KimiNativeError, OSError):
+    """A checkpoint cannot be written: no room on the disk, a folder in use, a failed write."""
+
+
 class RequestError(KimiNativeError, ValueError):
     """A generation request is out of range: prompt beyond the context, unknown or bad argument."""
 

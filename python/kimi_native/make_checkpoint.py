@@ -8,54 +8,43 @@ name, flushed to the disk and renamed, and the index and config.json come last.
 from __future__ import annotations
 
 import argparse
-import collections
-import contextlib
-import errno
-import itertools
 import json
 import os
-import re
-import shutil
-import struct
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from kimi_native import presets
-from kimi_native.errors import ConfigError, KimiNativeError
-from kimi_native.presets import PRESETS
-from kimi_native.random_tensors import (
-    ITEM_BYTES,
-    StoredTensor,
-    piece,
-    row_chunks,
-    stored_tensors,
+from kimi_native.checkpoint_writer import (
+    FolderWriter,
+    file_index,
+    file_order,
+    in_order,
+    is_shard,
+    needed_bytes,
+    split,
 )
+from kimi_native.errors import CheckpointWriteError, ConfigError
+from kimi_native.folder_names import CONFIG_NAME, INDEX_NAME, UNFINISHED_NAME
+from kimi_native.presets import PRESETS
+from kimi_native.progress_bar import Progress, progress_bar
+from kimi_native.random_tensors import StoredTensor, piece, row_chunks, stored_tensors
 from kimi_native.tokenizer_files import tokenizer_files
 
 __all__ = ["PRESETS", "CheckpointWriteError", "add_arguments", "make_checkpoint", "run"]
 
-INDEX = "model.safetensors.index.json"
 _OWN_FILES = (
-    "config.json",
+    CONFIG_NAME,
     "generation_config.json",
     "tiktoken.model",
     "tokenizer_config.json",
-    INDEX,
+    INDEX_NAME,
+    UNFINISHED_NAME,
 )
-_SHARD_NAME = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
-_TEMPORARY = ".part"
-
-Progress = Callable[[int, int], None]  # (bytes of tensors written, bytes of tensors in all)
-
-
-class CheckpointWriteError(KimiNativeError, OSError):
-    """A checkpoint cannot be written: no room on the disk, a folder in use, a failed write."""
 
 
 def make_checkpoint(
@@ -94,19 +83,23 @@ def make_checkpoint(
     bias_dtype = "BF16" if text["model_type"] == "deepseek_v3" else "F32"  # as published
     weights = list(presets.weights(text, presets.tensor_prefix(preset)))
     stored = [t for w in weights for t in stored_tensors(w, format, bias_dtype)]
-    shards = _split(stored, shard_bytes)
+    shards = {
+        shard: [stored[i] for i in members]
+        for shard, members in split([[t] for t in stored], shard_bytes).items()
+    }
     total = sum(t.nbytes for t in stored)
 
     out = Path(out_dir)
-    _prepare(out, _needed_bytes(stored, tokenizer), overwrite)
+    folder = FolderWriter("make_checkpoint", out)
+    _prepare(folder, needed_bytes(stored, sum(map(len, tokenizer.values()))), overwrite)
     for name, content in tokenizer.items():
-        _write_file(out / name, [content])
-    _write_file(out / "generation_config.json", [_json_bytes(_generation_config(text))])
-    _write_shards(out, shards, seed, _reporter(progress, total))
-    _sync_folder(out)  # the shards' names are on the disk before anything refers to them
-    _write_file(out / INDEX, [_json_bytes(_index(shards, total))])
-    _write_file(out / "config.json", [_json_bytes(presets.file_config(preset, format, text))])
-    _sync_folder(out)
+        folder.write(name, [(0, content)])
+    folder.write_json("generation_config.json", _generation_config(text))
+    _write_shards(folder, shards, seed, _reporter(progress, total))
+    folder.sync()  # the shards' names are on the disk before anything refers to them
+    folder.write_json(INDEX_NAME, file_index(shards))
+    folder.write_json(CONFIG_NAME, presets.file_config(preset, format, text))
+    folder.sync()
     return {
         "path": str(out),
         "preset": preset,
@@ -155,78 +148,44 @@ def _generation_config(text: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _json_bytes(value: Any) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
-
-
-# ---- shards ----------------------------------------------------------------------------------------------------------
-
-
-def _split(stored: list[StoredTensor], shard_bytes: int) -> dict[str, list[StoredTensor]]:
-    """Shard name -> its tensors: filled in the model's order; inside, widest dtype first, then by name.
-
-    That inner order is the one of the safetensors library; it keeps every tensor aligned to its items.
-    """
-    groups: list[list[StoredTensor]] = [[]]
-    filled = 0
-    for tensor in stored:
-        if groups[-1] and filled + tensor.nbytes > shard_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(tensor)
-        filled += tensor.nbytes
-    return {
-        f"model-{i:05d}-of-{len(groups):05d}.safetensors": sorted(
-            group, key=lambda t: (-ITEM_BYTES[t.dtype], t.dtype, t.name)
-        )
-        for i, group in enumerate(groups, 1)
-    }
-
-
-def _index(shards: Mapping[str, list[StoredTensor]], total: int) -> dict[str, Any]:
-    where = {t.name: shard for shard, tensors in shards.items() for t in tensors}
-    return {"metadata": {"total_size": total}, "weight_map": where}
-
-
-def _header(tensors: list[StoredTensor]) -> bytes:
-    """Length and JSON header of a safetensors file, padded so that the data starts at a multiple of 8."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for t in tensors:
-        stop = start + t.nbytes
-        entries[t.name] = {
-            "dtype": t.dtype,
-            "shape": list(t.shape),
-            "data_offsets": [start, stop],
-        }
-        start = stop
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+def _prepare(folder: FolderWriter, needed: int, overwrite: bool) -> None:
+    """Make or clear the folder. Nothing is removed unless all of it is a checkpoint's and the new one will fit."""
+    present = folder.present_files(lambda name: name in _OWN_FILES or is_shard(name))
+    folder.require_overwrite(present, overwrite)
+    folder.require_room(needed, freed=present)
+    folder.make()
+    folder.remove(present)
 
 
 def _write_shards(
-    out: Path, shards: Mapping[str, list[StoredTensor]], seed: int, report: Callable[[int], None]
+    folder: FolderWriter,
+    shards: Mapping[str, list[StoredTensor]],
+    seed: int,
+    report: Callable[[int], None],
 ) -> None:
     workers = min(4, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
         for name, tensors in shards.items():
-            jobs = ((t, seed, chunk) for t in tensors for chunk in row_chunks(t.weight.shape))
-            pieces = _in_order(pool, jobs, ahead=2 * workers)
-            _write_file(out / name, itertools.chain([_header(tensors)], pieces), report)
+            jobs = (
+                (t, seed, chunk)
+                for t in file_order(tensors)
+                for chunk in row_chunks(t.weight.shape)
+            )
+            made = in_order(pool, lambda job: (job[0].name, piece(*job)), jobs, ahead=2 * workers)
+            folder.write_shard(name, tensors, _placed(made, report))
 
 
-def _in_order(
-    pool: ThreadPoolExecutor, jobs: Iterator[tuple[StoredTensor, int, Any]], ahead: int
-) -> Iterator[np.ndarray]:
-    """Pieces in the order of the jobs, at most `ahead` of them made before they are taken: memory stays bounded."""
-    pending: collections.deque[Future[np.ndarray]] = collections.deque()
-    for job in jobs:
-        pending.append(pool.submit(piece, *job))
-        if len(pending) == ahead:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+def _placed(
+    made: Iterator[tuple[str, np.ndarray]], report: Callable[[int], None]
+) -> Iterator[tuple[str, int, np.ndarray]]:
+    """Pieces that follow each other in a tensor, with their offsets; each is reported once it is written."""
+    current, offset = "", 0
+    for name, data in made:
+        if name != current:
+            current, offset = name, 0
+        yield name, offset, data
+        offset += data.nbytes
+        report(data.nbytes)
 
 
 def _reporter(progress: Progress | None, total: int) -> Callable[[int], None]:
@@ -239,110 +198,6 @@ def _reporter(progress: Progress | None, total: int) -> Callable[[int], None]:
             progress(written, total)
 
     return report
-
-
-# ---- the folder ------------------------------------------------------------------------------------------------------
-
-
-def _needed_bytes(stored: list[StoredTensor], tokenizer: Mapping[str, bytes]) -> int:
-    """An upper bound: tensors, their entries in header and index, the other files, the file system's rounding."""
-    entries = sum(2 * len(t.name) + 256 for t in stored)
-    return sum(t.nbytes for t in stored) + entries + sum(map(len, tokenizer.values())) + (1 << 20)
-
-
-def _is_own(name: str) -> bool:
-    name = name.removesuffix(_TEMPORARY)
-    return name in _OWN_FILES or _SHARD_NAME.fullmatch(name) is not None
-
-
-def _prepare(out: Path, needed: int, overwrite: bool) -> None:
-    """Make or clear the folder. Nothing is removed unless all of it is a checkpoint's and the new one will fit."""
-    present = _present_files(out, overwrite)
-    try:
-        nearest = next(p for p in (out, *out.absolute().parents) if p.exists())
-        free = shutil.disk_usage(nearest).free + sum(p.stat().st_size for p in present)
-        if free < needed:
-            raise CheckpointWriteError(
-                f"make_checkpoint: {out} needs {_gib(needed)} on the disk (got {_gib(free)} free)"
-            )
-        out.mkdir(parents=True, exist_ok=True)
-        # Index and config go first, so that a half removed checkpoint does not look complete either.
-        for path in sorted(present, key=lambda p: (p.name not in (INDEX, "config.json"), p.name)):
-            path.unlink()
-    except OSError as error:
-        if isinstance(error, CheckpointWriteError):
-            raise
-        raise CheckpointWriteError(
-            f"make_checkpoint: cannot prepare {out} (got {error})"
-        ) from error
-
-
-def _present_files(out: Path, overwrite: bool) -> list[Path]:
-    if not out.exists():
-        return []
-    if not out.is_dir():
-        raise CheckpointWriteError(f"make_checkpoint: out_dir must be a folder (got file {out})")
-    present = sorted(out.iterdir())
-    strangers = [p.name for p in present if not (p.is_file() and _is_own(p.name))]
-    if strangers:
-        shown = ", ".join(strangers[:3]) + (", ..." if len(strangers) > 3 else "")
-        raise CheckpointWriteError(
-            f"make_checkpoint: out_dir must hold no other files (got {shown} in {out})"
-        )
-    if present and not overwrite:
-        raise CheckpointWriteError(
-            f"make_checkpoint: out_dir must be empty, or be overwritten on request (got a checkpoint in {out})"
-        )
-    return present
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.3f} GiB"
-
-
-def _write_bytes(file: BinaryIO, data: bytes | np.ndarray) -> None:
-    file.write(memoryview(data).cast("B") if isinstance(data, np.ndarray) else data)
-
-
-def _write_file(
-    path: Path,
-    pieces: Iterable[bytes | np.ndarray],
-    report: Callable[[int], None] = lambda nbytes: None,
-) -> None:
-    """Write under a temporary name, flush to the disk, rename. What fails leaves nothing behind.
-
-    report is called with the size of each array; headers and small files, which are bytes, are not counted.
-    """
-    temporary = path.with_name(path.name + _TEMPORARY)
-    try:
-        with open(temporary, "wb") as file:
-            for data in pieces:
-                _write_bytes(file, data)
-                if isinstance(data, np.ndarray):
-                    report(data.nbytes)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason += f", {_gib(shutil.disk_usage(path.parent).free)} free"
-        raise CheckpointWriteError(
-            f"make_checkpoint: cannot write {path} (got {reason})"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(out: Path) -> None:
-    """Renames reach the disk, where the system lets a folder be opened for that."""
-    if os.name != "posix":
-        return
-    handle = os.open(out, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -394,7 +249,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `kimi-native make-checkpoint`; errors (KimiNativeError, ValueError) are the caller's to print."""
-    with _progress_bar(sys.stderr.isatty()) as progress:
+    with progress_bar("write") as progress:
         summary = make_checkpoint(
             args.out,
             preset=args.preset,
@@ -416,23 +271,3 @@ def run(args: argparse.Namespace) -> int:
         f"{summary['bytes'] / 1e9:.3f} GB in {len(summary['shards'])} shard(s), {summary['seconds']:.1f} s"
     )
     return 0
-
-
-@contextlib.contextmanager
-def _progress_bar(shown: bool) -> Iterator[Progress | None]:
-    """A bar on stderr, on a terminal only."""
-    if not shown:
-        yield None
-        return
-    from rich import progress as rich_progress
-    from rich.console import Console
-
-    columns = (
-        rich_progress.BarColumn(),
-        rich_progress.DownloadColumn(),
-        rich_progress.TransferSpeedColumn(),
-        rich_progress.TimeRemainingColumn(),
-    )
-    with rich_progress.Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("write", total=None)
-        yield lambda written, total: bar.update(task, completed=written, total=total)

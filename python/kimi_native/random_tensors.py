@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kimi_native.checkpoint_writer import ITEM_BYTES
 from kimi_native.presets import GROUP_SIZE, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-ITEM_BYTES = {"BF16": 2, "F32": 4, "I32": 4, "F8_E4M3": 1}
 
 _BLOCK_SIZE = 128  # FP8 blocks, and so the unit of a row chunk
 _CHUNK_ELEMENTS = 1 << 22  # 8 MB of BF16; 32 MB of indices while a chunk is made

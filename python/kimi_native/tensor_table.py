@@ -27,7 +27,7 @@ KINDS = (
     "norms",
     "lm_head",
 )
-_VISION_PREFIXES = ("vision_tower.", "mm_projector.", "multi_modal_projector.")
+VISION_PREFIXES = ("vision_tower.", "mm_projector.", "multi_modal_projector.")
 
 
 # The tensors of a matrix, by how it is stored.
@@ -206,7 +206,7 @@ def is_ignored_tensor(config: KimiConfig, name: str) -> bool:
     if name.endswith(".rotary_emb.inv_freq"):
         return True
     prefix = config.tensor_prefix
-    if prefix and name.startswith(_VISION_PREFIXES):
+    if prefix and name.startswith(VISION_PREFIXES):
         return True
     layers = prefix + "model.layers."
     if not name.startswith(layers):

@@ -12,8 +12,8 @@ from kimi_native.weights import GROUP_SIZE
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
-# Elements handled at once: a few float32 temporaries of one chunk stay near 16 MB, whatever the matrix.
-CHUNK_ELEMENTS = 1 << 20
+# Elements handled at once: the float32 temporaries of one chunk, 1 MB each, stay in a core's cache.
+CHUNK_ELEMENTS = 1 << 18
 
 # Smallest normal BF16. As a floor of the scale it keeps zero groups finite (q = 0) and, since a subnormal scale
 # would be a coarse one, keeps |w / scale| within the levels for the tiniest weights too.
@@ -45,9 +45,14 @@ def check_group_matrix(op: str, w: Tensor) -> None:
 def finite_float32(op: str, w: Tensor) -> Tensor:
     """w in float32; ValueError if a value is NaN or infinite there."""
     values = w.to(torch.float32)
+    check_finite(op, values)
+    return values
+
+
+def check_finite(op: str, values: Tensor) -> None:
+    """Raises ValueError with the number of NaN and infinite values, if there are any."""
     bad = values.numel() - int(torch.isfinite(values).sum())
     require(bad == 0, f"{op}: w must be finite in float32 (got {bad} NaN or infinite values)")
-    return values
 
 
 def quantize_groups(
@@ -59,9 +64,12 @@ def quantize_groups(
     """
     out_features, in_features = w.shape
     for rows in row_chunks(out_features, in_features):
-        groups = finite_float32(op, w[rows]).unflatten(1, (-1, GROUP_SIZE))
-        exact = groups.abs().amax(dim=2) / divisor
-        scale = exact.clamp_min(SMALLEST_SCALE).to(torch.bfloat16)
-        quotient = groups / scale.to(torch.float32).unsqueeze(2)
+        groups = w[rows].to(torch.float32).unflatten(1, (-1, GROUP_SIZE))
+        scratch = groups.abs()
+        amax = scratch.amax(dim=2)  # NaN if one of its group is, so these are enough to look at
+        if not torch.isfinite(amax).all():
+            check_finite(op, groups)
+        scale = (amax / divisor).clamp_min(SMALLEST_SCALE).to(torch.bfloat16)
+        quotient = torch.div(groups, scale.to(torch.float32).unsqueeze(2), out=scratch)
         q = quotient.round_().clamp_(q_min, q_max).to(torch.int8)  # round: half to even
         yield rows, q.flatten(1), scale

@@ -50,8 +50,11 @@ def pack(q: Tensor) -> Tensor:
 
 
 def _pack_rows(q: Tensor, packed: Tensor) -> None:
-    nibbles = (q + 8).to(torch.uint8)
-    packed.view(torch.uint8).copy_(nibbles[:, 0::2] | (nibbles[:, 1::2] << 4))
+    if q.numel() == 0:  # has no strides to view it with
+        return
+    # Two nibbles, each in a byte, as one 16-bit number 0x0o0e; o in bits 8 .. 11 goes to bits 4 .. 7 beside e.
+    pairs = (q + 8).to(torch.int8).contiguous().view(torch.int16)
+    packed.view(torch.uint8).copy_((pairs >> 4) | (pairs & 0x0F))
 
 
 def unpack(packed: Tensor) -> Tensor:

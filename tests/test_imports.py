@@ -56,7 +56,8 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     # ids in, ids out
     "engine": ({"model", "cache", "config", "sampling"}, {"torch", "numpy"}),
     "sampling": (set(), {"torch", "numpy"}),
-    "model": ({"ops", "cache", "config"}, {"torch"}),
+    "model": ({"ops", "attention", "cache", "config"}, {"torch"}),
+    "attention": ({"ops"}, {"torch"}),
     "recorded": ({"model", "ops", "cache", "config"}, {"torch"}),
     "cache": ({"config"}, {"torch"}),
     # files

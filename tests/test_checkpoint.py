@@ -305,7 +305,6 @@ def test_checkpoint_matrix_may_be_plain_where_the_config_quantizes(tmp_path, d, 
     [
         (TINY, EXPERT, "int4"),
         (TINY, EXPERT, "fp8"),
-        (TINY_INT4, EXPERT, "fp8"),
         (TINY_FP8, EXPERT, "int4"),
         (TINY_INT4, "model.layers.0.mlp.up_proj", "int4"),
         (TINY_INT4, "model.layers.1.self_attn.q_a_proj", "int4"),
@@ -318,6 +317,18 @@ def test_checkpoint_matrix_quantized_against_the_config_is_an_error(tmp_path, d,
     with pytest.raises(
         ModelFormatError, match=f"{module} is stored as {form}, but config.json keeps it"
     ):
+        Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("module", [EXPERT, "model.layers.0.mlp.up_proj", "lm_head"])
+def test_checkpoint_matrix_may_be_fp8_beside_int4(tmp_path, module):
+    table = with_forms(TINY_INT4, {module: "fp8"})
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, TINY_INT4, table))
+    assert checkpoint.form(module) == "fp8"
+    assert set(checkpoint.forms.values()) == {"int4", "fp8", "plain"}
+    del table[module + ".weight_scale_inv"]
+    write_checkpoint(tmp_path, TINY_INT4, table)
+    with pytest.raises(ModelFormatError, match=f"is missing: {module}.weight_scale_inv"):
         Checkpoint.open(tmp_path)
 
 

@@ -109,6 +109,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "ops": ({"_native", "native", "reference", "checks", "weights"}, {"torch"}),
     "native": ({"_native", "arena"}, {"torch"}),
     "arena": (set(), {"torch", "numpy"}),
+    "torch_ops": ({"ops", "weights"}, {"torch"}),
     "reference": (set(), {"torch"}),
     "weights": ({"checks"}, {"torch"}),
     "checks": (set(), {"torch"}),

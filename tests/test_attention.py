@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kimi_native import ops
-from kimi_native.attention import attend, causal_mask
+from kimi_native.attention import attend_heads, causal_mask
 from oracle import assert_same_bits, assert_within, threads
 
 # (heads, queries, keys, width): blocks of few queries, lengths that fill no block, one head, a K2-like head
@@ -36,7 +36,7 @@ def make_case(heads, queries, keys, width):
 
 
 def run(query, key, value, mask):
-    return attend(query, key, value, mask=mask, softmax_scale=SCALE)
+    return attend_heads(query, key, value, mask=mask, softmax_scale=SCALE)
 
 
 def expected_attention(query, key, value):
@@ -63,13 +63,13 @@ def expected_attention(query, key, value):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_attend_matches_float64(shape):
+def test_attend_heads_matches_float64(shape):
     case = make_case(*shape)
     assert_within(run(*case), *expected_attention(*case[:3]))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_attend_does_not_depend_on_threads(shape):
+def test_attend_heads_does_not_depend_on_threads(shape):
     case = make_case(*shape)
     results = []
     for n in (1, 2, 3, 5):
@@ -79,7 +79,7 @@ def test_attend_does_not_depend_on_threads(shape):
         assert_same_bits(result, results[0])
 
 
-def test_attend_head_does_not_depend_on_the_others():
+def test_attend_heads_head_does_not_depend_on_the_others():
     query, key, value, mask = make_case(16, 5, 300, 192)
     together = run(query, key, value, mask)
     for h in (0, 7, 15):
@@ -87,7 +87,7 @@ def test_attend_head_does_not_depend_on_the_others():
         assert_same_bits(run(*one, mask)[0], together[h])
 
 
-def test_attend_leaves_the_number_of_torch_threads_alone():
+def test_attend_heads_leaves_the_number_of_torch_threads_alone():
     before = torch.get_num_threads()
     seen = []
     with threads(7):  # a number that no other test uses: the pool is made anew
@@ -99,7 +99,7 @@ def test_attend_leaves_the_number_of_torch_threads_alone():
     assert seen == [before]
 
 
-def test_attend_passes_errors_on():
+def test_attend_heads_passes_errors_on():
     query, key, value, mask = make_case(2, 3, 5, 8)
     with pytest.raises(RuntimeError):
         run(query, key[..., :7], value, mask)
@@ -107,7 +107,7 @@ def test_attend_passes_errors_on():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_attend_works_in_a_forked_child():
+def test_attend_heads_works_in_a_forked_child():
     case = make_case(3, 5, 9, 16)
     expected = run(*case)
     pid = os.fork()

@@ -83,7 +83,31 @@ def calls(experts, routed):
         ),
         "rms_norm": ((x, weight[0]), {"eps": 1e-6}, ops.rms_norm(x, weight[0], eps=1e-6)),
         "swiglu": ((x, x), {}, ops.swiglu(x, x)),
+        "add_rms_norm": (
+            (x, x, weight[0]),
+            {"eps": 1e-6},
+            ops.add_rms_norm(x, x, weight[0], eps=1e-6),
+        ),
+        "rope_append": (rope_arguments(), {}, ()),  # what it writes has a test of its own
     }
+
+
+def rope_arguments():
+    """q, latent, k_rope, cos, sin, slots, cache, q_out"""
+    g = torch.Generator().manual_seed(5)
+    q, latent, k_rope = (torch.randn(*s, generator=g) for s in ((2, 3, 8), (2, 16), (2, 8)))
+    angle = torch.rand(2, 4, generator=g)
+    slots = torch.tensor([7, 2])
+    return (
+        q,
+        latent,
+        k_rope,
+        angle.cos(),
+        angle.sin(),
+        slots,
+        torch.zeros(3, 4, 24),
+        torch.zeros(2, 3, 8),
+    )
 
 
 @pytest.mark.parametrize("name", ops.__all__)
@@ -91,17 +115,26 @@ def test_operator_is_its_op_and_tells_the_compiler_the_truth(name, experts, rout
     args, kwargs, expected = calls(experts, routed)[name]
     operator = getattr(torch.ops.kimi_native, name).default
     actual = operator(*args, **kwargs)
-    pairs = (
-        [(actual, expected)]
-        if isinstance(actual, torch.Tensor)
-        else zip(actual, expected, strict=True)
-    )
+    single = isinstance(actual, torch.Tensor)
+    pairs = [(actual, expected)] if single else zip(actual or (), expected, strict=True)
     for a, e in pairs:
         assert a.dtype == e.dtype
         assert torch.equal(a, e)
     # schema (nothing written or aliased), fake shapes and dtypes, and a trace with symbolic sizes
     report = torch.library.opcheck(operator, args, kwargs)
     assert set(report.values()) == {"SUCCESS"}
+
+
+def test_rope_append_operator_writes_cache_and_queries_compiled_too():
+    expected, eager, compiled = (rope_arguments() for _ in range(3))
+    ops.rope_append(*expected)
+    assert torch.ops.kimi_native.rope_append(*eager) is None
+    run = torch.compile(torch.ops.kimi_native.rope_append, fullgraph=True, backend="aot_eager")
+    run(*compiled)
+    for tensors in (eager, compiled):
+        for a, e in zip(tensors, expected, strict=True):
+            assert torch.equal(a, e)
+    assert expected[6].count_nonzero() == 2 * 24
 
 
 def test_operators_raise_the_errors_of_their_ops():

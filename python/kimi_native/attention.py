@@ -22,7 +22,7 @@ _pool: ThreadPoolExecutor | None = None
 _pool_threads = 0
 
 
-def attend(
+def attend_heads(
     query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, softmax_scale: float
 ) -> Tensor:
     """softmax(scale * query key^T + mask) value of every head, on ops.num_threads() threads.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from kimi_native import ops
-from kimi_native.attention import attend, causal_mask
+from kimi_native.attention import attend_heads, causal_mask
 from kimi_native.cache import CachedSequence, LatentCache
 from kimi_native.config import LATENT_NORM_EPS, KimiConfig
 
@@ -195,7 +195,7 @@ class Attention(nn.Module):
             query, key, value = (
                 pad(t, (0, width - t.shape[-1])).transpose(0, 1) for t in (query, key, value)
             )
-            attended = attend(query, key, value, mask=step.mask, softmax_scale=self.scale)
+            attended = attend_heads(query, key, value, mask=step.mask, softmax_scale=self.scale)
             out[:, block] = attended[..., : self.value].transpose(0, 1)
         return out.to(q.dtype)
 

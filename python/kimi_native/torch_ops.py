@@ -40,191 +40,150 @@ def _of_handle(op: str, handle: int) -> Int4ExpertWeights:
     return weights
 
 
-def _register(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
-    """Defines kimi_native::<schema> with the decorated function on the CPU and `fake` for shapes and dtypes."""
-    name = "kimi_native::" + schema.partition("(")[0]
-
-    def decorate(function: Callable) -> Callable:
-        torch.library.define(name, schema[schema.index("(") :])
-        torch.library.impl(name, "cpu", function)
-        torch.library.register_fake(name, fake)
-        return function
-
-    return decorate
+def _register(schema: str, function: Callable, fake: Callable) -> None:
+    """Defines kimi_native::<schema>: `function` computes it on the CPU, `fake` gives the results' shapes and dtypes."""
+    name, arguments = schema.split("(", 1)
+    torch.library.define(f"kimi_native::{name}", f"({arguments}")
+    torch.library.impl(f"kimi_native::{name}", "cpu", function)
+    torch.library.register_fake(f"kimi_native::{name}", fake)
 
 
-def _rows(x: Tensor, columns: int, out_dtype: torch.dtype | None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], columns), dtype=out_dtype or x.dtype)
+def _like(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    return x.new_empty(shape, dtype=dtype or x.dtype)
 
 
 # ---- experts --------------------------------------------------------------------------------------------------------
-
-
-def _moe_route_fake(logits: Tensor, correction_bias: Tensor | None, *, topk: int, **_: object):
-    shape = (logits.shape[0], topk)
-    return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape)
-
 
 _register(
     "moe_route(Tensor logits, Tensor? correction_bias, *, int topk, str scoring='sigmoid', int n_group=1, "
     "int topk_group=1, str group_score='top2_sum', bool norm_topk_prob=True, float routed_scaling_factor=1.0) "
     "-> (Tensor, Tensor)",
-    _moe_route_fake,
-)(ops.moe_route)
-
-
-def _moe_dispatch_fake(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    tokens, topk = topk_ids.shape
-    return (
-        topk_ids.new_empty(tokens * topk),
-        topk_ids.new_empty(tokens, topk),
-        topk_ids.new_empty(experts + 1),
-    )
-
-
-@_register(
-    "moe_dispatch(Tensor topk_ids, int experts) -> (Tensor, Tensor, Tensor)", _moe_dispatch_fake
+    ops.moe_route,
+    lambda logits, correction_bias, *, topk, **_: (
+        _like(logits, logits.shape[0], topk, dtype=torch.int32),
+        _like(logits, logits.shape[0], topk),
+    ),
 )
+
+
 def _moe_dispatch(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     d = ops.moe_dispatch(topk_ids, experts)
     return d.token_index, d.row_index, d.expert_offsets
 
 
-def _moe_combine_fake(
-    rows: Tensor,
-    row_index: Tensor,
-    topk_weights: Tensor,
-    shared: Tensor | None = None,
-    *,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    dtype = out_dtype or (rows if shared is None else shared).dtype
-    return rows.new_empty(row_index.shape[0], rows.shape[1], dtype=dtype)
-
-
-@_register(
+_register(
+    "moe_dispatch(Tensor topk_ids, int experts) -> (Tensor, Tensor, Tensor)",
+    _moe_dispatch,
+    lambda topk_ids, experts: (
+        _like(topk_ids, topk_ids.shape[0] * topk_ids.shape[1]),
+        _like(topk_ids, *topk_ids.shape),
+        _like(topk_ids, experts + 1),
+    ),
+)
+_register(
     "moe_combine(Tensor rows, Tensor row_index, Tensor topk_weights, Tensor? shared=None, *, "
     "ScalarType? out_dtype=None) -> Tensor",
-    _moe_combine_fake,
+    # Of a dispatch, moe_combine reads row_index alone.
+    lambda rows, row_index, topk_weights, shared=None, *, out_dtype=None: ops.moe_combine(
+        rows, MoeDispatch(*[row_index] * 3), topk_weights, shared, out_dtype=out_dtype
+    ),
+    lambda rows, row_index, topk_weights, shared=None, *, out_dtype=None: _like(
+        rows if shared is None else shared, row_index.shape[0], rows.shape[1], dtype=out_dtype
+    ),
 )
-def _moe_combine(
-    rows: Tensor,
-    row_index: Tensor,
-    topk_weights: Tensor,
-    shared: Tensor | None = None,
-    *,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    dispatch = MoeDispatch(row_index, row_index, row_index)  # row_index is all that is read
-    return ops.moe_combine(rows, dispatch, topk_weights, shared, out_dtype=out_dtype)
-
-
-def _int4_grouped_swiglu_fake(
-    x: Tensor,
-    token_index: Tensor,
-    expert_offsets: Tensor,
-    gate: int,
-    up: int,
-    *,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    columns = _of_handle("int4_grouped_swiglu", gate).out_features
-    return x.new_empty(token_index.shape[0], columns, dtype=out_dtype or x.dtype)
-
-
-@_register(
+_register(
     "int4_grouped_swiglu(Tensor x, Tensor token_index, Tensor expert_offsets, int gate, int up, *, "
     "ScalarType? out_dtype=None) -> Tensor",
-    _int4_grouped_swiglu_fake,
+    lambda x, token_index, expert_offsets, gate, up, *, out_dtype=None: ops.int4_grouped_swiglu(
+        x,
+        MoeDispatch(token_index, token_index, expert_offsets),
+        _of_handle("int4_grouped_swiglu", gate),
+        _of_handle("int4_grouped_swiglu", up),
+        out_dtype=out_dtype,
+    ),
+    lambda x, token_index, expert_offsets, gate, up, *, out_dtype=None: _like(
+        x,
+        token_index.shape[0],
+        _of_handle("int4_grouped_swiglu", gate).out_features,
+        dtype=out_dtype,
+    ),
 )
-def _int4_grouped_swiglu(
-    x: Tensor,
-    token_index: Tensor,
-    expert_offsets: Tensor,
-    gate: int,
-    up: int,
-    *,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    weights = (_of_handle("int4_grouped_swiglu", handle) for handle in (gate, up))
-    dispatch = MoeDispatch(token_index, token_index, expert_offsets)
-    return ops.int4_grouped_swiglu(x, dispatch, *weights, out_dtype=out_dtype)
-
-
-def _int4_grouped_gemm_fake(
-    x: Tensor,
-    token_index: Tensor,
-    expert_offsets: Tensor,
-    weights: int,
-    *,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    return _rows(x, _of_handle("int4_grouped_gemm", weights).out_features, out_dtype)
-
-
-@_register(
+_register(
     "int4_grouped_gemm(Tensor x, Tensor token_index, Tensor expert_offsets, int weights, *, "
     "ScalarType? out_dtype=None) -> Tensor",
-    _int4_grouped_gemm_fake,
+    lambda x, token_index, expert_offsets, weights, *, out_dtype=None: ops.int4_grouped_gemm(
+        x,
+        MoeDispatch(token_index, token_index, expert_offsets),
+        _of_handle("int4_grouped_gemm", weights),
+        out_dtype=out_dtype,
+    ),
+    lambda x, token_index, expert_offsets, weights, *, out_dtype=None: _like(
+        x, x.shape[0], _of_handle("int4_grouped_gemm", weights).out_features, dtype=out_dtype
+    ),
 )
-def _int4_grouped_gemm(
-    x: Tensor,
-    token_index: Tensor,
-    expert_offsets: Tensor,
-    weights: int,
-    *,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    dispatch = MoeDispatch(token_index, token_index, expert_offsets)
-    known = _of_handle("int4_grouped_gemm", weights)
-    return ops.int4_grouped_gemm(x, dispatch, known, out_dtype=out_dtype)
 
 
 # ---- matrices -------------------------------------------------------------------------------------------------------
 
-
-@_register(
+_register(
     "int4_gemm(Tensor x, Tensor weight_packed, Tensor weight_scale, *, ScalarType? out_dtype=None) -> Tensor",
-    lambda x, packed, scale, *, out_dtype=None: _rows(x, packed.shape[0], out_dtype),
+    lambda x, packed, scale, *, out_dtype=None: ops.int4_gemm(
+        x, Int4Weight(packed, scale), out_dtype=out_dtype
+    ),
+    lambda x, packed, scale, *, out_dtype=None: _like(
+        x, x.shape[0], packed.shape[0], dtype=out_dtype
+    ),
 )
-def _int4_gemm(
-    x: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    *,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    return ops.int4_gemm(x, Int4Weight(weight_packed, weight_scale), out_dtype=out_dtype)
-
-
-@_register(
+_register(
     "int8_gemm(Tensor x, Tensor weight, Tensor weight_scale, *, ScalarType? out_dtype=None) -> Tensor",
-    lambda x, weight, scale, *, out_dtype=None: _rows(x, weight.shape[0], out_dtype),
+    lambda x, weight, scale, *, out_dtype=None: ops.int8_gemm(
+        x, Int8Weight(weight, scale), out_dtype=out_dtype
+    ),
+    lambda x, weight, scale, *, out_dtype=None: _like(
+        x, x.shape[0], weight.shape[0], dtype=out_dtype
+    ),
 )
-def _int8_gemm(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, *, out_dtype: torch.dtype | None = None
-) -> Tensor:
-    return ops.int8_gemm(x, Int8Weight(weight, weight_scale), out_dtype=out_dtype)
-
-
 _register(
     "bf16_gemm(Tensor x, Tensor weight, *, ScalarType? out_dtype=None) -> Tensor",
-    lambda x, weight, *, out_dtype=None: _rows(x, weight.shape[-2], out_dtype),
-)(ops.bf16_gemm)
+    ops.bf16_gemm,
+    lambda x, weight, *, out_dtype=None: _like(x, *x.shape[:-1], weight.shape[-2], dtype=out_dtype),
+)
 
 
 # ---- attention and small ops ----------------------------------------------------------------------------------------
 
-
 _register(
     "mla_decode(Tensor q, Tensor cache, Tensor page_table, Tensor seq_lens, *, int kv_lora_rank, "
     "float softmax_scale) -> Tensor",
-    lambda q, cache, table, lens, *, kv_lora_rank, softmax_scale: _rows(q, kv_lora_rank, None),
-)(ops.mla_decode)
+    ops.mla_decode,
+    lambda q, cache, page_table, seq_lens, *, kv_lora_rank, softmax_scale: _like(
+        q, *q.shape[:2], kv_lora_rank
+    ),
+)
 _register(
     "rms_norm(Tensor x, Tensor weight, *, float eps) -> Tensor",
-    lambda x, weight, *, eps: x.new_empty(x.shape),
-)(ops.rms_norm)
-_register("swiglu(Tensor gate, Tensor up) -> Tensor", lambda gate, up: gate.new_empty(gate.shape))(
-    ops.swiglu
+    ops.rms_norm,
+    lambda x, weight, *, eps: _like(x, *x.shape),
+)
+_register(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, *, float eps) -> (Tensor, Tensor)",
+    ops.add_rms_norm,
+    lambda x, residual, weight, *, eps: (_like(x, *x.shape), _like(x, *x.shape)),
+)
+_register(
+    "swiglu(Tensor gate, Tensor up) -> Tensor",
+    ops.swiglu,
+    lambda gate, up: _like(gate, *gate.shape),
+)
+
+
+def _rope_append(*tensors: Tensor) -> None:
+    ops.rope_append(*tensors)  # a torch operator may not return what it was given
+
+
+_register(
+    "rope_append(Tensor q, Tensor latent, Tensor k_rope, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) cache, "
+    "Tensor(b!) q_out) -> ()",
+    _rope_append,
+    lambda *tensors: None,
 )

@@ -128,7 +128,7 @@ def test_bf16_gemm_reads_and_writes_misaligned_memory(isa, offset, dtype):
     x, w = randn(9, 2, 77, dtype=dtype), randn(2, 19, 77, dtype=BF16, seed=1)
     y = OutputAt(9, 2, 19, dtype=dtype, offset=offset)
     x_there, w_there = misaligned(x, offset), misaligned(w, offset)
-    sizes = (9, 2, 19, 77, 2 * 77, 77, 19 * 77)
+    sizes = (9, 2, 19, 77, 2 * 77, 77, 19 * 77, 2 * 19, 19)
     arguments = (x_there.data_ptr(), w_there.data_ptr(), y.address, CODE[dtype], CODE[dtype])
     workspace = Workspace(_native.cpu.bf16_gemm_workspace_bytes(*arguments, *sizes))
     _native.cpu.bf16_gemm(*arguments, *sizes, workspace.address, workspace.nbytes)

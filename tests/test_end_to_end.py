@@ -294,7 +294,7 @@ def test_bad_checkpoint_is_one_line_and_exit_code_1(tmp_path, capsys, case):
     ("argv", "message"),
     [
         (("x" * 3000,), "prompt and at least one new token must fit the context of 128 tokens"),
-        (("",), r"prompt must hold at least one token \(got none\)"),
+        (("",), "the prompt must not be empty"),
         (("Hi", "--max-tokens", "0"), "max_tokens must be an integer from 1"),
         (("Hi", "--isa", "sse9"), "sse9 is not available here"),
         (("Hi", "--threads", "0"), "threads must be an integer of at least 1"),

@@ -27,20 +27,15 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     # commands
     "__init__": ({"generate", "generation", "sampling", "chat.types"}, set()),
     "__main__": ({"cli"}, set()),
+    "terminal": (set(), {"rich"}),
+    "machine": (set(), set()),
     "cli": (
         {"__init__", "generate", "generation", "sampling", "tokenizer", "config", *CHAT}
-        | {
-            "checkpoint",
-            "plan",
-            "doctor",
-            "make_checkpoint",
-            "presets",
-            "quant.ptq",
-            "progress_bar",
-        },
+        | {"checkpoint", "plan", "doctor", "make_checkpoint", "presets"}
+        | {"quant.ptq", "progress_bar", "terminal"},
         {"rich", "torch"},
     ),
-    "doctor": ({"__init__", "ops", "config", "checkpoint", "plan"}, {"torch", "numpy"}),
+    "doctor": ({"__init__", "ops", "machine"}, {"torch", "numpy"}),
     # text and events
     "generate": (
         {"checkpoint", "config", "plan", "sampling", "tokenizer", *CHAT, *RUN},
@@ -69,7 +64,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "tensor_table": ({"config", "quantization", "safetensors_file"}, set()),
     "folder_names": (set(), set()),
     "checkpoint": ({"config", "quantization", "folder_names", *FILES}, {"torch"}),
-    "plan": ({"checkpoint", "config", "quantization", "cache", *FILES}, {"torch"}),
+    "plan": ({"checkpoint", "config", "quantization", "cache", "machine", *FILES}, {"torch"}),
     "loader": (
         {"model", "config", "checkpoint", "plan", "tokenizer", "weights", *QUANT},
         {"torch"},

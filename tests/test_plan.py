@@ -12,7 +12,8 @@ from kimi_native import model, plan
 from kimi_native.cache import LatentCache
 from kimi_native.checkpoint import Checkpoint
 from kimi_native.errors import MemoryPlanError
-from kimi_native.plan import available_memory, memory_plan
+from kimi_native.machine import available_memory
+from kimi_native.plan import memory_plan
 from tiny_checkpoint import FP8, INT4, TINY, matrices, nbytes, tensors, write_checkpoint
 
 TINY_INT4 = TINY | {"quantization_config": INT4}

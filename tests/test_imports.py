@@ -27,12 +27,13 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     # commands
     "__init__": ({"generate", "generation", "sampling", "chat.types"}, set()),
     "__main__": ({"cli"}, set()),
-    "terminal": (set(), {"rich"}),
+    "terminal": ({"units"}, {"rich"}),
+    "units": (set(), set()),
     "machine": (set(), set()),
     "cli": (
         {"__init__", "generate", "generation", "sampling", "tokenizer", "config", *CHAT}
         | {"checkpoint", "plan", "doctor", "make_checkpoint", "presets"}
-        | {"quant.ptq", "progress_bar", "terminal"},
+        | {"quant.ptq", "progress_bar", "terminal", "units"},
         {"rich", "torch"},
     ),
     "doctor": ({"__init__", "ops", "machine"}, {"torch", "numpy"}),
@@ -64,14 +65,17 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "tensor_table": ({"config", "quantization", "safetensors_file"}, set()),
     "folder_names": (set(), set()),
     "checkpoint": ({"config", "quantization", "folder_names", *FILES}, {"torch"}),
-    "plan": ({"checkpoint", "config", "quantization", "cache", "machine", *FILES}, {"torch"}),
+    "plan": (
+        {"checkpoint", "config", "quantization", "cache", "machine", "units", *FILES},
+        {"torch"},
+    ),
     "loader": (
         {"model", "config", "checkpoint", "plan", "tokenizer", "weights", *QUANT},
         {"torch"},
     ),
     # making checkpoints
     "make_checkpoint": (
-        {"config", "presets", "random_tensors", "tokenizer_files", *WRITING},
+        {"config", "presets", "random_tensors", "tokenizer_files", "units", *WRITING},
         {"numpy"},
     ),
     "checkpoint_writer": ({"folder_names"}, {"numpy"}),

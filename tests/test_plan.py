@@ -183,7 +183,7 @@ def test_plan_that_fits_exactly_passes_and_one_byte_less_does_not(tmp_path):
     needed = memory_plan(checkpoint, max_context=64, available_bytes=0).needed_bytes
     memory_plan(checkpoint, max_context=64, available_bytes=needed).check()
     with pytest.raises(
-        MemoryPlanError, match=r"the model needs .* GB, .* are available \(max_context=64, "
+        MemoryPlanError, match=r"the model needs .* MB, .* are available \(max_context=64, "
     ):
         memory_plan(checkpoint, max_context=64, available_bytes=needed - 1).check()
 

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from kimi_native import __version__
 from kimi_native.errors import KimiNativeError, RequestError
-from kimi_native.terminal import bytes_text as _bytes
 from kimi_native.terminal import note as _note
 from kimi_native.terminal import print_json as _print_json
 from kimi_native.terminal import print_table as _print_table
 from kimi_native.terminal import rows_of as _rows
 from kimi_native.terminal import shown as _shown
+from kimi_native.units import bytes_text as _bytes
 
 if TYPE_CHECKING:
     from kimi_native.checkpoint import Checkpoint

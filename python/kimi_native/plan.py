@@ -23,6 +23,7 @@ from kimi_native.tensor_table import (
     numel_of,
     share_of_token,
 )
+from kimi_native.units import bytes_text
 
 PREFILL_CHUNK = 1024  # as in model.py, which this module does not import: planning needs no kernels
 EXPANDED_BYTES = 256 << 20
@@ -76,9 +77,9 @@ class MemoryPlan:
             return
         way_out = " or ".join(self.suggestions)
         raise MemoryPlanError(
-            f"memory: the model needs {_gb(self.needed_bytes)}, {_gb(self.available_bytes)} are available "
-            f"(max_context={self.settings.max_context}, max_batch={self.settings.max_batch}, "
-            f"dtype={self.settings.dtype}, dense={self.settings.dense}); "
+            f"memory: the model needs {bytes_text(self.needed_bytes)}, "
+            f"{bytes_text(self.available_bytes)} are available (max_context={self.settings.max_context}, "
+            f"max_batch={self.settings.max_batch}, dtype={self.settings.dtype}, dense={self.settings.dense}); "
             + (f"it fits with {way_out}" if way_out else "no setting makes it fit on this machine")
         )
 
@@ -289,8 +290,9 @@ def _notes(plan: MemoryPlan) -> tuple[str, ...]:
     if plan.mapped_bytes <= left:
         return ()
     return (
-        f"the mapped weights ({_gb(plan.mapped_bytes)}) exceed the memory left for them ({_gb(left)}): what does not "
-        f"stay cached is read from disk again, up to {_gb(plan.mapped_bytes_per_token)} per decoded token",
+        f"the mapped weights ({bytes_text(plan.mapped_bytes)}) exceed the memory left for them "
+        f"({bytes_text(left)}): what does not stay cached is read from disk again, up to "
+        f"{bytes_text(plan.mapped_bytes_per_token)} per decoded token",
     )
 
 
@@ -342,7 +344,3 @@ def _largest_context(needed: Any, s: Settings, available: int) -> int:
         else:
             high = middle - 1
     return low * PAGE_SIZE
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"

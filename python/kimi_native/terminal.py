@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from kimi_native.units import bytes_text
+
 PIPE_WIDTH = (
     160  # a file or pipe has no width of its own: do not wrap what another program will read
 )
@@ -60,14 +62,6 @@ def rows_of(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str
                 label,
                 "none" if value is None else f"{value:,}" if type(value) is int else str(value),
             )
-
-
-def bytes_text(size: int) -> str:
-    """Decimal units: 11.20 GB."""
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if abs(size) >= scale:
-            return f"{size / scale:.2f} {unit}"
-    return f"{size} B"
 
 
 def shown(text: str) -> str:

@@ -32,11 +32,12 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE, show_header=False)
+    table = Table(box=box.SIMPLE, show_header=False)
     table.add_column(overflow="fold")
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(Text(name), Text(value))
+    print(title)
     if sys.stdout.isatty():
         Console(file=sys.stdout).print(table)
         return

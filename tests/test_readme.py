@@ -22,6 +22,7 @@ def blocks(language: str) -> list[str]:
 @pytest.fixture
 def in_folder_with_tiny_k2(tmp_path, monkeypatch):
     make_checkpoint(tmp_path / "tiny-k2")
+    make_checkpoint(tmp_path / "tiny-bf16", format="bf16")
     monkeypatch.chdir(tmp_path)
 
 
@@ -35,8 +36,8 @@ def console() -> list[tuple[str, str]]:
 
 
 def masked(output: str) -> str:
-    """Without what depends on the machine: seconds, and the memory that is free."""
-    output = re.sub(r"\d+\.\d s\n", "# s\n", output)
+    """Without what depends on the machine: seconds, speeds, and the memory that is free."""
+    output = re.sub(r"\d+\.\d s(, \S+ GB/s)?\n", "# s\n", output)
     return re.sub(r"(available +)\S+ \S+", r"\1#", output)
 
 
@@ -54,6 +55,7 @@ def test_readme_has_what_these_tests_read():
     assert len(blocks("sh")) == 2
     assert [c.split()[1] for c, _ in console()] == [
         *("make-checkpoint", "generate", "generate", "inspect", "plan"),
+        *("make-checkpoint", "quantize"),
     ]
 
 
@@ -114,5 +116,5 @@ def test_readme_tree_names_files_that_exist():
     names = re.findall(r"[\w*/]+\.py|[\w/]+/(?= )", tree)
     assert len(names) > 20
     for name in names:
-        places = (root, root / "python/kimi_native")
+        places = (root, root / "python/kimi_native", root / "python/kimi_native/quant")
         assert any(list(p.glob(name.rstrip("/"))) for p in places), name

@@ -445,10 +445,11 @@ def _quantize(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(report)
         return 0
+    shards = len(report["shards"])
     print(
         f"{report['path']}: {report['quantized']} matrices in INT4 ({report['levels']} levels), "
-        f"{_bytes(report['bytes'])} in {len(report['shards'])} shard(s) from {_bytes(report['source_bytes'])}, "
-        f"{report['seconds']:.1f} s, {report['gb_per_s']:.2f} GB/s"
+        f"{_bytes(report['bytes'])} in {shards} shard{'s' if shards > 1 else ''} from "
+        f"{_bytes(report['source_bytes'])}, {report['seconds']:.1f} s, {report['gb_per_s']:.2f} GB/s"
     )
     if report["left_out"]:
         _note(f"not copied: {', '.join(report['left_out'])}")

@@ -382,7 +382,7 @@ def test_imports_checker_sees_a_forbidden_include(path, source):
 
 MAX_LINES = 500
 LONGER = {
-    "python/kimi_native/ops.py": 700
+    "python/kimi_native/ops.py": 650
 }  # thirteen ops, most of it docstrings and argument lists
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 
 import pytest
@@ -11,9 +12,12 @@ import torch
 
 from kimi_native import ops
 from kimi_native.cache import LatentCache
+from kimi_native.config import KimiConfig
 from kimi_native.loader import load_model
 from kimi_native.make_checkpoint import make_checkpoint
+from kimi_native.model import Rope
 from published import (
+    BASE,
     half_precision,
     make_oracle,
     oracle_logits,
@@ -192,6 +196,39 @@ def test_model_of_a_made_checkpoint_matches_published(tmp_path, preset):
     expected = oracle_logits(read_oracle(tmp_path), ids)[149:]
     actual = run(tmp_path, ids, dtype="float32", prompt=150)
     assert (actual - expected).abs().max() <= 1e-4 * (expected.max() - expected.min())
+
+
+def test_model_latent_norms_keep_the_class_default_eps(tmp_path):
+    """q_a_layernorm and kv_a_layernorm have eps 1e-6 whatever rms_norm_eps says: seen where their inputs are small."""
+    family, overrides, saved = CONFIGS["q_lora, yarn 64, beta 1/1"]
+    oracle = make_oracle(family, overrides, 3)
+    with torch.no_grad():
+        for name, p in oracle.named_parameters():
+            if "q_a_proj" in name or "kv_a_proj" in name:
+                p.mul_(2**-9)  # exact; a variance near 4e-6
+    save_published(oracle, tmp_path, **saved)
+    assert oracle.config.rms_norm_eps == 1e-5
+    expected = oracle_logits(oracle, IDS)[PROMPT - 1 :]
+    actual = run(tmp_path, IDS, dtype="float32")
+    assert (actual - expected).abs().max() <= 1e-4 * (expected.max() - expected.min())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rope_tables_hold_at_every_position_of_the_context(name):
+    """float64 angles, whatever blocks the positions fall into and in whatever order they are asked for."""
+    family, overrides, _ = CONFIGS[name]
+    values = {**BASE, **overrides, "model_type": family}
+    if "mlp_layer_types" in values:
+        del values["first_k_dense_replace"]
+    rope = Rope(KimiConfig.from_dict(values))
+    positions = torch.tensor([262143, 0, 1, 511, 512, 513, 4095, 4096, 99999, 0])
+    cos, sin = rope.tables(positions)
+    assert cos.dtype == sin.dtype == torch.float32
+    for row, position in enumerate(positions.tolist()):
+        for j, frequency in enumerate(rope.inv_freq.tolist()):
+            angle = position * frequency
+            assert cos[row, j].item() == pytest.approx(rope.magnitude * math.cos(angle), abs=1e-7)
+            assert sin[row, j].item() == pytest.approx(rope.magnitude * math.sin(angle), abs=1e-7)
 
 
 def test_published_class_with_an_unknown_model_type_is_refused(tmp_path):

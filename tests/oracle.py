@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -181,6 +182,25 @@ def misaligned(x: Tensor, offset: int) -> Tensor:
     view = buffer[start : start + raw.numel()]
     view.copy_(raw)
     return view
+
+
+class OutputAt:
+    """An output full of NaN at an address `offset` past a multiple of 64, between guard bytes."""
+
+    def __init__(self, *shape: int, dtype: torch.dtype, offset: int) -> None:
+        self._shape, self._dtype = shape, dtype
+        nbytes = math.prod(shape) * dtype.itemsize
+        self._buffer = torch.full((nbytes + 256 + offset,), 0xFF, dtype=torch.uint8)
+        self._start = 64 + -self._buffer.data_ptr() % 64 + offset
+        self._stop = self._start + nbytes
+        self.address = self._buffer.data_ptr() + self._start
+
+    def values(self) -> Tensor:
+        """What was written, once nothing was written around it."""
+        assert bool((self._buffer[: self._start] == 0xFF).all()), "wrote before the output"
+        assert bool((self._buffer[self._stop :] == 0xFF).all()), "wrote past the output"
+        inside = self._buffer[self._start : self._stop].clone()
+        return inside.view(self._dtype).view(self._shape)
 
 
 def call_native(name: str, *arguments: int) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kimi_native import _native, ops, reference
+from oracle import OutputAt, misaligned, threads
 from oracle_dense import Guarded, assert_close, assert_same_bits, bound_rms_norm
 from oracle_dense import randn as typed_randn
 
@@ -63,6 +64,31 @@ def test_add_rms_norm_writes_only_its_outputs(isa, tokens, hidden, dtype):
     expected = ops.add_rms_norm(x, residual, weight, eps=EPS)
     assert_same_bits(y.tensor, expected[0])
     assert_same_bits(total.tensor, expected[1])
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_add_rms_norm_reads_and_writes_misaligned_memory(isa, offset, dtype):
+    x, residual = randn(3, 77, dtype=dtype), randn(3, 77, dtype=dtype, seed=1)
+    weight = randn(77, dtype=BF16, seed=2)
+    y, total = (OutputAt(3, 77, dtype=dtype, offset=offset) for _ in range(2))
+    there = [misaligned(t, offset) for t in (x, residual, weight)]
+    addresses = [t.data_ptr() for t in there]
+    _native.cpu.add_rms_norm(*addresses, y.address, total.address, CODE[dtype], 3, 77, EPS)
+    expected = ops.add_rms_norm(x, residual, weight, eps=EPS)
+    assert_same_bits(y.values(), expected[0])
+    assert_same_bits(total.values(), expected[1])
+
+
+def test_add_rms_norm_does_not_depend_on_threads(isa):
+    x, residual, weight = randn(200, 512), randn(200, 512, seed=1), randn(512, dtype=BF16, seed=2)
+    results = []
+    for n in (1, 2, 4):
+        with threads(n):
+            results.append(ops.add_rms_norm(x, residual, weight, eps=EPS))
+    for y, total in results[1:]:
+        assert_same_bits(y, results[0][0])
+        assert_same_bits(total, results[0][1])
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kimi_native import _native, ops, reference
+from oracle import OutputAt, misaligned
 from oracle_dense import (
     Guarded,
     Workspace,
@@ -119,6 +120,19 @@ def test_bf16_gemm_takes_any_alignment(isa, offset):
     y = Guarded(3, 19, dtype=FP32)
     run_native(x, file.data_ptr() + offset, y, tokens=3, heads=1, out=19, in_=80)
     assert_close(y.tensor, *expect(x, w, FP32))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_bf16_gemm_reads_and_writes_misaligned_memory(isa, offset, dtype):
+    x, w = randn(9, 2, 77, dtype=dtype), randn(2, 19, 77, dtype=BF16, seed=1)
+    y = OutputAt(9, 2, 19, dtype=dtype, offset=offset)
+    x_there, w_there = misaligned(x, offset), misaligned(w, offset)
+    sizes = (9, 2, 19, 77, 2 * 77, 77, 19 * 77, 2 * 19, 19)
+    arguments = (x_there.data_ptr(), w_there.data_ptr(), y.address, CODE[dtype], CODE[dtype])
+    workspace = Workspace(_native.cpu.bf16_gemm_workspace_bytes(*arguments, *sizes))
+    _native.cpu.bf16_gemm(*arguments, *sizes, workspace.address, workspace.nbytes)
+    assert_same_bits(y.values(), ops.bf16_gemm(x, w))
 
 
 # ---- one order of summation -----------------------------------------------------------------------------------------

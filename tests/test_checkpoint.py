@@ -34,6 +34,21 @@ VARIANTS = {
     "tied": TINY | {"tie_word_embeddings": True},
     "all dense": TINY | {"first_k_dense_replace": 3},
 }
+GLM_FLASH = MOONLIGHT | {
+    "model_type": "glm4_moe_lite",
+    "num_hidden_layers": 47,
+    "intermediate_size": 10240,
+    "moe_intermediate_size": 1536,
+    "num_attention_heads": 20,
+    "num_key_value_heads": 20,
+    "q_lora_rank": 768,
+    "qk_nope_head_dim": 192,
+    "v_head_dim": 256,
+    "num_experts_per_tok": 4,
+    "n_shared_experts": 1,
+    "vocab_size": 154880,
+    "num_nextn_predict_layers": 1,
+}
 EXPERT = "model.layers.1.mlp.experts.2.up_proj"
 
 
@@ -84,9 +99,14 @@ def test_checkpoint_expects_the_published_k2_shapes(name, expected):
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        ("model.layers.2.self_attn.kv_a_proj_with_mqa.weight_scale_inv", (5, 56)),
+        ("model.layers.2.self_attn.q_a_proj.weight_scale_inv", (12, 56)),
         ("model.layers.2.self_attn.q_b_proj.weight_scale_inv", (96, 12)),
+        ("model.layers.2.self_attn.kv_a_proj_with_mqa.weight_scale_inv", (5, 56)),
+        ("model.layers.2.self_attn.kv_b_proj.weight_scale_inv", (128, 4)),
+        ("model.layers.2.self_attn.o_proj.weight_scale_inv", (56, 64)),
         ("model.layers.0.mlp.up_proj.weight_scale_inv", (144, 56)),
+        ("model.layers.0.mlp.down_proj.weight_scale_inv", (56, 144)),
+        ("model.layers.2.mlp.experts.7.gate_proj.weight_scale_inv", (16, 56)),
         ("model.layers.2.mlp.experts.7.down_proj.weight_scale_inv", (56, 16)),
     ],
 )
@@ -130,8 +150,12 @@ def test_checkpoint_k2_sizes_are_the_published_ones():
 
 @pytest.mark.parametrize(
     ("d", "billions", "gigabytes", "cache"),
-    [(MOONLIGHT, 15.96, 31.9, 31_104), (V2_LITE, 15.71, 31.4, 31_104)],
-    ids=["Moonlight", "V2-Lite"],
+    [
+        (MOONLIGHT, 15.96, 31.9, 31_104),
+        (V2_LITE, 15.71, 31.4, 31_104),
+        (GLM_FLASH, 29.94, 59.9, 54_144),
+    ],
+    ids=["Moonlight", "V2-Lite", "GLM-4.7-Flash"],
 )
 def test_checkpoint_small_model_sizes_are_the_published_ones(d, billions, gigabytes, cache):
     config = parse(d)
@@ -305,7 +329,6 @@ def test_checkpoint_matrix_may_be_plain_where_the_config_quantizes(tmp_path, d, 
     [
         (TINY, EXPERT, "int4"),
         (TINY, EXPERT, "fp8"),
-        (TINY_INT4, EXPERT, "fp8"),
         (TINY_FP8, EXPERT, "int4"),
         (TINY_INT4, "model.layers.0.mlp.up_proj", "int4"),
         (TINY_INT4, "model.layers.1.self_attn.q_a_proj", "int4"),
@@ -318,6 +341,18 @@ def test_checkpoint_matrix_quantized_against_the_config_is_an_error(tmp_path, d,
     with pytest.raises(
         ModelFormatError, match=f"{module} is stored as {form}, but config.json keeps it"
     ):
+        Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("module", [EXPERT, "model.layers.0.mlp.up_proj", "lm_head"])
+def test_checkpoint_matrix_may_be_fp8_beside_int4(tmp_path, module):
+    table = with_forms(TINY_INT4, {module: "fp8"})
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, TINY_INT4, table))
+    assert checkpoint.form(module) == "fp8"
+    assert set(checkpoint.forms.values()) == {"int4", "fp8", "plain"}
+    del table[module + ".weight_scale_inv"]
+    write_checkpoint(tmp_path, TINY_INT4, table)
+    with pytest.raises(ModelFormatError, match=f"is missing: {module}.weight_scale_inv"):
         Checkpoint.open(tmp_path)
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from fakes import make_fake_model
-from kimi_native import checkpoint, cli, generate, plan
+from kimi_native import checkpoint, cli, generate, plan, terminal
 from kimi_native.errors import MemoryPlanError, ModelFormatError
 from tokenizer_files import small_tokenizer
 
@@ -103,6 +106,68 @@ def test_generate_reads_the_prompt_from_stdin(loaded, monkeypatch, capsys, argum
     assert run("generate", "--model", "m", "--json", *argument) == 0
     ids = json.loads(capsys.readouterr().out)["prompt_ids"]
     assert ids == loaded.model.generate(prompt).prompt_ids
+
+
+def test_generate_on_a_terminal_says_that_it_waits_for_the_prompt(loaded, monkeypatch, capsys):
+    stdin = io.StringIO("Hi\n")
+    stdin.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert run("generate", "--model", "m") == 0
+    assert capsys.readouterr().err.startswith("kimi-native: type the prompt, then Ctrl-D")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "stdin", "message"),
+    [
+        ([], "", r"the prompt must not be empty \(got nothing from stdin\)"),
+        ([], "\n", r"the prompt must not be empty \(got nothing from stdin\)"),
+        ([""], "", r"the prompt must not be empty \(got nothing from the argument\)"),
+        (
+            ["ab\udcff"],
+            "",
+            r"must be UTF-8 text \(got byte 0xff after 2 characters of the argument",
+        ),
+        (["-"], "é\udc80", r"must be UTF-8 text \(got byte 0x80 after 1 characters of stdin"),
+    ],
+)
+def test_generate_refuses_a_prompt_that_is_none_before_loading(
+    loaded, monkeypatch, capsys, prompt, stdin, message
+):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    assert run("generate", "--model", "m", *prompt) == 1
+    out, err = capsys.readouterr()
+    assert (out, loaded.calls) == ("", [])
+    assert re.search(message, err), err
+
+
+def test_generate_in_an_encoding_without_the_answers_characters(tmp_path):
+    """Text is shown with replacements, JSON with escapes; neither is cut short."""
+    code = (
+        "import sys\n"
+        "from kimi_native import cli, terminal\n"
+        "def doctor(args):\n"
+        "    print(terminal.shown('a月b'))\n"
+        "    terminal.print_json({'text': 'a月b'})\n"
+        "    return 0\n"
+        "cli._doctor = doctor\n"
+        "sys.exit(cli.main(['doctor']))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert result.stdout == b'a?b\n{"text": "a\\u6708b"}\n'
+
+
+def test_tables_in_a_pipe_have_no_trailing_blanks(capsys):
+    terminal.print_table("title", [("name", "value"), ("n", "x" * 300)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "title"
+    assert not [line for line in lines if line != line.rstrip()]
+    assert "  name   value" in lines
 
 
 @pytest.mark.parametrize("options", [[], ["--stream"]], ids=str)
@@ -197,6 +262,25 @@ def test_a_bad_sampling_value_is_refused_before_the_model_is_loaded(loaded, caps
     assert run("generate", "--model", "m", "Hi", "--top-p", "7") == 1
     assert "sampling: top_p must be" in capsys.readouterr().err
     assert loaded.calls == []
+
+
+def test_interrupt_while_torch_is_imported_ends_the_process():
+    """Extension modules can swallow the exception that an interrupt becomes in Python."""
+    code = (
+        "import os, signal, sys, types\n"
+        "from kimi_native import cli\n"
+        "class Swallow:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'torch':\n"
+        "            try:\n"
+        "                os.kill(os.getpid(), signal.SIGINT)\n"
+        "            except KeyboardInterrupt:\n"
+        "                pass\n"
+        "sys.meta_path.insert(0, Swallow())\n"
+        "cli.main(['doctor', '--quick'])\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, b"", b"")
 
 
 def test_interrupt_is_exit_code_130(monkeypatch, capsys):

@@ -139,6 +139,41 @@ def test_config_softmax_scale_equals_the_published_values_to_all_digits(d, print
     )  # one unit of the last digit
 
 
+@pytest.mark.parametrize(
+    ("d", "low", "high"),
+    [(K2_0711, 19, 20), (K2, 19, 20), (K2_6, 8, 20), (DEEPSEEK_V3, 10, 23), (V2_LITE, 10, 23)],
+)
+def test_config_yarn_ramp_begins_and_ends_at_the_published_pairs(d, low, high):
+    scaled, plain = parse(d).rope_inv_freq(), parse(d, rope_scaling=None).rope_inv_freq()
+    factor = d["rope_scaling"]["factor"]
+    kept = [f / p for f, p in zip(scaled, plain, strict=True)]
+    assert kept[: low + 1] == [1.0] * (low + 1)
+    assert kept[high:] == pytest.approx([1 / factor] * (32 - high), rel=1e-12)
+    between = kept[low : high + 1]
+    assert between == sorted(between, reverse=True)
+    assert len(set(between)) == len(between)
+
+
+@pytest.mark.parametrize(
+    ("d", "mscale", "squared"),
+    [
+        (K2_0711, "1.3465735903", "1.8132604340"),
+        (K2, "1.4158883083", "2.0047397017"),
+        (K2_6, "1.4158883083", "2.0047397017"),
+        (DEEPSEEK_V3, "1.3688879454", "1.8738542071"),
+        (V2_LITE, "1.2608037774", "1.5896261652"),
+        (MOONLIGHT, "1.0000000000", "1.0000000000"),
+        (GLM_FLASH, "1.0000000000", "1.0000000000"),
+    ],
+)
+def test_config_softmax_scale_holds_the_published_temperature(d, mscale, squared):
+    c = parse(d)
+    temperature = c.softmax_scale() * c.qk_head_dim**0.5
+    # one unit of the last printed digit
+    assert temperature**0.5 == pytest.approx(float(mscale), abs=1e-10, rel=0)
+    assert temperature == pytest.approx(float(squared), abs=1e-10, rel=0)
+
+
 @pytest.mark.parametrize("d", [K2_0711, K2, K2_6, DEEPSEEK_V3, V2_LITE, MOONLIGHT, GLM_FLASH])
 def test_config_rope_magnitude_is_one_for_published_models(d):
     assert parse(d).rope_magnitude() == 1.0

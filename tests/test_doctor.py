@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from kimi_native import doctor, ops
+from kimi_native import doctor, machine, ops
 
 
 def write(root, files: dict[str, str]):
@@ -127,8 +127,8 @@ def test_examine_reads_cgroup_v2(tmp_path):
             "sys/fs/cgroup/memory.max": "8192\n",
         },
     )
-    assert doctor._cpu_quota(root) == 1.5
-    assert doctor._memory_limit(root) == 4096
+    assert machine.cpu_quota(root) == 1.5
+    assert machine.memory_limit(root) == 4096
 
 
 def test_examine_reads_cgroup_v1(tmp_path):
@@ -144,8 +144,8 @@ def test_examine_reads_cgroup_v1(tmp_path):
             "sys/fs/cgroup/memory/memory.limit_in_bytes": "1048576\n",
         },
     )
-    assert doctor._cpu_quota(root) == 0.5
-    assert doctor._memory_limit(root) == 1048576
+    assert machine.cpu_quota(root) == 0.5
+    assert machine.memory_limit(root) == 1048576
 
 
 def test_examine_reads_huge_pages_and_nvidia(tmp_path):

@@ -321,6 +321,16 @@ def test_engine_context_is_the_least_of_model_cache_and_setting(options, expecte
     assert len(tokens[0]) == 1
 
 
+def test_engine_names_the_setting_under_which_a_prompt_would_fit():
+    engine, _, _ = make_engine(max_context=32)
+    with pytest.raises(
+        RequestError, match=r"\(got a prompt of 40 tokens\); max_context may be up to 64"
+    ):
+        engine.add([1] * 40, SamplingParams())
+    with pytest.raises(RequestError, match=r"\(got a prompt of 64 tokens\)$"):
+        engine.add([1] * 64, SamplingParams())
+
+
 def test_engine_draws_a_seed_when_none_is_given():
     engine, _, _ = make_engine()
     requests = [engine.add([1], SamplingParams()) for _ in range(2)]

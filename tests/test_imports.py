@@ -27,20 +27,16 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     # commands
     "__init__": ({"generate", "generation", "sampling", "chat.types"}, set()),
     "__main__": ({"cli"}, set()),
+    "terminal": ({"units"}, {"rich"}),
+    "units": (set(), set()),
+    "machine": (set(), set()),
     "cli": (
         {"__init__", "generate", "generation", "sampling", "tokenizer", "config", *CHAT}
-        | {
-            "checkpoint",
-            "plan",
-            "doctor",
-            "make_checkpoint",
-            "presets",
-            "quant.ptq",
-            "progress_bar",
-        },
+        | {"checkpoint", "plan", "doctor", "make_checkpoint", "presets"}
+        | {"quant.ptq", "progress_bar", "terminal", "units"},
         {"rich", "torch"},
     ),
-    "doctor": ({"__init__", "ops", "config", "checkpoint", "plan"}, {"torch", "numpy"}),
+    "doctor": ({"__init__", "ops", "machine"}, {"torch", "numpy"}),
     # text and events
     "generate": (
         {"checkpoint", "config", "plan", "sampling", "tokenizer", *CHAT, *RUN},
@@ -56,7 +52,8 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     # ids in, ids out
     "engine": ({"model", "cache", "config", "sampling"}, {"torch", "numpy"}),
     "sampling": (set(), {"torch", "numpy"}),
-    "model": ({"ops", "cache", "config"}, {"torch"}),
+    "model": ({"ops", "attention", "cache", "config"}, {"torch"}),
+    "attention": ({"ops"}, {"torch"}),
     "recorded": ({"model", "ops", "cache", "config"}, {"torch"}),
     "cache": ({"config"}, {"torch"}),
     # files
@@ -68,14 +65,17 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "tensor_table": ({"config", "quantization", "safetensors_file"}, set()),
     "folder_names": (set(), set()),
     "checkpoint": ({"config", "quantization", "folder_names", *FILES}, {"torch"}),
-    "plan": ({"checkpoint", "config", "quantization", "cache", *FILES}, {"torch"}),
+    "plan": (
+        {"checkpoint", "config", "quantization", "cache", "machine", "units", *FILES},
+        {"torch"},
+    ),
     "loader": (
         {"model", "config", "checkpoint", "plan", "tokenizer", "weights", *QUANT},
         {"torch"},
     ),
     # making checkpoints
     "make_checkpoint": (
-        {"config", "presets", "random_tensors", "tokenizer_files", *WRITING},
+        {"config", "presets", "random_tensors", "tokenizer_files", "units", *WRITING},
         {"numpy"},
     ),
     "checkpoint_writer": ({"folder_names"}, {"numpy"}),
@@ -108,6 +108,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "ops": ({"_native", "native", "reference", "checks", "weights"}, {"torch"}),
     "native": ({"_native", "arena"}, {"torch"}),
     "arena": (set(), {"torch", "numpy"}),
+    "torch_ops": ({"ops", "weights"}, {"torch"}),
     "reference": (set(), {"torch"}),
     "weights": ({"checks"}, {"torch"}),
     "checks": (set(), {"torch"}),
@@ -381,7 +382,7 @@ def test_imports_checker_sees_a_forbidden_include(path, source):
 
 MAX_LINES = 500
 LONGER = {
-    "python/kimi_native/ops.py": 700
+    "python/kimi_native/ops.py": 650
 }  # thirteen ops, most of it docstrings and argument lists
 
 

@@ -14,7 +14,7 @@ from kimi_native.weights import Int4ExpertWeights, MoeDispatch
 from oracle import (
     DTYPES,
     GROUP,
-    GuardedRows,
+    OutputAt,
     assert_same_bits,
     assert_within,
     bound_limb_gemm,
@@ -112,7 +112,7 @@ def test_int4_grouped_gemm_spoils_exactly_the_rows_with_a_non_finite_input(isa, 
 
 @pytest.mark.parametrize("use_index", [False, True])
 @pytest.mark.parametrize("offset", [1, 2, 3])
-def test_int4_grouped_gemm_reads_misaligned_experts_and_writes_only_its_rows(
+def test_int4_grouped_gemm_reads_and_writes_misaligned_memory_and_only_its_rows(
     isa, offset, use_index
 ):
     counts, out, in_ = [2, 0, 9], 35, 160
@@ -122,21 +122,21 @@ def test_int4_grouped_gemm_reads_misaligned_experts_and_writes_only_its_rows(
     packed = [misaligned(w.int4().weight_packed, offset) for w in experts]
     scales = [misaligned(w.scale, offset) for w in experts]
     pointers = [torch.tensor([p.data_ptr() for p in parts]) for parts in (packed, scales)]
-    y = GuardedRows(11, out, FP32)
+    y = OutputAt(11, out, dtype=FP32, offset=offset)
+    x_there = misaligned(x, offset)
     call_native(
         "int4_grouped_gemm",
-        x.data_ptr(),
+        x_there.data_ptr(),
         dispatch.token_index.data_ptr() if use_index else 0,
         dispatch.expert_offsets.data_ptr(),
         *[p.data_ptr() for p in pointers],
-        y.rows.data_ptr(),
+        y.address,
         0,
         DTYPES[FP32],
         *(11, 11, 3, out, in_, GROUP),
     )
-    y.assert_guards_untouched()
     expected = ops.int4_grouped_gemm(x, dispatch, pack(experts, counts), out_dtype=FP32)
-    assert_same_bits(y.rows, expected)
+    assert_same_bits(y.values(), expected)
 
 
 def test_int4_grouped_gemm_refuses_wrong_inputs():

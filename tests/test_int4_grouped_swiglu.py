@@ -15,7 +15,7 @@ from oracle import (
     DTYPES,
     GROUP,
     HALF_ULP,
-    GuardedRows,
+    OutputAt,
     Quantized,
     assert_same_bits,
     assert_within,
@@ -188,7 +188,7 @@ def test_int4_grouped_swiglu_spoils_exactly_the_rows_of_a_non_finite_token(isa, 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize("out", [1, 15, 17, 35])
 @pytest.mark.parametrize("offset", [1, 3])
-def test_int4_grouped_swiglu_reads_misaligned_experts_and_writes_only_its_rows(
+def test_int4_grouped_swiglu_reads_and_writes_misaligned_memory_and_only_its_rows(
     isa, offset, out, dtype
 ):
     counts, in_ = [2, 0, 9], 160
@@ -200,23 +200,23 @@ def test_int4_grouped_swiglu_reads_misaligned_experts_and_writes_only_its_rows(
         for parts in ([w.int4().weight_packed for w in part], [w.scale for w in part])
     ]
     pointers = [torch.tensor([p.data_ptr() for p in parts]) for parts in memory]
-    y = GuardedRows(11, out, dtype)
+    y = OutputAt(11, out, dtype=dtype, offset=offset)
+    x_there = misaligned(x, offset)
     call_native(
         "int4_grouped_swiglu",
-        x.data_ptr(),
+        x_there.data_ptr(),
         dispatch.token_index.data_ptr(),
         dispatch.expert_offsets.data_ptr(),
         *[p.data_ptr() for p in pointers],
-        y.rows.data_ptr(),
+        y.address,
         0,
         DTYPES[dtype],
         *(4, 11, 3, out, in_, GROUP),
     )
-    y.assert_guards_untouched()
     expected = ops.int4_grouped_swiglu(
         x, dispatch, pack(gate, counts), pack(up, counts), out_dtype=dtype
     )
-    assert_same_bits(y.rows, expected)
+    assert_same_bits(y.values(), expected)
 
 
 def test_int4_grouped_swiglu_refuses_wrong_inputs():

@@ -291,7 +291,7 @@ def test_run_prints_one_line_and_needs_overwrite(tmp_path, capsys):
     out = str(tmp_path / "c")
     assert maker.run(parse(out)) == 0
     line = capsys.readouterr().out
-    assert line.startswith(f"{out}: 0.007 B parameters, 489 tensors, 0.007 GB in 1 shard(s)")
+    assert line.startswith(f"{out}: 6.92 M parameters, 489 tensors, 7.06 MB in 1 shard, ")
     assert line.count("\n") == 1
     with pytest.raises(CheckpointWriteError):
         maker.run(parse(out))

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from kimi_native import _native, ops, reference
+from oracle import DTYPES as CODES
+from oracle import OutputAt, assert_same_bits, misaligned
 
 DTYPES = [torch.bfloat16, torch.float32]
 
@@ -167,6 +169,25 @@ def test_moe_combine_reads_and_writes_its_own_rows_only(isa, hidden):
     assert out[[0, 4]].isnan().all()
     assert torch.equal(out[1:4], ops.moe_combine(rows, dispatch, weights))
     assert out[1:4].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_moe_combine_reads_and_writes_misaligned_memory(isa, offset, dtype):
+    rows, dispatch, weights, shared = make_case(3, 4, 77, dtype, dtype)
+    out = OutputAt(3, 77, dtype=dtype, offset=offset)
+    rows_there, shared_there = misaligned(rows, offset), misaligned(shared, offset)
+    _native.cpu.moe_combine(
+        rows_there.data_ptr(),
+        dispatch.row_index.data_ptr(),
+        weights.data_ptr(),
+        shared_there.data_ptr(),
+        out.address,
+        CODES[dtype],
+        CODES[dtype],
+        *(3, 4, 77),
+    )
+    assert_same_bits(out.values(), ops.moe_combine(rows, dispatch, weights, shared))
 
 
 @pytest.mark.parametrize("bad", [-1, 6, 2**31 - 1])

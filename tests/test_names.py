@@ -17,6 +17,7 @@ PLACES = {
     "the CPU sources": ("csrc/cpu/NAME.cpp", r"\bvoid NAME\(const \w+Args&"),
     "the bindings": ("csrc/bindings.cpp", r'"NAME"'),
     "ops.py": ("python/kimi_native/ops.py", r"^def NAME\("),
+    "torch_ops.py": ("python/kimi_native/torch_ops.py", r'"NAME\('),
     "reference.py": ("python/kimi_native/reference.py", r"^def NAME\("),
     "the op tests": ("tests/test_*.py", r"\bops\.NAME\("),
     "the reference tests": ("tests/test_reference.py", r"\breference\.NAME\("),

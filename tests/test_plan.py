@@ -12,7 +12,8 @@ from kimi_native import model, plan
 from kimi_native.cache import LatentCache
 from kimi_native.checkpoint import Checkpoint
 from kimi_native.errors import MemoryPlanError
-from kimi_native.plan import available_memory, memory_plan
+from kimi_native.machine import available_memory
+from kimi_native.plan import memory_plan
 from tiny_checkpoint import FP8, INT4, TINY, matrices, nbytes, tensors, write_checkpoint
 
 TINY_INT4 = TINY | {"quantization_config": INT4}
@@ -182,7 +183,7 @@ def test_plan_that_fits_exactly_passes_and_one_byte_less_does_not(tmp_path):
     needed = memory_plan(checkpoint, max_context=64, available_bytes=0).needed_bytes
     memory_plan(checkpoint, max_context=64, available_bytes=needed).check()
     with pytest.raises(
-        MemoryPlanError, match=r"the model needs .* GB, .* are available \(max_context=64, "
+        MemoryPlanError, match=r"the model needs .* MB, .* are available \(max_context=64, "
     ):
         memory_plan(checkpoint, max_context=64, available_bytes=needed - 1).check()
 

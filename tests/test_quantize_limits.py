@@ -220,7 +220,7 @@ def test_command_prints_one_line_and_what_it_left(source, tmp_path, capsys):
     assert run("quantize", own, out) == 0
     line, notes = capsys.readouterr()
     assert line.startswith(f"{out}: 12 matrices in INT4 (15 levels), ")
-    assert " in 1 shard(s) from " in line
+    assert " in 1 shard from " in line
     assert line.endswith(" GB/s\n")
     assert line.count("\n") == 1
     assert notes == "kimi-native: not copied: README.md\n"

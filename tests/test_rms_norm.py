@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kimi_native import _native, ops, reference
+from oracle import OutputAt, misaligned, threads
 from oracle_dense import Guarded, assert_close, assert_same_bits, bound_rms_norm, randn
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -93,6 +94,27 @@ def test_rms_norm_writes_only_its_output(isa, tokens, hidden, dtype):
     )
     y.assert_untouched_outside()
     assert_same_bits(y.tensor, ops.rms_norm(x, weight, eps=EPS))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_rms_norm_reads_and_writes_misaligned_memory(isa, offset, dtype):
+    x, weight = randn(3, 77, dtype=dtype), randn(77, dtype=BF16, seed=1)
+    y = OutputAt(3, 77, dtype=dtype, offset=offset)
+    x_there, weight_there = misaligned(x, offset), misaligned(weight, offset)
+    pointers = (x_there.data_ptr(), weight_there.data_ptr(), y.address)
+    _native.cpu.rms_norm(*pointers, CODE[dtype], 3, 77, 77, EPS)
+    assert_same_bits(y.values(), ops.rms_norm(x, weight, eps=EPS))
+
+
+def test_rms_norm_does_not_depend_on_threads(isa):
+    x, weight = randn(200, 512, dtype=BF16), randn(512, dtype=BF16, seed=1)
+    results = []
+    for n in (1, 2, 4):
+        with threads(n):
+            results.append(ops.rms_norm(x, weight, eps=EPS))
+    assert_same_bits(results[0], results[1])
+    assert_same_bits(results[0], results[2])
 
 
 @pytest.mark.parametrize(

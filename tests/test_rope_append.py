@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kimi_native import _native, ops, reference
+from oracle import OutputAt, misaligned, threads
 from oracle_dense import U, assert_close, assert_same_bits
 from oracle_dense import randn as typed_randn
 
@@ -97,6 +98,46 @@ def test_rope_append_may_rotate_in_place(isa, dtype):
     ops.rope_append(**(args | {"q_out": args["q"]}))
     assert_same_bits(args["q"], expected["q_out"])
     assert_same_bits(args["cache"], expected["cache"])
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_rope_append_reads_and_writes_misaligned_memory(isa, offset, dtype):
+    tokens, heads, rank, rope, rows = 3, 2, 15, 14, 8
+    args = make(
+        tokens, heads, rank, rope, dtype=dtype, cache_dtype=dtype, q_out_dtype=dtype, rows=rows
+    )
+    args |= {name: args[name].contiguous() for name in ("q", "latent", "k_rope", "q_out")}
+    there = [misaligned(args[name], offset) for name in ("q", "latent", "k_rope")]
+    q_out = OutputAt(tokens, heads, rope, dtype=dtype, offset=offset)
+    cache = OutputAt(rows, rank + rope, dtype=dtype, offset=offset)
+    _native.cpu.rope_append(
+        *[t.data_ptr() for t in there],
+        *[args[name].data_ptr() for name in ("cos", "sin", "slots")],
+        q_out.address,
+        cache.address,
+        *[CODE[dtype]] * 3,
+        *(tokens, heads, rank, rope, rows),
+        *(heads * rope, rope, heads * rope, rope, rank, rope),
+    )
+    ops.rope_append(**args)
+    assert_same_bits(q_out.values(), args["q_out"])
+    written = args["slots"]
+    assert_same_bits(cache.values()[written], args["cache"].flatten(0, 1)[written])
+    others = [r for r in range(rows) if r not in written.tolist()]
+    assert cache.values()[others].isnan().all()
+
+
+def test_rope_append_does_not_depend_on_threads(isa):
+    results = []
+    for n in (1, 2, 4):
+        args = make(64, 16, 64, 64)
+        with threads(n):
+            ops.rope_append(**args)
+        results.append((args["q_out"], args["cache"]))
+    for q_out, cache in results[1:]:
+        assert_same_bits(q_out, results[0][0])
+        assert_same_bits(cache, results[0][1])
 
 
 def test_rope_append_token_does_not_depend_on_the_others(isa):

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from kimi_native import ops, reference
+from kimi_native import _native, ops, reference
+from oracle import DTYPES, OutputAt, assert_same_bits, misaligned
 
 
 def bound(gate: torch.Tensor, up: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -62,6 +63,30 @@ def test_swiglu_does_not_depend_on_position_or_threads(isa):
             seen |= {tuple(y[shift : shift + 37].tolist()), tuple(y[-37:].tolist())}
     ops.set_num_threads(before)
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0, 1, 2, 3])
+@pytest.mark.parametrize(("tokens", "width"), [(1, 1), (3, 17), (2, 9000)])
+def test_swiglu_reads_and_writes_its_own_memory_only_wherever_it_is(
+    isa, tokens, width, offset, dtype
+):
+    g = torch.Generator().manual_seed(width)
+    gate, up = (torch.randn(tokens, width, generator=g).to(dtype) for _ in range(2))
+    y = OutputAt(tokens, width, dtype=dtype, offset=offset)
+    there = [misaligned(t, offset) for t in (gate, up)]
+    pointers = [t.data_ptr() for t in there]
+    _native.cpu.swiglu(*pointers, y.address, DTYPES[dtype], tokens, width)
+    assert_same_bits(y.values(), ops.swiglu(gate, up))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "message"),
+    [(-1, 8, "tokens >= 0"), (1, 0, "width >= 1"), (2**40, 2**40, "fit in 64 bits")],
+)
+def test_swiglu_refuses_impossible_sizes(tokens, width, message):
+    with pytest.raises(ValueError, match=f"swiglu: .*{message}"):
+        _native.cpu.swiglu(0, 0, 0, 0, tokens, width)
 
 
 def test_swiglu_refuses_bad_input():

@@ -11,6 +11,7 @@ import pytest
 from kimi_native import tokenizer_files
 from kimi_native.errors import ConfigError
 from made_checkpoints import make_tiny_folders
+from tokenizer_files import KIMI_SLOTS
 
 
 @pytest.fixture(scope="module")
@@ -108,24 +109,7 @@ def test_every_token_is_the_merge_of_two_earlier_ones():
 def test_control_tokens_keep_the_published_offsets(folders):
     config = json.loads((folders["int4"] / "tokenizer_config.json").read_text())
     added = {int(i) - 1792: e for i, e in config["added_tokens_decoder"].items()}
-    published = {
-        0: ("[BOS]", True),
-        1: ("[EOS]", True),
-        2: ("<|im_end|>", True),
-        3: ("<|im_user|>", True),
-        4: ("<|im_assistant|>", True),
-        10: ("<|im_system|>", True),
-        11: ("<|tool_calls_section_begin|>", False),
-        12: ("<|tool_calls_section_end|>", False),
-        13: ("<|tool_call_begin|>", False),
-        14: ("<|tool_call_argument_begin|>", False),
-        15: ("<|tool_call_end|>", False),
-        17: ("<|im_middle|>", True),
-        22: ("<think>", False),
-        23: ("</think>", False),
-        255: ("[PAD]", True),
-    }
-    assert {o: (added[o]["content"], added[o]["special"]) for o in published} == published
+    assert {o: (added[o]["content"], added[o]["special"]) for o in KIMI_SLOTS} == KIMI_SLOTS
     assert len({e["content"] for e in added.values()}) == len(added)
     generation = json.loads((folders["int4"] / "generation_config.json").read_text())
     assert generation["bos_token_id"] == 1792

@@ -267,21 +267,25 @@ def _check_tensor(
 
 
 def _stored_form(path: Path, config: KimiConfig, name: str, tensors: dict[str, TensorInfo]) -> str:
-    """How the files store a matrix. A matrix may be plain where the config would quantize, not the reverse."""
+    """How the files store a matrix. A matrix may be plain where the config would quantize, not the reverse.
+
+    One exception: beside INT4, which its config describes, a matrix may be FP8 in blocks, which describes itself (dtype
+    and weight_scale_inv). No published config declares both.
+    """
     weight, packed = tensors.get(name + ".weight"), name + ".weight_packed" in tensors
     if weight is not None and packed:
         raise ModelFormatError(f"{path}: {name} must be stored once (got weight and weight_packed)")
+    configured = configured_form(config, name)
     if packed:
         form = "int4"
     elif weight is None:
-        return configured_form(config, name)  # all of it is missing; say so in the configured form
+        return configured  # all of it is missing; say so in the configured form
     elif weight.dtype.startswith("F8_") or name + ".weight_scale_inv" in tensors:
         form = "fp8"
     else:
         return "plain"
-    configured = configured_form(config, name)
-    if configured != form:
-        scheme = config.quantization.kind if config.quantization else "none"
+    scheme = config.quantization.kind if config.quantization else "none"
+    if configured != form and (form, scheme) != ("fp8", "int4"):
         raise ModelFormatError(
             f"{path}: {name} is stored as {form}, but config.json keeps it {configured} "
             f"(quantization_config: {scheme})"

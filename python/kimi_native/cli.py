@@ -9,14 +9,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
+import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kimi_native import __version__
 from kimi_native.errors import KimiNativeError, RequestError
+from kimi_native.terminal import note as _note
+from kimi_native.terminal import print_json as _print_json
+from kimi_native.terminal import print_table as _print_table
+from kimi_native.terminal import rows_of as _rows
+from kimi_native.terminal import shown as _shown
+from kimi_native.units import bytes_text as _bytes
 
 if TYPE_CHECKING:
     from kimi_native.checkpoint import Checkpoint
@@ -33,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code; argparse itself exits with 2 on wrong usage."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = _parser(argv).parse_args(argv)
+    # What stdout cannot show is better replaced than lost with all that follows.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         code = args.run(args)
         sys.stdout.flush()
@@ -48,6 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _note(f"error: {str(error) or type(error).__name__}")
         return 1
+
+
+def _import_torch() -> None:
+    """An interrupt that arrives while extension modules load can get lost in them: it ends the process instead."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        import torch  # noqa: F401
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
@@ -102,13 +124,22 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group(
         "sampling (default: the checkpoint's generation_config.json)"
     )
-    sampling.add_argument("--max-tokens", type=int, metavar="N")
+    sampling.add_argument("--max-tokens", type=int, metavar="N", help="of the answer (else 2048)")
     sampling.add_argument("--temperature", type=float, metavar="X", help="0: the likeliest token")
-    sampling.add_argument("--top-p", type=float, metavar="X")
-    sampling.add_argument("--top-k", type=int, metavar="N")
-    sampling.add_argument("--min-p", type=float, metavar="X")
-    sampling.add_argument("--seed", type=int, metavar="N")
-    sampling.add_argument("--stop", action="append", metavar="TEXT", help="may be repeated")
+    sampling.add_argument(
+        "--top-p", type=float, metavar="X", help="the likeliest tokens of this probability together"
+    )
+    sampling.add_argument("--top-k", type=int, metavar="N", help="the N likeliest tokens; 0: off")
+    sampling.add_argument(
+        "--min-p",
+        type=float,
+        metavar="X",
+        help="tokens at least X times as likely as the likeliest",
+    )
+    sampling.add_argument("--seed", type=int, metavar="N", help="same seed, same answer")
+    sampling.add_argument(
+        "--stop", action="append", metavar="TEXT", help="ends the answer; may be repeated"
+    )
     machine = parser.add_argument_group("model and machine")
     _add_settings(machine)
     machine.add_argument("--threads", type=int, metavar="N", help="default: the cores there are")
@@ -117,9 +148,21 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 def _add_settings(parser: Any) -> None:
     """What decides how much memory a model takes."""
-    parser.add_argument("--max-context", type=int, metavar="N", help="tokens of prompt and answer")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--dense", choices=("bf16", "int8"), default="bf16", help="dense matrices")
+    parser.add_argument(
+        "--max-context",
+        type=int,
+        metavar="N",
+        help="tokens of prompt and answer (default: the model's, at most 8192)",
+    )
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="activations and cache"
+    )
+    parser.add_argument(
+        "--dense",
+        choices=("bf16", "int8"),
+        default="bf16",
+        help="dense matrices: as published, or 8 bits",
+    )
     _add_ignored_keys(parser)
 
 
@@ -178,9 +221,10 @@ def _folder(args: argparse.Namespace) -> str:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    prompt = _prompt(args)
+    _import_torch()
     from kimi_native.generate import load
 
-    prompt = _prompt(args)
     overrides = {
         name: value
         for name in ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
@@ -209,18 +253,28 @@ def _generate(args: argparse.Namespace) -> int:
         return 0
     print(_shown(result.text))
     if result.reasoning and not result.text and result.finish_reason == "length":
-        _note(
-            "the output ended inside the reasoning; raise --max-tokens, or look at it with --json"
-        )
+        _note(_ALL_REASONING)
     _note_calls([(call.id, call.arguments) for call in result.tool_calls])
     return 0
 
 
 def _prompt(args: argparse.Namespace) -> str:
     """The prompt argument, or stdin without the newline that ends its last line."""
-    if args.prompt not in (None, "-"):
-        return args.prompt
-    return sys.stdin.read().removesuffix("\n")
+    where, text = "the argument", args.prompt
+    if text in (None, "-"):
+        if sys.stdin.isatty():
+            _note("type the prompt, then Ctrl-D on a line of its own")
+        where, text = "stdin", sys.stdin.read().removesuffix("\n")
+    if not text:
+        raise RequestError(f"generate: the prompt must not be empty (got nothing from {where})")
+    # Python hands over bytes that are no text in its encoding as these code points.
+    bad = next((i for i, c in enumerate(text) if "\udc80" <= c <= "\udcff"), None)
+    if bad is not None:
+        raise RequestError(
+            f"generate: the prompt must be UTF-8 text (got byte 0x{ord(text[bad]) - 0xDC00:02x} after "
+            f"{bad} characters of {where})"
+        )
+    return text
 
 
 def _check_overrides(overrides: dict[str, Any]) -> None:
@@ -262,22 +316,9 @@ def _print_stream(events: Iterator[Any]) -> None:
     _note_calls(calls)
 
 
-def _shown(text: str) -> str:
-    """Text as it is; on a terminal without control characters, which could rewrite what the user sees."""
-    if not sys.stdout.isatty():
-        return text
-    return "".join(
-        c if c in "\n\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
-
-
 def _note_calls(calls: list[tuple[str, str]]) -> None:
     for id, arguments in calls:
         _note(f"the model asks for {id} with {arguments}; nothing was run")
-
-
-def _note(text: str) -> None:
-    print(f"kimi-native: {' '.join(text.split())}", file=sys.stderr)
 
 
 def _generation_dict(result: Generation) -> dict[str, Any]:
@@ -313,6 +354,7 @@ def _progress() -> Iterator[Callable[[int, int], None] | None]:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    _import_torch()
     from kimi_native.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(_folder(args), ignore_keys=args.ignore_config_key)
@@ -328,6 +370,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    _import_torch()
     from kimi_native.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(_folder(args), ignore_keys=args.ignore_config_key)
@@ -365,6 +408,7 @@ def _print_plan(plan: MemoryPlan) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    _import_torch()
     from kimi_native.doctor import examine
 
     report = examine(quick=args.quick)
@@ -401,10 +445,11 @@ def _quantize(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(report)
         return 0
+    shards = len(report["shards"])
     print(
         f"{report['path']}: {report['quantized']} matrices in INT4 ({report['levels']} levels), "
-        f"{_bytes(report['bytes'])} in {len(report['shards'])} shard(s) from {_bytes(report['source_bytes'])}, "
-        f"{report['seconds']:.1f} s, {report['gb_per_s']:.2f} GB/s"
+        f"{_bytes(report['bytes'])} in {shards} shard{'s' if shards > 1 else ''} from "
+        f"{_bytes(report['source_bytes'])}, {report['seconds']:.1f} s, {report['gb_per_s']:.2f} GB/s"
     )
     if report["left_out"]:
         _note(f"not copied: {', '.join(report['left_out'])}")
@@ -415,55 +460,6 @@ def _make_checkpoint(args: argparse.Namespace) -> int:
     from kimi_native import make_checkpoint
 
     return make_checkpoint.run(args)
-
-
-# ---- printing -------------------------------------------------------------------------------------------------------
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False))
-
-
-def _print_table(title: str, rows: list[tuple[str, str]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE, show_header=False)
-    table.add_column(overflow="fold")
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(Text(name), Text(value))
-    # A file or pipe has no width of its own: do not wrap what another program will read.
-    width = None if sys.stdout.isatty() else 160
-    Console(file=sys.stdout, width=width).print(table)
-
-
-def _rows(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested dicts as rows "outer, inner" and value; sizes in bytes as a person reads them."""
-    for name, value in values.items():
-        label = prefix + (name if name.isupper() else name.replace("_", " "))
-        if isinstance(value, dict):
-            yield from _rows(value, f"{label}: ")
-        elif isinstance(value, list):
-            yield label, ", ".join(map(str, value)) or "none"
-        elif isinstance(value, int) and not isinstance(value, bool) and "bytes" in label:
-            yield label, _bytes(value)
-        elif isinstance(value, bool):
-            yield label, "yes" if value else "no"
-        else:
-            yield (
-                label,
-                "none" if value is None else f"{value:,}" if type(value) is int else str(value),
-            )
-
-
-def _bytes(size: int) -> str:
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if abs(size) >= scale:
-            return f"{size / scale:.2f} {unit}"
-    return f"{size} B"
 
 
 if __name__ == "__main__":

@@ -231,31 +231,7 @@ def _read_experts(s: Section, family: str) -> dict[str, Any]:
     dense = experts is None
     if not dense:
         experts = s.integer("n_routed_experts", (1, 1 << 16))
-    v: dict[str, Any] = {"n_routed_experts": experts}
-    routing = {
-        "scoring_func": s.choice("scoring_func", ("sigmoid", "softmax"), defaults["scoring_func"]),
-        "topk_method": s.choice(
-            "topk_method", ("noaux_tc", "greedy", "group_limited_greedy"), defaults["topk_method"]
-        ),
-    }
-    if tuple(routing.values()) not in _ROUTERS:
-        raise s.fail(
-            "topk_method", f"one that is published with scoring_func {routing['scoring_func']}"
-        )
-    v |= routing
-    v["norm_topk_prob"] = s.boolean("norm_topk_prob", defaults["norm_topk_prob"])
-    v["routed_scaling_factor"] = s.number(
-        "routed_scaling_factor", 1e-6, 1e6, defaults["routed_scaling_factor"]
-    )
-    if (
-        routing["scoring_func"] == "softmax"
-        and v["norm_topk_prob"]
-        and v["routed_scaling_factor"] != 1
-    ):
-        raise s.fail(
-            "routed_scaling_factor",
-            "1 with softmax scores and norm_topk_prob: the published implementations disagree about the order",
-        )
+    v = {"n_routed_experts": experts} | _read_router(s, defaults)
     missing = None if dense else REQUIRED
     shared = s.get("n_shared_experts", missing)
     v["n_shared_experts"] = 0 if shared is None else s.integer("n_shared_experts", (0, 1024))
@@ -267,7 +243,29 @@ def _read_experts(s: Section, family: str) -> dict[str, Any]:
     v["moe_intermediate_size"] = (
         0 if dense and width is None else s.integer("moe_intermediate_size", _SIZE)
     )
-    return v | _read_groups(s, experts, v["num_experts_per_tok"], routing["topk_method"], defaults)
+    return v | _read_groups(s, experts, v["num_experts_per_tok"], v["topk_method"], defaults)
+
+
+def _read_router(s: Section, defaults: dict[str, Any]) -> dict[str, Any]:
+    """How scores are made, chosen and weighed."""
+    scoring = s.choice("scoring_func", ("sigmoid", "softmax"), defaults["scoring_func"])
+    methods = ("noaux_tc", "greedy", "group_limited_greedy")
+    method = s.choice("topk_method", methods, defaults["topk_method"])
+    if (scoring, method) not in _ROUTERS:
+        raise s.fail("topk_method", f"one that is published with scoring_func {scoring}")
+    norm = s.boolean("norm_topk_prob", defaults["norm_topk_prob"])
+    factor = s.number("routed_scaling_factor", 1e-6, 1e6, defaults["routed_scaling_factor"])
+    if scoring == "softmax" and norm and factor != 1:
+        raise s.fail(
+            "routed_scaling_factor",
+            "1 with softmax scores and norm_topk_prob: the published implementations disagree about the order",
+        )
+    return {
+        "scoring_func": scoring,
+        "topk_method": method,
+        "norm_topk_prob": norm,
+        "routed_scaling_factor": factor,
+    }
 
 
 def _read_groups(

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from kimi_native import __version__
-from kimi_native.plan import available_memory
+from kimi_native.machine import (
+    available_memory,
+    cpu_quota,
+    meminfo,
+    memory_limit,
+    read_text,
+    usable_cores,
+)
 
 MEASURED_BYTES = 512 << 20  # far beyond a last level cache
 QUICK_BYTES = 64 << 20
@@ -35,7 +42,7 @@ def examine(*, quick: bool = False, root: str | Path = "/") -> dict[str, Any]:
     """
     root = Path(root)
     native = _native_settings()
-    threads = native.get("threads") or _affinity()
+    threads = native.get("threads") or usable_cores()
     checks = self_check() if "error" not in native else []
     available = _available(root)
     measured_bytes = QUICK_BYTES if quick else MEASURED_BYTES
@@ -49,17 +56,17 @@ def examine(*, quick: bool = False, root: str | Path = "/") -> dict[str, Any]:
         "cpu": {
             "model": _cpu_model(root),
             "cores_online": os.cpu_count(),
-            "cores_usable": _affinity(),
-            "cores_cgroup_quota": _cpu_quota(root),
+            "cores_usable": usable_cores(),
+            "cores_cgroup_quota": cpu_quota(root),
             "numa_nodes": len(list(root.glob("sys/devices/system/node/node[0-9]*"))) or None,
         },
         "kernels": native,
         "memory": {
-            "total_bytes": _meminfo(root, "MemTotal"),
+            "total_bytes": meminfo(root, "MemTotal"),
             "available_bytes": available,
-            "cgroup_limit_bytes": _memory_limit(root),
+            "cgroup_limit_bytes": memory_limit(root),
             "transparent_huge_pages": _chosen(
-                _read(root / "sys/kernel/mm/transparent_hugepage/enabled")
+                read_text(root / "sys/kernel/mm/transparent_hugepage/enabled")
             ),
             "read_bandwidth": read_bandwidth(measured_bytes, threads),
         },
@@ -270,26 +277,12 @@ def read_bandwidth(nbytes: int, threads: int, passes: int = 5) -> dict[str, Any]
     }
 
 
-def _affinity() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _cpu_model(root: Path) -> str | None:
-    for line in (_read(root / "proc/cpuinfo") or "").splitlines():
+    for line in (read_text(root / "proc/cpuinfo") or "").splitlines():
         name, _, value = line.partition(":")
         if name.strip() in ("model name", "Model"):
             return value.strip()
     return platform.processor() or None
-
-
-def _meminfo(root: Path, field: str) -> int | None:
-    for line in (_read(root / "proc/meminfo") or "").splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * 1024
-    return None
 
 
 def _available(root: Path) -> int | None:
@@ -297,43 +290,6 @@ def _available(root: Path) -> int | None:
         return available_memory(root)
     except RuntimeError:
         return None
-
-
-def _cpu_quota(root: Path) -> float | None:
-    """Cores' worth of time that the tightest cgroup allows, None without a limit."""
-    quotas = [text.split() for text in _cgroup_values(root, "cpu", "cpu.max")]
-    v1 = (_cgroup_values(root, "cpu", f"cpu.cfs_{x}_us") for x in ("quota", "period"))
-    quotas += zip(*v1, strict=False)
-    cores = [int(q) / int(p) for q, p in quotas if q.isdigit() and int(p) > 0]
-    return round(min(cores), 2) if cores else None
-
-
-def _memory_limit(root: Path) -> int | None:
-    """The tightest cgroup's limit, None without one (v1 writes a number near 2**63 for none)."""
-    texts = [
-        *_cgroup_values(root, "memory", "memory.max"),
-        *_cgroup_values(root, "memory", "memory.limit_in_bytes"),
-    ]
-    limits = [int(t) for t in texts if t.isdigit() and int(t) < 1 << 60]
-    return min(limits, default=None)
-
-
-def _cgroup_values(root: Path, controller: str, file: str) -> list[str]:
-    """A control file's content in this process's cgroup and each of its parents, v1 or v2."""
-    values = []
-    for line in (_read(root / "proc/self/cgroup") or "").splitlines():
-        _, controllers, path = [*line.split(":", 2), "", ""][:3]
-        if controllers and controller not in controllers.split(","):
-            continue
-        base = root / "sys/fs/cgroup"
-        if controllers:
-            base = base / controller
-        parts = [p for p in path.split("/") if p not in ("", "..")]
-        for depth in range(len(parts), -1, -1):
-            text = _read(base.joinpath(*parts[:depth]) / file)
-            if text is not None:
-                values.append(text.strip())
-    return values
 
 
 def _chosen(text: str | None) -> str | None:
@@ -346,21 +302,14 @@ def _chosen(text: str | None) -> str | None:
 def _cuda(root: Path) -> dict[str, Any]:
     names = []
     for file in sorted(root.glob("proc/driver/nvidia/gpus/*/information")):
-        for line in (_read(file) or "").splitlines():
+        for line in (read_text(file) or "").splitlines():
             name, _, value = line.partition(":")
             if name == "Model":
                 names.append(value.strip())
-    driver = _read(root / "proc/driver/nvidia/version")
+    driver = read_text(root / "proc/driver/nvidia/version")
     return {
         "kernels": "this build has no CUDA kernels",
         "driver": driver.splitlines()[0].strip() if driver else None,
         "driver_library": ctypes.util.find_library("cuda"),
         "gpus": names,
     }
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return None

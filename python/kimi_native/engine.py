@@ -120,9 +120,11 @@ class Engine:
         if len(prompt_ids) == 0:
             raise RequestError("engine: prompt must hold at least one token (got none)")
         if len(prompt_ids) >= self.max_context:
+            most = self._model.config.max_position_embeddings
+            way_out = f"; max_context may be up to {most}" if most > len(prompt_ids) else ""
             raise RequestError(
                 f"engine: prompt and at least one new token must fit the context of {self.max_context} tokens "
-                f"(got a prompt of {len(prompt_ids)} tokens)"
+                f"(got a prompt of {len(prompt_ids)} tokens){way_out}"
             )
         for position, i in enumerate(prompt_ids):
             if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < self.vocab_size:

@@ -31,11 +31,6 @@ if TYPE_CHECKING:
 # Context when none is asked for: the published limits (up to 262,144 tokens) would reserve 18 GB of cache a sequence.
 DEFAULT_CONTEXT = 8192
 DEFAULT_BATCH = 8
-END_TOKENS = (
-    "<|im_end|>",
-    "[EOS]",
-)  # end a turn or a text in every checkpoint whose tokenizer has them
-
 Prompt = str | Sequence[int] | Sequence[Message | Mapping[str, Any]]
 
 
@@ -130,7 +125,8 @@ def default_context(config: KimiConfig) -> int:
 def end_ids(
     config: KimiConfig, generation_config: Mapping[str, Any], tokenizer: Tokenizer
 ) -> frozenset[int]:
-    """Every id that ends a generation: config.json's, generation_config.json's, the tokenizer's, and END_TOKENS.
+    """Every id that ends a generation: config.json's, generation_config.json's, and the tokenizer's, which knows the
+    names that end a turn or a text in all of the family.
 
     All of them, because published files disagree: several config.json name an id that a chat never produces.
     Raises ConfigError on an eos_token_id in generation_config.json that is no id or list of ids.
@@ -141,8 +137,7 @@ def end_ids(
         raise ConfigError(
             f"generation_config.json: eos_token_id must be an id or a list of ids (got {given!r})"
         )
-    named = [tokenizer.control_ids[name] for name in END_TOKENS if name in tokenizer.control_ids]
-    return frozenset((*config.eos_token_ids, *given, *tokenizer.eos_ids, *named))
+    return frozenset((*config.eos_token_ids, *given, *tokenizer.eos_ids))
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------

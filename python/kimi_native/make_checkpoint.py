@@ -34,6 +34,7 @@ from kimi_native.presets import PRESETS
 from kimi_native.progress_bar import Progress, progress_bar
 from kimi_native.random_tensors import StoredTensor, piece, row_chunks, stored_tensors
 from kimi_native.tokenizer_files import tokenizer_files
+from kimi_native.units import bytes_text, count_text
 
 __all__ = ["PRESETS", "CheckpointWriteError", "add_arguments", "make_checkpoint", "run"]
 
@@ -266,8 +267,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(summary))
         return 0
+    shards = len(summary["shards"])
     print(
-        f"{summary['path']}: {summary['parameters'] / 1e9:.3f} B parameters, {summary['tensors']} tensors, "
-        f"{summary['bytes'] / 1e9:.3f} GB in {len(summary['shards'])} shard(s), {summary['seconds']:.1f} s"
+        f"{summary['path']}: {count_text(summary['parameters'])} parameters, {summary['tensors']:,} tensors, "
+        f"{bytes_text(summary['bytes'])} in {shards} shard{'s' if shards > 1 else ''}, {summary['seconds']:.1f} s"
     )
     return 0

@@ -13,10 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from kimi_native import ops
+from kimi_native.attention import attend_heads, causal_mask
 from kimi_native.cache import CachedSequence, LatentCache
 from kimi_native.config import LATENT_NORM_EPS, KimiConfig
 
@@ -97,6 +98,7 @@ class Step:
     cos: Tensor  # [tokens, rope / 2]
     sin: Tensor
     prefix_slots: Tensor | None = None  # prefill: rows of all tokens so far, this pass's included
+    mask: Tensor | None = None  # prefill, unless the prefix is this pass: causal_mask
     page_table: Tensor | None = None  # decode: [sequences, pages] int32
     seq_lens: Tensor | None = None  # decode: [sequences] int32, this pass's token included
 
@@ -175,11 +177,8 @@ class Attention(nn.Module):
         rows = step.cache.read(self.layer, step.prefix_slots)
         latent, k_rope = rows[:, : self.latent].contiguous(), rows[:, self.latent :].float()
         queries, keys = q.shape[0], rows.shape[0]
-        # The fast CPU attention needs values as wide as the keys, and masks a later chunk explicitly.
+        # The fast CPU attention needs values as wide as the keys.
         width = max(self.nope + self.rope, self.value)
-        visible = None
-        if keys > queries:
-            visible = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
         per_head = self.kv_b_proj.weight.view(self.heads, -1, self.latent)
         at_once = max(1, _EXPANDED_BYTES // (keys * width * 12))
         out = torch.empty(queries, self.heads, self.value)
@@ -194,13 +193,10 @@ class Attention(nn.Module):
             value = expanded[..., self.nope :]
             query = q[:, block].float()
             query, key, value = (
-                F.pad(t, (0, width - t.shape[-1])).transpose(0, 1)[None]
-                for t in (query, key, value)
+                pad(t, (0, width - t.shape[-1])).transpose(0, 1) for t in (query, key, value)
             )
-            attended = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=visible, is_causal=visible is None, scale=self.scale
-            )
-            out[:, block] = attended[0, :, :, : self.value].transpose(0, 1)
+            attended = attend_heads(query, key, value, mask=step.mask, softmax_scale=self.scale)
+            out[:, block] = attended[..., : self.value].transpose(0, 1)
         return out.to(q.dtype)
 
 
@@ -364,7 +360,8 @@ class KimiModel(nn.Module):
             start, stop = seq.length, seq.length + chunk.shape[0]
             prefix = cache.slots(seq, 0, stop)
             cos, sin = self.rope.tables(torch.arange(start, stop))
-            step = Step(cache, prefix[start:], cos, sin, prefix_slots=prefix)
+            mask = causal_mask(stop - start, stop) if start else None
+            step = Step(cache, prefix[start:], cos, sin, prefix_slots=prefix, mask=mask)
             x, update = self.model(self.embed(chunk), step)
             seq.length = stop
         return self.logits(x[-1:], update[-1:])[0]

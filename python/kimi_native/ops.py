@@ -218,36 +218,62 @@ def int4_gemm(x: Tensor, weight: Int4Weight, *, out_dtype: torch.dtype | None = 
         return reference.int4_gemm(
             x, weight.weight_packed, weight.weight_scale, out_dtype=out_dtype
         )
-    check_activation("int4_gemm", "x", x, (None, weight.in_features))
-    y = empty((x.shape[0], weight.out_features), out_dtype)
-    check_activation("int4_gemm", "out", y, (None, None))
+    parts = (weight.weight_packed, weight.weight_scale)
+    return _group_gemm("int4_gemm", x, *parts, weight.out_features, weight.in_features, out_dtype)
+
+
+def _group_gemm(
+    op: str, x: Tensor, matrix: Tensor, scale: Tensor, out: int, in_: int, out_dtype: torch.dtype
+) -> Tensor:
+    """What int4_gemm and int8_gemm share: everything but the width of a weight."""
+    check_activation(op, "x", x, (None, in_))
+    y = empty((x.shape[0], out), out_dtype)
+    check_activation(op, "out", y, (None, None))
     call_with_workspace(
-        "int4_gemm",
-        x.data_ptr(),
-        weight.weight_packed.data_ptr(),
-        weight.weight_scale.data_ptr(),
-        y.data_ptr(),
+        op,
+        *(t.data_ptr() for t in (x, matrix, scale, y)),
         _DTYPES[x.dtype],
         _DTYPES[out_dtype],
         x.shape[0],
-        weight.out_features,
-        weight.in_features,
+        out,
+        in_,
         GROUP_SIZE,
     )
     return y
 
 
 def _grouped(
-    op: str, x: Tensor, dispatch: MoeDispatch, gather: bool, weights: Int4ExpertWeights
-) -> int:
-    """Checks what the grouped ops share; returns the number of rows."""
-    check_activation(op, "x", x, (None, weights.in_features))
-    check_tensor(op, "expert_offsets", dispatch.expert_offsets, (len(weights) + 1,), torch.int32)
+    op: str,
+    x: Tensor,
+    x_index: Tensor | None,
+    dispatch: MoeDispatch,
+    projections: tuple[Int4ExpertWeights, ...],
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """What the grouped ops share: a row per token and slot, by the matrices of its expert."""
+    first = projections[0]
+    check_activation(op, "x", x, (None, first.in_features))
+    check_tensor(op, "expert_offsets", dispatch.expert_offsets, (len(first) + 1,), torch.int32)
     check_tensor(op, "token_index", dispatch.token_index, (None,), torch.int32)
     rows = dispatch.token_index.shape[0]
-    if not gather:
+    if x_index is None:
         require(x.shape[0] == rows, f"{op}: x must have {rows} rows (got {x.shape[0]})")
-    return rows
+    y = empty((rows, first.out_features), out_dtype)
+    check_activation(op, "out", y, (None, None))
+    tables = [t for p in projections for t in (p.packed_pointers, p.scale_pointers)]
+    call_with_workspace(
+        op,
+        *(pointer(t) for t in (x, x_index, dispatch.expert_offsets, *tables, y)),
+        _DTYPES[x.dtype],
+        _DTYPES[out_dtype],
+        x.shape[0],
+        rows,
+        len(first),
+        first.out_features,
+        first.in_features,
+        GROUP_SIZE,
+    )
+    return y
 
 
 def int4_grouped_swiglu(
@@ -283,29 +309,7 @@ def int4_grouped_swiglu(
             [(w.weight_packed, w.weight_scale) for w in up.weights],
             out_dtype=out_dtype,
         )
-    rows = _grouped(op, x, dispatch, True, gate)
-    y = empty((rows, gate.out_features), out_dtype)
-    check_activation(op, "out", y, (None, None))
-    call_with_workspace(
-        op,
-        x.data_ptr(),
-        dispatch.token_index.data_ptr(),
-        dispatch.expert_offsets.data_ptr(),
-        gate.packed_pointers.data_ptr(),
-        gate.scale_pointers.data_ptr(),
-        up.packed_pointers.data_ptr(),
-        up.scale_pointers.data_ptr(),
-        y.data_ptr(),
-        _DTYPES[x.dtype],
-        _DTYPES[out_dtype],
-        x.shape[0],
-        rows,
-        len(gate),
-        gate.out_features,
-        gate.in_features,
-        GROUP_SIZE,
-    )
-    return y
+    return _grouped(op, x, dispatch.token_index, dispatch, (gate, up), out_dtype)
 
 
 def int4_grouped_gemm(
@@ -323,7 +327,6 @@ def int4_grouped_gemm(
 
     Raises ValueError on a shape or index, TypeError on a dtype. Reference: reference.int4_grouped_gemm.
     """
-    op = "int4_grouped_gemm"
     out_dtype = out_dtype or x.dtype
     if active_backend() == "reference":
         return reference.int4_grouped_gemm(
@@ -332,27 +335,7 @@ def int4_grouped_gemm(
             [(w.weight_packed, w.weight_scale) for w in weights.weights],
             out_dtype=out_dtype,
         )
-    rows = _grouped(op, x, dispatch, False, weights)
-    y = empty((rows, weights.out_features), out_dtype)
-    check_activation(op, "out", y, (None, None))
-    call_with_workspace(
-        op,
-        x.data_ptr(),
-        0,
-        dispatch.expert_offsets.data_ptr(),
-        weights.packed_pointers.data_ptr(),
-        weights.scale_pointers.data_ptr(),
-        y.data_ptr(),
-        _DTYPES[x.dtype],
-        _DTYPES[out_dtype],
-        x.shape[0],
-        rows,
-        len(weights),
-        weights.out_features,
-        weights.in_features,
-        GROUP_SIZE,
-    )
-    return y
+    return _grouped("int4_grouped_gemm", x, None, dispatch, (weights,), out_dtype)
 
 
 # ---- dense matrices -------------------------------------------------------------------------------------------------
@@ -433,23 +416,8 @@ def int8_gemm(x: Tensor, weight: Int8Weight, *, out_dtype: torch.dtype | None = 
     out_dtype = out_dtype or x.dtype
     if active_backend() == "reference":
         return reference.int8_gemm(x, weight.weight, weight.weight_scale, out_dtype=out_dtype)
-    check_activation("int8_gemm", "x", x, (None, weight.in_features))
-    y = empty((x.shape[0], weight.out_features), out_dtype)
-    check_activation("int8_gemm", "out", y, (None, None))
-    call_with_workspace(
-        "int8_gemm",
-        x.data_ptr(),
-        weight.weight.data_ptr(),
-        weight.weight_scale.data_ptr(),
-        y.data_ptr(),
-        _DTYPES[x.dtype],
-        _DTYPES[out_dtype],
-        x.shape[0],
-        weight.out_features,
-        weight.in_features,
-        GROUP_SIZE,
-    )
-    return y
+    parts = (weight.weight, weight.weight_scale)
+    return _group_gemm("int8_gemm", x, *parts, weight.out_features, weight.in_features, out_dtype)
 
 
 # ---- attention and norms --------------------------------------------------------------------------------------------

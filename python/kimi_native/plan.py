@@ -8,13 +8,13 @@ is short and reads them again from disk, so they decide the speed, not whether t
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from kimi_native.cache import PAGE_SIZE
 from kimi_native.checkpoint import Checkpoint
 from kimi_native.config import KimiConfig
 from kimi_native.errors import MemoryPlanError
+from kimi_native.machine import available_memory
 from kimi_native.safetensors_file import TensorInfo
 from kimi_native.tensor_table import (
     FORM_SUFFIXES,
@@ -23,6 +23,7 @@ from kimi_native.tensor_table import (
     numel_of,
     share_of_token,
 )
+from kimi_native.units import bytes_text
 
 PREFILL_CHUNK = 1024  # as in model.py, which this module does not import: planning needs no kernels
 EXPANDED_BYTES = 256 << 20
@@ -76,9 +77,9 @@ class MemoryPlan:
             return
         way_out = " or ".join(self.suggestions)
         raise MemoryPlanError(
-            f"memory: the model needs {_gb(self.needed_bytes)}, {_gb(self.available_bytes)} are available "
-            f"(max_context={self.settings.max_context}, max_batch={self.settings.max_batch}, "
-            f"dtype={self.settings.dtype}, dense={self.settings.dense}); "
+            f"memory: the model needs {bytes_text(self.needed_bytes)}, "
+            f"{bytes_text(self.available_bytes)} are available (max_context={self.settings.max_context}, "
+            f"max_batch={self.settings.max_batch}, dtype={self.settings.dtype}, dense={self.settings.dense}); "
             + (f"it fits with {way_out}" if way_out else "no setting makes it fit on this machine")
         )
 
@@ -289,8 +290,9 @@ def _notes(plan: MemoryPlan) -> tuple[str, ...]:
     if plan.mapped_bytes <= left:
         return ()
     return (
-        f"the mapped weights ({_gb(plan.mapped_bytes)}) exceed the memory left for them ({_gb(left)}): what does not "
-        f"stay cached is read from disk again, up to {_gb(plan.mapped_bytes_per_token)} per decoded token",
+        f"the mapped weights ({bytes_text(plan.mapped_bytes)}) exceed the memory left for them "
+        f"({bytes_text(left)}): what does not stay cached is read from disk again, up to "
+        f"{bytes_text(plan.mapped_bytes_per_token)} per decoded token",
     )
 
 
@@ -342,72 +344,3 @@ def _largest_context(needed: Any, s: Settings, available: int) -> int:
         else:
             high = middle - 1
     return low * PAGE_SIZE
-
-
-# ---- the machine ----------------------------------------------------------------------------------------------------
-
-
-def available_memory(root: str | Path = "/") -> int:
-    """Bytes this process may still take: MemAvailable, or less if a cgroup (v1 or v2) limits it.
-
-    root  where proc and sys are mounted
-
-    Raises RuntimeError if /proc/meminfo does not say.
-    """
-    root = Path(root)
-    limits = [_meminfo(root / "proc/meminfo")]
-    groups = _read(root / "proc/self/cgroup") or ""
-    base = root / "sys/fs/cgroup"
-    for line in groups.splitlines():
-        _, controllers, path = [*line.split(":", 2), "", ""][:3]
-        if not controllers:
-            limits += _cgroup_left(base, path, "memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            limits += _cgroup_left(
-                base / "memory",
-                path,
-                "memory.limit_in_bytes",
-                "memory.usage_in_bytes",
-                "total_inactive_file",
-            )
-    return max(min(limits), 0)
-
-
-def _meminfo(path: Path) -> int:
-    for line in (_read(path) or "").splitlines():
-        name, _, value = line.partition(":")
-        if name == "MemAvailable" and value.split()[:1] and value.split()[0].isdigit():
-            return int(value.split()[0]) * 1024
-    raise RuntimeError(f"memory: {path} must hold MemAvailable (found none)")
-
-
-def _cgroup_left(base: Path, path: str, limit: str, usage: str, cache: str) -> list[int]:
-    """Limit minus usage at the group and at each of its parents; file cache that can be dropped is no usage.
-
-    In a container the path is often the host's and not visible; its own root then carries the limit.
-    """
-    left = []
-    parts = [p for p in path.split("/") if p not in ("", "..")]
-    for depth in range(len(parts), -1, -1):
-        folder = base.joinpath(*parts[:depth])
-        top, used = _read(folder / limit), _read(folder / usage)
-        if top is None or used is None or not top.strip().isdigit() or not used.strip().isdigit():
-            continue  # "max": no limit here
-        droppable = 0
-        for line in (_read(folder / "memory.stat") or "").splitlines():
-            name, _, value = line.partition(" ")
-            if name == cache and value.isdigit():
-                droppable = int(value)
-        left.append(int(top) - max(int(used) - droppable, 0))
-    return left
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text()
-    except OSError:
-        return None
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"

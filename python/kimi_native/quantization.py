@@ -153,6 +153,20 @@ def _read_compressed_tensors(section: Section) -> QuantizationConfig:
     group = groups.section(next(iter(groups.values)))
     if group is None:
         raise section.fail("config_groups", "an object with one group")
+    _check_group(group)
+    section.finish(
+        {
+            "sparsity_config": ({}, None),
+            "transform_config": ({}, None),
+            "moe_sparsity_config": ({}, None),
+        },
+        frozenset({"global_compression_ratio", "version"}),
+    )
+    return QuantizationConfig("int4", 32, ignore)
+
+
+def _check_group(group: Section) -> None:
+    """INT4 weights in groups of 32 of every Linear, and nothing else."""
     if list(_names(group, "targets")) != ["Linear"]:
         raise group.fail("targets", '["Linear"]')
     weights = group.section("weights")
@@ -180,12 +194,3 @@ def _read_compressed_tensors(section: Section) -> QuantizationConfig:
             "format": (None, "pack-quantized"),
         }
     )
-    section.finish(
-        {
-            "sparsity_config": ({}, None),
-            "transform_config": ({}, None),
-            "moe_sparsity_config": ({}, None),
-        },
-        frozenset({"global_compression_ratio", "version"}),
-    )
-    return QuantizationConfig("int4", 32, ignore)

@@ -1,7 +1,8 @@
 // The torch-free C++ API: one Args struct and one function per op and device.
 //
-// Shapes are in words and row-major; pointers may be unaligned unless said otherwise. An op checks
-// every size relation once, throws std::invalid_argument("op: what must hold (got ...)"), allocates
+// Shapes are in words and row-major. Activations, weights, scales, caches and outputs (void*,
+// bf16*, uint8_t*) may be unaligned; int32_t* and float* are aligned to 4 bytes. An op checks every
+// size relation once, throws std::invalid_argument("op: what must hold (got ...)"), allocates
 // nothing, and takes scratch from the caller: `<op>_workspace_bytes` says how much, 64-byte
 // aligned. Zero tokens or rows is valid and does nothing.
 //

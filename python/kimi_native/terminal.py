@@ -1,0 +1,79 @@
+"""What commands print: tables and JSON on stdout, notes on stderr."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from kimi_native.units import bytes_text
+
+PIPE_WIDTH = (
+    160  # a file or pipe has no width of its own: do not wrap what another program will read
+)
+
+
+def print_json(value: Any) -> None:
+    """One line. Characters that stdout's encoding lacks are escaped, which JSON readers undo."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value)
+    print(text)
+
+
+def print_table(title: str, rows: list[tuple[str, str]]) -> None:
+    """Two columns under a title, as wide as the terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE, show_header=False)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(Text(name), Text(value))
+    print(title)
+    if sys.stdout.isatty():
+        Console(file=sys.stdout).print(table)
+        return
+    plain = io.StringIO()
+    Console(file=plain, width=PIPE_WIDTH).print(table)
+    print("\n".join(line.rstrip() for line in plain.getvalue().splitlines()))
+
+
+def rows_of(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested dicts as rows "outer: inner" and value; sizes in bytes as a person reads them."""
+    for name, value in values.items():
+        label = prefix + (name if name.isupper() else name.replace("_", " "))
+        if isinstance(value, dict):
+            yield from rows_of(value, f"{label}: ")
+        elif isinstance(value, list):
+            yield label, ", ".join(map(str, value)) or "none"
+        elif isinstance(value, int) and not isinstance(value, bool) and "bytes" in label:
+            yield label, bytes_text(value)
+        elif isinstance(value, bool):
+            yield label, "yes" if value else "no"
+        else:
+            yield (
+                label,
+                "none" if value is None else f"{value:,}" if type(value) is int else str(value),
+            )
+
+
+def shown(text: str) -> str:
+    """Text as it is; on a terminal without control characters, which could rewrite what the user sees."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(
+        c if c in "\n\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+
+
+def note(text: str) -> None:
+    """One line on stderr."""
+    print(f"kimi-native: {' '.join(text.split())}", file=sys.stderr)

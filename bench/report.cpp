@@ -122,9 +122,9 @@ Report::Share Report::share_of_limit(const Timing& t, const Work& w) const {
     if (rate > unit.second) unit = {name, rate};
   };
   if (w.limbs) consider("int8_dot/2", l.peak("int8_dot") / 2);
-  if (active_isa().find("amx") != std::string::npos) {
-    if (w.limbs) consider("amx_int8/2", l.peak("amx_int8") / 2);
+  if (active_isa() == "amx") {
     consider("amx_bf16", l.peak("amx_bf16"));
+    if (w.limbs) consider("amx_int8/2", l.peak("amx_int8") / 2);
   }
   const double read = w.bytes / l.best_read().bytes_per_s, compute = w.flops / unit.second;
   if (read >= compute) return {"read", read / t.seconds};

@@ -23,6 +23,7 @@ FILES = {"safetensors_file", "tensor_table", "json_file"}
 PTQ = {"quant.ptq_plan", "quant.ptq_tensors", "quant.ptq_state"}
 WRITING = {"checkpoint_writer", "folder_names", "progress_bar"}
 RUN = {"engine", "generation", "model", "recorded", "cache", "loader", "ops"}
+BENCH = {"bench.native", "bench.rows", "bench.e2e"}
 MODULES: dict[str, tuple[set[str], set[str]]] = {
     # commands
     "__init__": ({"generate", "generation", "sampling", "chat.types"}, set()),
@@ -37,6 +38,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
             "presets",
             "quant.ptq",
             "progress_bar",
+            "bench.command",
         },
         {"rich", "torch"},
     ),
@@ -104,6 +106,32 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "numpy"},
     ),
     "quant.ptq_state": ({"checkpoint_writer", "folder_names", "json_file"}, set()),
+    # benchmarks: other engines appear here and nowhere else, each import guarded
+    "bench": (set(), set()),
+    "bench.command": ({"ops", "make_checkpoint", *BENCH, "bench.peers", "bench.plot"}, set()),
+    "bench.native": (set(), set()),
+    "bench.rows": ({"bench.native"}, set()),
+    "bench.e2e": ({"bench.rows", "sampling", "weights", "plan", *RUN}, {"torch"}),
+    "bench.plot": ({"bench.rows"}, {"matplotlib"}),
+    "bench.turns": ({"bench.rows"}, set()),
+    "bench.problem": (set(), {"torch"}),
+    "bench.peer_int4": (
+        {"ops", "weights", "bench.problem"},
+        {"torch", "numpy", "onnx", "onnxruntime", "openvino"},
+    ),
+    "bench.peer_dense": ({"ops", "weights", "quant.int8", "bench.problem"}, {"torch"}),
+    "bench.peer_mla": ({"ops", "cache", "bench.problem"}, {"torch"}),
+    "bench.peer_moe": ({"ops", "weights", "bench.problem", "bench.peer_int4"}, {"torch"}),
+    "bench.peer_llama": (
+        {"ops", "bench.llama_worker", "bench.turns", "bench.problem", *BENCH},
+        set(),
+    ),
+    "bench.llama_worker": (set(), {"numpy", "llama_cpp"}),
+    "bench.peers": (
+        {"ops", "bench.rows", "bench.turns", "bench.problem", "bench.peer_llama"}
+        | {f"bench.peer_{kind}" for kind in ("int4", "dense", "mla", "moe")},
+        {"torch"},
+    ),
     # kernels
     "ops": ({"_native", "native", "reference", "checks", "weights"}, {"torch"}),
     "native": ({"_native", "arena"}, {"torch"}),

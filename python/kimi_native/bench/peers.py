@@ -102,7 +102,7 @@ def compare(
             missing.add(str(error))
             skipped(f"skipped: {error}")
 
-    with torch.inference_mode():
+    with torch.no_grad():
         for op in selection.ops or OPS:
             if op != "e2e":
                 yield from _compare_op(op, selection, limits, miss)

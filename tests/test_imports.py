@@ -114,7 +114,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "bench.e2e": ({"bench.rows", "sampling", "weights", "plan", *RUN}, {"torch"}),
     "bench.plot": ({"bench.rows"}, {"matplotlib"}),
     "bench.turns": ({"bench.rows"}, set()),
-    "bench.problem": (set(), {"torch"}),
+    "bench.problem": ({"ops", "recorded"}, {"torch"}),
     "bench.peer_int4": (
         {"ops", "weights", "bench.problem"},
         {"torch", "numpy", "onnx", "onnxruntime", "openvino"},

@@ -29,6 +29,7 @@ class _Dense(Problem):
         self.copies = num_copies(self.matrix.nbytes)
         self.bf16 = copies_of(self.matrix, self.copies)
         self.weight_bytes = self.matrix.nbytes
+        self.num_calls = self.copies
         self.peers = (TorchBf16,)
 
     def set_tokens(self, tokens: int) -> None:
@@ -53,7 +54,7 @@ class Int8Gemm(_Dense):
         super().__init__(shape, out, in_)
         int8 = quantize_int8(self.matrix)
         self.weight_bytes = int8.weight.nbytes + int8.weight_scale.nbytes
-        self.int8_copies = num_copies(self.weight_bytes)
+        self.int8_copies = self.num_calls = num_copies(self.weight_bytes)
         self.int8 = [
             Int8Weight(int8.weight.clone(), int8.weight_scale.clone())
             for _ in range(self.int8_copies)

@@ -44,6 +44,7 @@ class Int4Gemm(Problem):
                 copies_of(words, self.copies), copies_of(self.scale, self.copies), strict=True
             )
         ]
+        self.num_calls = self.copies
         self.peers = (TorchInt4, OnnxExact, OnnxW4A8, OpenvinoExact, OpenvinoW4A8)
 
     def set_tokens(self, tokens: int) -> None:

@@ -35,6 +35,7 @@ class MlaDecode(Problem):
         self.page_table = torch.arange(length // PAGE_SIZE, dtype=torch.int32)[None]
         self.seq_lens = torch.tensor([length], dtype=torch.int32)
         self.q = random_bf16(1, heads, LATENT + ROPE, seed=2, scale=0.5).float()
+        self.num_calls = self.copies
         self.peers = (TorchFp32, TorchBf16)
 
     def token_counts(self, asked, *, quick: bool) -> list[int]:

@@ -53,6 +53,7 @@ class MoeLayer(Problem):
             [self._projection(*part) for part in (self.up, self.up, self.down)]
             for _ in range(self.layers)
         ]
+        self.num_calls = ROUTINGS * self.layers
         self.peers = (TorchLoop,)
 
     def _projection(self, nibbles: Tensor, scale: Tensor) -> Int4ExpertWeights:

@@ -17,7 +17,7 @@ from torch import Tensor
 from kimi_native import ops
 from kimi_native.bench import peer_dense, peer_int4, peer_mla, peer_moe
 from kimi_native.bench.peer_llama import compare_llama
-from kimi_native.bench.problem import PeerMissing, Problem
+from kimi_native.bench.problem import OurCalls, PeerMissing, Problem
 from kimi_native.bench.rows import Limits
 from kimi_native.bench.turns import pair_rows, take_turns
 from kimi_native.errors import RequestError
@@ -136,8 +136,9 @@ def _compare_tokens(
 ) -> list[dict[str, Any]]:
     problem.set_tokens(tokens)
     contestant.set_tokens(tokens)
-    _check_result(problem, contestant)
-    samples = take_turns(problem.ours, contestant, contestant.calls_per_run, budget_s)
+    ours = OurCalls(problem)
+    _check_result(problem, ours(0), contestant)
+    samples = take_turns(ours, contestant, contestant.calls_per_run, budget_s)
     return pair_rows(
         (problem.op, problem.shape, tokens),
         samples,
@@ -151,9 +152,9 @@ def _compare_tokens(
     )
 
 
-def _check_result(problem: Problem, contestant: Contestant) -> None:
+def _check_result(problem: Problem, result: Tensor, contestant: Contestant) -> None:
     """Within a few percent in the root mean square: rounding passes, another product does not."""
-    ours, theirs = problem.ours(0).float(), contestant(0).float()
+    ours, theirs = result.float(), contestant(0).float()
     same_shape = ours.shape == theirs.shape
     error = float((ours - theirs).norm() / ours.norm()) if same_shape else float("nan")
     if not error <= TOLERANCES[contestant.compute]:

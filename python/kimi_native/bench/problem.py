@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kimi_native import ops
 from kimi_native.errors import KimiNativeError
+from kimi_native.recorded import MAX_RECORDED_BATCH
 
 MAX_ROTATION_BYTES = 2 << 30  # of each engine's weights
 
@@ -25,6 +27,7 @@ class Problem:
     usual_tokens      token counts to time
     peers             classes made with (problem, threads), see peers.Contestant, with set_tokens(tokens)
     limbs             integer weights: exact products may be two int8 limbs
+    num_calls         calls that differ: what `ours` is given is taken modulo this
     tokens, nbytes, flops  of the present number of tokens, after set_tokens
     """
 
@@ -33,6 +36,7 @@ class Problem:
     usual_tokens: Sequence[int] = (1, 4, 16, 64, 256)
     peers: Sequence[Any] = ()
     limbs = True
+    num_calls: int
     tokens: int
     nbytes: float
     flops: float
@@ -47,6 +51,29 @@ class Problem:
         if asked is not None:
             return list(asked)
         return list(self.usual_tokens[:3:2] if quick else self.usual_tokens)
+
+
+class OurCalls:
+    """Our calls as the engine makes them: up to MAX_RECORDED_BATCH tokens, those of a decode step, recorded once and
+    made again by one native call each; beyond, those of a prefill, from Python."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._recorded: list[tuple[ops.Recording, Tensor]] = []
+        if problem.tokens <= MAX_RECORDED_BATCH:
+            self._recorded = [self._record(call) for call in range(problem.num_calls)]
+
+    def _record(self, call: int) -> tuple[ops.Recording, Tensor]:
+        with ops.record() as recording:
+            out = self._problem.ours(call)
+        return recording, out
+
+    def __call__(self, call: int) -> Tensor:
+        if not self._recorded:
+            return self._problem.ours(call)
+        recording, out = self._recorded[call % len(self._recorded)]
+        recording.replay()
+        return out
 
 
 def num_copies(nbytes: int) -> int:

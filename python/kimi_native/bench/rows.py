@@ -109,17 +109,22 @@ def make_row(
         "threads": limits.threads,
         "tokens": tokens,
         "shape": shape,
-        "time_us": round(median * 1e6, 2),
+        "time_us": _digits(median * 1e6),
         "spread": round(spread, 4),
         "samples": len(seconds),
         "bytes": round(nbytes),
-        "gb_per_s": round(nbytes / median / 1e9, 3),
-        "gflop_per_s": round(flops / median / 1e9, 3),
+        "gb_per_s": _digits(nbytes / median / 1e9),
+        "gflop_per_s": _digits(flops / median / 1e9),
         "limit": limit,
         "percent_of_limit": percent,
         "compute": compute,
         **more,
     }
+
+
+def _digits(value: float) -> float:
+    """Six of them: times reach from microseconds to minutes."""
+    return float(f"{value:.6g}")
 
 
 def row_line(row: dict[str, Any]) -> str:

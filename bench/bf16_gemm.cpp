@@ -1,15 +1,15 @@
-// bf16_gemm: the dense projections of K2 and Moonlight, and K2's absorbed per-head matrices.
+// bf16_gemm: the dense projections of K2 and Moonlight, and their absorbed per-head matrices.
 #include "harness.h"
 #include "kimi_native/ops.h"
 
-using namespace kn;
-using namespace kn::bench;
-
+namespace kn::bench {
 namespace {
 
 struct Shape {
   const char* name;
   int64_t heads, out, in;
+
+  int64_t weights() const { return heads * out * in; }
 };
 const Shape kShapes[] = {{"k2 q_a", 1, 1536, 7168},
                          {"k2 q_b", 1, 12288, 1536},
@@ -19,9 +19,17 @@ const Shape kShapes[] = {{"k2 q_a", 1, 1536, 7168},
                          {"k2 absorbed key", 64, 512, 128},
                          {"k2 absorbed value", 64, 128, 512},
                          {"moonlight q_proj", 1, 3072, 2048},
-                         {"moonlight dense gate", 1, 11264, 2048}};
+                         {"moonlight dense gate", 1, 11264, 2048},
+                         {"moonlight head", 1, 163840, 2048},
+                         {"moonlight absorbed key", 16, 512, 128},
+                         {"tiny", 2, 64, 128}};
 
-void check(Buffer<bf16>& x, Buffer<bf16>& w, Buffer<float>& y, int64_t tokens, const Shape& s) {
+bf16* weight_of(const Rotation& weights, int64_t i) {
+  return reinterpret_cast<bf16*>(weights.copy(i));
+}
+
+void check(const Shape& s, const Buffer<bf16>& x, const bf16* w, const Buffer<float>& y,
+           int64_t tokens) {
   for (int64_t i = 0; i < 64; ++i) {
     const int64_t t = i * 7 % tokens, h = i * 5 % s.heads, o = i * 131 % s.out;
     double sum = 0.0, magnitude = 0.0;
@@ -36,46 +44,55 @@ void check(Buffer<bf16>& x, Buffer<bf16>& w, Buffer<float>& y, int64_t tokens, c
   }
 }
 
-void bench_shape(const Shape& s, const Options& options, Report& report) {
+void time_tokens(const Shape& s, const std::string& text, int64_t tokens, const Rotation& weights,
+                 Report& report) {
   Random random;
-  const int64_t matrix = s.heads * s.out * s.in;
-  std::vector<Buffer<bf16>> weights;
-  for (int64_t i = num_copies(2 * matrix); i > 0; --i) {
-    weights.emplace_back(matrix);
-    fill(weights.back(), [&] { return to_bf16(random.sign()); });
-  }
-  for (const int64_t tokens : token_counts(options)) {
-    Buffer<bf16> x(tokens * s.heads * s.in);
-    Buffer<float> y(tokens * s.heads * s.out);
-    fill(x, [&] { return to_bf16(random.sign()); });
-    Bf16GemmArgs a{x.data(), nullptr, y.data(),       DType::kBf16, DType::kFp32, tokens,  s.heads,
-                   s.out,    s.in,    s.heads * s.in, s.in,         s.out * s.in, nullptr, 0};
-    Buffer<uint8_t> workspace(cpu::bf16_gemm_workspace_bytes(a));
-    a.workspace = workspace.data();
-    a.workspace_bytes = workspace.size();
-    const auto run = [&](int64_t call) {
-      a.weight = weights[call % weights.size()].data();
-      cpu::bf16_gemm(a);
-    };
-    run(0);
-    check(x, weights[0], y, tokens, s);
-    const Work work{.bytes = double(2 * matrix + tokens * s.heads * (2 * s.in + 4 * s.out)),
-                    .flops = 2.0 * double(tokens * matrix)};
-    report.line("bf16_gemm",
-                concat("tokens=", tokens, " heads=", s.heads, " out=", s.out, " in=", s.in, " (",
-                       s.name, ")"),
-                measure(run), work);
-  }
-}
-
-void program(const Options& options) {
-  Report report(options);
-  for (const int threads : thread_counts()) {
-    set_num_threads(threads);
-    for (const Shape& s : kShapes) bench_shape(s, options, report);
-  }
+  const Buffer<bf16> x(tokens * s.heads * s.in, [&] { return to_bf16(random.sign()); });
+  const Buffer<float> y(tokens * s.heads * s.out);
+  Bf16GemmArgs a{};
+  a.x = x.data();
+  a.y = y.data();
+  a.x_dtype = DType::kBf16;
+  a.y_dtype = DType::kFp32;
+  a.tokens = tokens;
+  a.heads = s.heads;
+  a.out = s.out;
+  a.in = s.in;
+  a.x_token_stride = s.heads * s.in;
+  a.x_head_stride = s.in;
+  a.weight_head_stride = s.out * s.in;
+  a.y_token_stride = s.heads * s.out;
+  a.y_head_stride = s.out;
+  const auto workspace = give_workspace(a, cpu::bf16_gemm_workspace_bytes(a));
+  const auto run = [&](int64_t call) {
+    a.weight = weight_of(weights, call);
+    cpu::bf16_gemm(a);
+  };
+  run(0);
+  check(s, x, weight_of(weights, 0), y, tokens);
+  const Work work{.bytes = double(2 * s.weights() + tokens * s.heads * (2 * s.in + 4 * s.out)),
+                  .flops = 2.0 * double(tokens * s.weights()),
+                  .cached = weights.fits_cache()};
+  report.time({"bf16_gemm", text, tokens, work}, run);
 }
 
 }  // namespace
 
-int main(int argc, char** argv) { return run_main(argc, argv, program); }
+void programs::bf16_gemm(Report& report) {
+  for (const Shape& s : kShapes) {
+    std::string text = concat(s.name, " ", s.out, "x", s.in);
+    if (s.heads > 1) text += concat(" heads=", s.heads);
+    if (!report.wants(text)) continue;
+    const Rotation weights(num_copies(2 * s.weights()), 2 * s.weights(), report.options().pages);
+    Random random;
+    for (int64_t i = 0; i < weights.copies(); ++i)
+      fill(weight_of(weights, i), s.weights(), [&] { return to_bf16(random.sign()); });
+    for (const int threads : report.thread_counts()) {
+      set_num_threads(threads);
+      for (const int64_t tokens : report.token_counts({1, 4, 16, 64, 256}))
+        time_tokens(s, text, tokens, weights, report);
+    }
+  }
+}
+
+}  // namespace kn::bench

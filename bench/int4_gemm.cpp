@@ -1,11 +1,8 @@
 // int4_gemm: dense INT4 matrices of K2's and Moonlight's experts.
-#include "harness.h"
 #include "int4_weights.h"
 #include "kimi_native/ops.h"
 
-using namespace kn;
-using namespace kn::bench;
-
+namespace kn::bench {
 namespace {
 
 struct Shape {
@@ -15,55 +12,59 @@ struct Shape {
 const Shape kShapes[] = {{"k2 gate/up", 2048, 7168},
                          {"k2 down", 7168, 2048},
                          {"moonlight gate/up", 1408, 2048},
-                         {"moonlight down", 2048, 1408}};
+                         {"moonlight down", 2048, 1408},
+                         {"tiny", 64, 128}};
 
-void check(Buffer<bf16>& x, Int4Matrix& w, Buffer<float>& y, int64_t tokens, const Shape& s) {
+void check(const Buffer<bf16>& x, const Int4Matrix& w, const Buffer<float>& y, int64_t tokens) {
   for (int64_t i = 0; i < 64; ++i) {
-    const int64_t t = i * 7 % tokens, o = i * 131 % s.out;
-    const Product p = int4_dot(&x[t * s.in], w, o, s.in);
-    expect_close("int4_gemm", y[t * s.out + o], p.value, 1e-4 * p.magnitude);
+    const int64_t t = i * 7 % tokens, o = i * 131 % w.out;
+    const Product p = int4_dot(&x[t * w.in], w, o);
+    expect_close("int4_gemm", y[t * w.out + o], p.value, 1e-4 * p.magnitude);
   }
 }
 
-void bench_shape(const Shape& s, const Options& options, Report& report) {
+void time_tokens(const Shape& s, const std::string& text, int64_t tokens,
+                 const Int4Matrices& weights, Report& report) {
   Random random;
-  const int64_t matrix_bytes = Int4Matrix::bytes(s.out, s.in);
-  std::vector<Int4Matrix> weights;
-  for (int64_t i = num_copies(matrix_bytes); i > 0; --i) weights.emplace_back(s.out, s.in, random);
-  for (const int64_t tokens : token_counts(options)) {
-    Buffer<bf16> x(tokens * s.in);
-    Buffer<float> y(tokens * s.out);
-    fill(x, [&] { return to_bf16(random.sign()); });
-    Int4GemmArgs a{x.data(), nullptr, nullptr, y.data(),   DType::kBf16, DType::kFp32,
-                   tokens,   s.out,   s.in,    kGroupSize, nullptr,      0};
-    Buffer<uint8_t> workspace(cpu::int4_gemm_workspace_bytes(a));
-    a.workspace = workspace.data();
-    a.workspace_bytes = workspace.size();
-    const auto run = [&](int64_t call) {
-      Int4Matrix& w = weights[call % weights.size()];
-      a.weight_packed = w.packed.data();
-      a.weight_scale = w.scale.data();
-      cpu::int4_gemm(a);
-    };
-    run(0);
-    check(x, weights[0], y, tokens, s);
-    const Work work{.bytes = double(matrix_bytes + tokens * (2 * s.in + 4 * s.out)),
-                    .flops = 2.0 * double(tokens * s.out * s.in),
-                    .int8 = true};
-    report.line("int4_gemm",
-                concat("tokens=", tokens, " out=", s.out, " in=", s.in, " g=32 (", s.name, ")"),
-                measure(run), work);
-  }
-}
-
-void program(const Options& options) {
-  Report report(options);
-  for (const int threads : thread_counts()) {
-    set_num_threads(threads);
-    for (const Shape& s : kShapes) bench_shape(s, options, report);
-  }
+  const Buffer<bf16> x(tokens * s.in, [&] { return to_bf16(random.sign()); });
+  const Buffer<float> y(tokens * s.out);
+  Int4GemmArgs a{};
+  a.x = x.data();
+  a.y = y.data();
+  a.x_dtype = DType::kBf16;
+  a.y_dtype = DType::kFp32;
+  a.tokens = tokens;
+  a.out = s.out;
+  a.in = s.in;
+  a.group_size = kGroupSize;
+  const auto workspace = give_workspace(a, cpu::int4_gemm_workspace_bytes(a));
+  const auto run = [&](int64_t call) {
+    a.weight_packed = weights[call].packed;
+    a.weight_scale = weights[call].scale;
+    cpu::int4_gemm(a);
+  };
+  run(0);
+  check(x, weights[0], y, tokens);
+  const Work work{.bytes = double(weights.bytes() + tokens * (2 * s.in + 4 * s.out)),
+                  .flops = 2.0 * double(tokens * s.out * s.in),
+                  .cached = weights.fits_cache(),
+                  .limbs = true};
+  report.time({"int4_gemm", text, tokens, work}, run);
 }
 
 }  // namespace
 
-int main(int argc, char** argv) { return run_main(argc, argv, program); }
+void programs::int4_gemm(Report& report) {
+  for (const Shape& s : kShapes) {
+    const std::string text = concat(s.name, " ", s.out, "x", s.in);
+    if (!report.wants(text)) continue;
+    const Int4Matrices weights(s.out, s.in, report.options());
+    for (const int threads : report.thread_counts()) {
+      set_num_threads(threads);
+      for (const int64_t tokens : report.token_counts({1, 4, 16, 64, 256}))
+        time_tokens(s, text, tokens, weights, report);
+    }
+  }
+}
+
+}  // namespace kn::bench

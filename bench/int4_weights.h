@@ -5,18 +5,44 @@
 
 namespace kn::bench {
 
+// Where one matrix lies: the scales follow the packed nibbles.
 struct Int4Matrix {
-  Buffer<uint8_t> packed;  // [out, in / 2]
-  Buffer<bf16> scale;      // [out, in / 32]
+  uint8_t* packed;  // [out, in / 2]
+  bf16* scale;      // [out, in / 32]
+  int64_t out, in;
 
-  Int4Matrix(int64_t out, int64_t in, Random& random)
-      : packed(out * int4_row_bytes(in)), scale(out * num_groups(in)) {
-    fill(packed, [&] { return uint8_t(random.bits()); });
-    fill(scale, [&] { return to_bf16(0.01f + 0.01f * random.unit()); });
-  }
+  Int4Matrix(uint8_t* at, int64_t out, int64_t in)
+      : packed(at),
+        scale(reinterpret_cast<bf16*>(at + out * int4_row_bytes(in))),
+        out(out),
+        in(in) {}
   static int64_t bytes(int64_t out, int64_t in) {
     return out * (int4_row_bytes(in) + num_groups(in) * int64_t(sizeof(bf16)));
   }
+  void fill_random(Random& random) const {
+    fill(packed, out * int4_row_bytes(in), [&] { return uint8_t(random.bits()); });
+    fill(scale, out * num_groups(in), [&] { return to_bf16(0.01f + 0.01f * random.unit()); });
+  }
+};
+
+// Matrices of one shape that rotate through more than the cache.
+class Int4Matrices {
+ public:
+  Int4Matrices(int64_t out, int64_t in, const Options& options)
+      : out_(out),
+        in_(in),
+        rotation_(num_copies(Int4Matrix::bytes(out, in)), Int4Matrix::bytes(out, in),
+                  options.pages) {
+    Random random;
+    for (int64_t i = 0; i < rotation_.copies(); ++i) (*this)[i].fill_random(random);
+  }
+  Int4Matrix operator[](int64_t i) const { return {rotation_.copy(i), out_, in_}; }
+  int64_t bytes() const { return Int4Matrix::bytes(out_, in_); }
+  bool fits_cache() const { return rotation_.fits_cache(); }
+
+ private:
+  int64_t out_, in_;
+  Rotation rotation_;
 };
 
 struct Product {
@@ -24,13 +50,13 @@ struct Product {
   double magnitude;  // the sum of the absolute terms, which scales every error bound
 };
 
-inline Product int4_dot(const bf16* x, Int4Matrix& w, int64_t row, int64_t in) {
+inline Product int4_dot(const bf16* x, const Int4Matrix& w, int64_t row) {
   Product p{0.0, 0.0};
-  for (int64_t i = 0; i < in; ++i) {
-    const uint8_t byte = w.packed[row * int4_row_bytes(in) + i / 2];
+  for (int64_t i = 0; i < w.in; ++i) {
+    const uint8_t byte = w.packed[row * int4_row_bytes(w.in) + i / 2];
     const int q = (i % 2 ? byte >> 4 : byte & 15) - kInt4ZeroPoint;
     const double term =
-        to_float(x[i]) * q * to_float(w.scale[row * num_groups(in) + i / kGroupSize]);
+        to_float(x[i]) * q * to_float(w.scale[row * num_groups(w.in) + i / kGroupSize]);
     p.value += term;
     p.magnitude += std::fabs(term);
   }

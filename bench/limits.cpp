@@ -1,21 +1,23 @@
-// Prints the machine's limits per thread count; every other program measures them again for itself.
-#include "harness.h"
+// limits: every way of reading and every unit of arithmetic that this machine was measured for.
+#include <cstdio>
 
-using namespace kn;
-using namespace kn::bench;
+#include "report.h"
 
-static void program(const Options& options) {
-  const int all = num_threads();
-  for (int threads = 1;; threads = std::min(threads * 2, all)) {
-    const Limits limits = measure_limits_here(threads);
-    std::printf(
-        options.json
-            ? "{\"threads\": %d, \"read_bytes\": %.4g, \"fp32_flops\": %.4g, \"int8_ops\": %.4g}\n"
-            : "threads=%-3d read %.4g B/s, fp32 multiply-add %.4g FLOP/s, int8 dot product %.4g "
-              "OP/s\n",
-        threads, limits.read_bytes, limits.fp32_flops, limits.int8_ops);
-    if (threads >= all) break;
+namespace kn::bench {
+
+void print_limits(const std::map<int, Limits>& limits, bool json) {
+  for (const auto& [threads, l] : limits) {
+    for (const ReadLimit& r : l.reads)
+      std::printf(json ? "{\"op\": \"limits\", \"threads\": %d, \"limit\": \"read\", \"pages\": "
+                         "\"%s\", \"pattern\": \"%s\", \"gb_per_s\": %.4g}\n"
+                       : "threads=%-3d read, %s pages, %-32s %9.1f GB/s\n",
+                  threads, r.pages.c_str(), r.pattern.c_str(), r.bytes_per_s * 1e-9);
+    for (const auto& [unit, peak] : l.peaks)
+      std::printf(json ? "{\"op\": \"limits\", \"threads\": %d, \"limit\": \"%s\", "
+                         "\"gflop_per_s\": %.5g}\n"
+                       : "threads=%-3d %-51s %9.1f G/s\n",
+                  threads, unit.c_str(), peak * 1e-9);
   }
 }
 
-int main(int argc, char** argv) { return run_main(argc, argv, program); }
+}  // namespace kn::bench

@@ -1,168 +1,28 @@
 // The limits that benchmarks are measured against, on this machine in this minute: streaming read
-// bandwidth and the peak rates of fp32 multiply-add and of int8 dot products (VNNI), per thread
-// count. The best of several rounds: a limit is what the machine can do.
+// bandwidth and the peak rate of each unit of arithmetic, per thread count. The best of several
+// rounds and ways: a limit is what the machine can do.
 #pragma once
-#include <algorithm>
-#include <atomic>
-#include <chrono>
-#include <cstdint>
-#include <functional>
-#include <thread>
+#include <map>
+#include <string>
 #include <vector>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace kn::bench {
 
-struct Limits {
-  double read_bytes = 0.0;  // per second, several streams per thread
-  double fp32_flops = 0.0;  // a multiply-add is two
-  double int8_ops = 0.0;    // likewise; 0 without VNNI
+struct ReadLimit {
+  std::string pages, pattern;  // "2 MiB", "4 streams"
+  double bytes_per_s;
 };
 
-// Runs work(thread) on each of n threads at once and returns the seconds from the common start to
-// the last one's end.
-inline double time_threads(int n, const std::function<void(int)>& work) {
-  using Clock = std::chrono::steady_clock;
-  std::atomic<int> ready{0};
-  std::atomic<bool> go{false};
-  std::vector<std::thread> threads;
-  for (int t = 1; t < n; ++t)
-    threads.emplace_back([&, t] {
-      ready.fetch_add(1);
-      while (!go.load(std::memory_order_acquire)) std::this_thread::yield();
-      work(t);
-    });
-  while (ready.load() != n - 1) std::this_thread::yield();
-  const auto begin = Clock::now();
-  go.store(true, std::memory_order_release);
-  work(0);
-  for (auto& thread : threads) thread.join();
-  return std::chrono::duration<double>(Clock::now() - begin).count();
-}
+struct Limits {
+  int threads = 0;
+  std::vector<ReadLimit> reads;         // every way of reading, in the order measured
+  std::map<std::string, double> peaks;  // unit of peak_loops.h -> operations per second
 
-// Reads four streams side by side, each a quarter of the range; returns something that depends on
-// every byte. always_inline: each caller below compiles it for its own instruction set.
-template <typename V>
-__attribute__((always_inline)) inline uint64_t read_streams(const uint64_t* data, int64_t words) {
-  const int64_t per_line = 64 / int64_t(sizeof(V)), quarter = words / 32;  // in cache lines
-  const V* vectors = reinterpret_cast<const V*>(data);
-  V sums[4] = {};
-  for (int64_t line = 0; line < quarter; ++line)
-    for (int s = 0; s < 4; ++s)
-      for (int64_t j = 0; j < per_line; ++j)
-        sums[s] ^= vectors[(s * quarter + line) * per_line + j];
-  const V sum = sums[0] ^ sums[1] ^ sums[2] ^ sums[3];
-  return sum[0] ^ sum[1];
-}
+  const ReadLimit& best_read() const;
+  double peak(const std::string& unit) const;  // 0 where the machine lacks it
+};
 
-typedef uint64_t Vector16 __attribute__((vector_size(16)));
-inline uint64_t read_baseline(const uint64_t* data, int64_t words) {
-  return read_streams<Vector16>(data, words);
-}
-#if defined(__x86_64__)
-typedef uint64_t Vector32 __attribute__((vector_size(32)));
-__attribute__((target("avx2"))) inline uint64_t read_avx2(const uint64_t* data, int64_t words) {
-  return read_streams<Vector32>(data, words);
-}
-typedef uint64_t Vector64 __attribute__((vector_size(64)));
-__attribute__((target("avx512f"))) inline uint64_t read_avx512(const uint64_t* data,
-                                                               int64_t words) {
-  return read_streams<Vector64>(data, words);
-}
-#endif
-
-// `data` should lie on huge pages, as weights do, and be several times the last-level cache.
-inline double measure_read(int threads, const uint64_t* data, int64_t words) {
-  uint64_t (*read)(const uint64_t*, int64_t) = read_baseline;
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2")) read = read_avx2;
-  if (__builtin_cpu_supports("avx512f")) read = read_avx512;
-#endif
-  const int64_t part = words / threads / 32 * 32;  // whole lines for each of the four streams
-  std::atomic<uint64_t> sink{0};
-  double best = 0.0;
-  for (int round = 0; round < 15; ++round) {
-    const double seconds =
-        time_threads(threads, [&](int t) { sink += read(data + t * part, part); });
-    best = std::max(best, double(part) * threads * sizeof(uint64_t) / seconds);
-  }
-  return best;
-}
-
-// Peak loops: `rounds` passes over independent accumulators, enough of them to cover the latency.
-// Each returns operations done per round and leaves its result where the compiler cannot drop it.
-constexpr int kAccumulators = 12;
-
-inline double fma_baseline(int64_t rounds, volatile float* sink) {
-  float a[kAccumulators] = {};
-  for (int64_t r = 0; r < rounds; ++r)
-    for (float& x : a) x = x * 0.999f + 0.5f;
-  for (float x : a) *sink = x;
-  return 2.0 * kAccumulators;
-}
-
-#if defined(__x86_64__)
-__attribute__((target("avx2,fma"))) inline double fma_avx2(int64_t rounds, volatile float* sink) {
-  __m256 a[kAccumulators];
-  for (auto& x : a) x = _mm256_set1_ps(1.0f);
-  const __m256 b = _mm256_set1_ps(0.999f), c = _mm256_set1_ps(0.5f);
-  for (int64_t r = 0; r < rounds; ++r)
-    for (auto& x : a) x = _mm256_fmadd_ps(x, b, c);
-  for (auto& x : a) *sink = x[0];
-  return 2.0 * 8 * kAccumulators;
-}
-
-__attribute__((target("avx512f"))) inline double fma_avx512(int64_t rounds, volatile float* sink) {
-  __m512 a[kAccumulators];
-  for (auto& x : a) x = _mm512_set1_ps(1.0f);
-  const __m512 b = _mm512_set1_ps(0.999f), c = _mm512_set1_ps(0.5f);
-  for (int64_t r = 0; r < rounds; ++r)
-    for (auto& x : a) x = _mm512_fmadd_ps(x, b, c);
-  for (auto& x : a) *sink = x[0];
-  return 2.0 * 16 * kAccumulators;
-}
-
-__attribute__((target("avx512f,avx512vnni"))) inline double dot_vnni(int64_t rounds,
-                                                                     volatile float* sink) {
-  __m512i a[kAccumulators];
-  for (auto& x : a) x = _mm512_setzero_si512();
-  const __m512i b = _mm512_set1_epi8(3), c = _mm512_set1_epi8(-2);
-  for (int64_t r = 0; r < rounds; ++r)
-    for (auto& x : a) x = _mm512_dpbusd_epi32(x, b, c);
-  for (auto& x : a) *sink = float(x[0]);
-  return 2.0 * 64 * kAccumulators;
-}
-#endif
-
-inline double measure_peak(int threads, double (*loop)(int64_t, volatile float*)) {
-  constexpr int64_t kRounds = 2000000;
-  std::vector<float> sinks(size_t(threads) * 16);  // a cache line each
-  double best = 0.0;
-  for (int round = 0; round < 5; ++round) {
-    double per_round = 0.0;
-    const double seconds = time_threads(threads, [&](int t) {
-      const double n = loop(kRounds, &sinks[size_t(t) * 16]);
-      if (t == 0) per_round = n;
-    });
-    best = std::max(best, per_round * double(kRounds) * threads / seconds);
-  }
-  return best;
-}
-
-inline Limits measure_limits(int threads, const uint64_t* data, int64_t words) {
-  Limits limits;
-  limits.read_bytes = measure_read(threads, data, words);
-  double (*fma)(int64_t, volatile float*) = fma_baseline;
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) fma = fma_avx2;
-  if (__builtin_cpu_supports("avx512f")) fma = fma_avx512;
-  if (__builtin_cpu_supports("avx512vnni")) limits.int8_ops = measure_peak(threads, dot_vnni);
-#endif
-  limits.fp32_flops = measure_peak(threads, fma);
-  return limits;
-}
+// Limits for each thread count, measured in `rounds` rounds (3: a second or two per thread count).
+std::map<int, Limits> measure_limits(const std::vector<int>& thread_counts, int rounds);
 
 }  // namespace kn::bench

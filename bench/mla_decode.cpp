@@ -1,12 +1,11 @@
 // mla_decode: one new token per sequence over the paged latent cache, K2's and Moonlight's heads.
+// The tokens of a case are its sequences.
 #include <numeric>
 
 #include "harness.h"
 #include "kimi_native/ops.h"
 
-using namespace kn;
-using namespace kn::bench;
-
+namespace kn::bench {
 namespace {
 
 constexpr int64_t kLatent = 512, kRope = 64, kWidth = kLatent + kRope, kPageSize = 64;
@@ -14,112 +13,110 @@ constexpr float kScale = 0.1f;
 
 struct Shape {
   const char* name;
-  int64_t heads, batch, length;
+  int64_t heads, length;
 };
+const Shape kShapes[] = {{"k2", 64, 1024},        {"k2", 64, 8192},        {"k2", 64, 32768},
+                         {"moonlight", 16, 1024}, {"moonlight", 16, 8192}, {"moonlight", 16, 32768},
+                         {"tiny", 4, 128}};
+constexpr int64_t kMaxCached = 8 * 32768;  // tokens of all sequences of one call
 
-std::vector<Shape> shapes(const Options& options) {
-  if (options.quick) return {{"k2", 64, 1, 4096}, {"k2", 64, 16, 1024}, {"moonlight", 16, 1, 4096}};
-  std::vector<Shape> all;
-  for (const auto& [name, heads] : {std::pair{"k2", 64}, std::pair{"moonlight", 16}})
-    for (const int64_t batch : {1, 4, 16, 64})
-      for (const int64_t length : {1024, 4096, 32768})
-        if (batch * length <= 4 * 32768) all.push_back({name, heads, batch, length});
-  return all;
-}
-
-// The cache of `batch` sequences, its pages in shuffled order.
-struct Cache {
-  Buffer<bf16> rows;
+// Several caches of `batch` sequences each, their pages in one shuffled order.
+struct Caches {
+  int64_t length, batch, max_pages;
+  Rotation rows;
   std::vector<int32_t> page_table;  // [batch, max_pages]
-  int64_t max_pages;
 
-  Cache(const Shape& s, Random& random)
-      : rows(s.batch * s.length * kWidth),
-        page_table(s.batch * s.length / kPageSize),
-        max_pages(s.length / kPageSize) {
-    fill(rows, [&] { return to_bf16(random.sign()); });
+  Caches(const Shape& s, int64_t batch, Pages pages)
+      : length(s.length),
+        batch(batch),
+        max_pages(s.length / kPageSize),
+        rows(num_copies(bytes(s.length * batch)), bytes(s.length * batch), pages),
+        page_table(batch * max_pages) {
+    Random random;
+    for (int64_t i = 0; i < rows.copies(); ++i)
+      fill(cache(i), batch * length * kWidth, [&] { return to_bf16(random.sign()); });
     std::iota(page_table.begin(), page_table.end(), 0);
     for (size_t i = page_table.size() - 1; i > 0; --i)
       std::swap(page_table[i], page_table[random.bits() % (i + 1)]);
   }
-  bf16* token(int64_t sequence, int64_t t) {
-    return &rows[(page_table[sequence * max_pages + t / kPageSize] * kPageSize + t % kPageSize) *
-                 kWidth];
+  static int64_t bytes(int64_t tokens) { return tokens * kWidth * int64_t(sizeof(bf16)); }
+  bf16* cache(int64_t i) const { return reinterpret_cast<bf16*>(rows.copy(i)); }
+  const bf16* token(int64_t sequence, int64_t t) const {
+    const int64_t page = page_table[sequence * max_pages + t / kPageSize];
+    return cache(0) + (page * kPageSize + t % kPageSize) * kWidth;
   }
 };
 
-// One head by a full softmax in double.
-void check_head(Buffer<float>& q, Cache& cache, Buffer<float>& out, const Shape& s, int64_t b,
-                int64_t h) {
-  std::vector<double> weights(s.length);
+// One head of cache 0 by a full softmax in double.
+void check_head(const Buffer<float>& q, const Caches& caches, const Buffer<float>& out,
+                int64_t heads, int64_t b, int64_t h) {
+  std::vector<double> weights(caches.length);
   double largest = -1e300, sum = 0.0;
-  for (int64_t t = 0; t < s.length; ++t) {
+  for (int64_t t = 0; t < caches.length; ++t) {
     for (int64_t i = 0; i < kWidth; ++i)
-      weights[t] += kScale * q[(b * s.heads + h) * kWidth + i] * to_float(cache.token(b, t)[i]);
+      weights[t] += kScale * q[(b * heads + h) * kWidth + i] * to_float(caches.token(b, t)[i]);
     largest = std::max(largest, weights[t]);
   }
   for (double& w : weights) sum += w = std::exp(w - largest);
   for (int64_t c = 0; c < kLatent; c += 37) {
     double expected = 0.0;
-    for (int64_t t = 0; t < s.length; ++t)
-      expected += weights[t] / sum * to_float(cache.token(b, t)[c]);
-    expect_close("mla_decode", out[(b * s.heads + h) * kLatent + c], expected, 1e-3);
+    for (int64_t t = 0; t < caches.length; ++t)
+      expected += weights[t] / sum * to_float(caches.token(b, t)[c]);
+    expect_close("mla_decode", out[(b * heads + h) * kLatent + c], expected, 1e-3);
   }
 }
 
-void bench_shape(const Shape& s, Report& report) {
+void time_threads(const Shape& s, const std::string& text, const Caches& caches, Report& report) {
   Random random;
-  const int64_t cache_bytes = 2 * s.batch * s.length * kWidth;
-  std::vector<Cache> caches;
-  for (int64_t i = num_copies(cache_bytes); i > 0; --i) caches.emplace_back(s, random);
-  Buffer<float> q(s.batch * s.heads * kWidth), out(s.batch * s.heads * kLatent);
-  fill(q, [&] { return random.sign(); });
-  const std::vector<int32_t> seq_lens(s.batch, int32_t(s.length));
-  MlaDecodeArgs a{q.data(),
-                  caches[0].rows.data(),
-                  caches[0].page_table.data(),
-                  seq_lens.data(),
-                  out.data(),
-                  DType::kFp32,
-                  DType::kBf16,
-                  s.batch,
-                  s.heads,
-                  kLatent,
-                  kRope,
-                  int64_t(caches[0].page_table.size()),
-                  kPageSize,
-                  caches[0].max_pages,
-                  kScale,
-                  nullptr,
-                  0};
-  Buffer<uint8_t> workspace(cpu::mla_decode_workspace_bytes(a));
-  a.workspace = workspace.data();
-  a.workspace_bytes = workspace.size();
+  const int64_t batch = caches.batch;
+  const Buffer<float> q(batch * s.heads * kWidth, [&] { return random.sign(); });
+  const Buffer<float> out(batch * s.heads * kLatent);
+  const std::vector<int32_t> seq_lens(batch, int32_t(s.length));
+  MlaDecodeArgs a{};
+  a.q = q.data();
+  a.page_table = caches.page_table.data();
+  a.seq_lens = seq_lens.data();
+  a.out = out.data();
+  a.q_dtype = DType::kFp32;
+  a.cache_dtype = DType::kBf16;
+  a.batch = batch;
+  a.heads = s.heads;
+  a.kv_lora_rank = kLatent;
+  a.qk_rope_head_dim = kRope;
+  a.pages = int64_t(caches.page_table.size());
+  a.page_size = kPageSize;
+  a.max_pages = caches.max_pages;
+  a.softmax_scale = kScale;
+  const auto workspace = give_workspace(a, cpu::mla_decode_workspace_bytes(a));
   const auto run = [&](int64_t call) {
-    Cache& cache = caches[call % caches.size()];
-    a.cache = cache.rows.data();
-    a.page_table = cache.page_table.data();
+    a.cache = caches.cache(call);
     cpu::mla_decode(a);
   };
   run(0);
-  check_head(q, caches[0], out, s, 0, 0);
-  check_head(q, caches[0], out, s, s.batch - 1, s.heads - 1);
-  const Work work{.bytes = double(cache_bytes + 4 * s.batch * s.heads * (kWidth + kLatent)),
-                  .flops = 2.0 * double(s.batch * s.heads * s.length * (kWidth + kLatent))};
-  report.line(
-      "mla_decode",
-      concat("batch=", s.batch, " heads=", s.heads, " length=", s.length, " (", s.name, ")"),
-      measure(run), work);
-}
-
-void program(const Options& options) {
-  Report report(options);
-  for (const int threads : thread_counts()) {
-    set_num_threads(threads);
-    for (const Shape& s : shapes(options)) bench_shape(s, report);
-  }
+  check_head(q, caches, out, s.heads, 0, 0);
+  check_head(q, caches, out, s.heads, batch - 1, s.heads - 1);
+  const int64_t cached = batch * s.length;
+  const Work work{.bytes = double(Caches::bytes(cached) + 4 * batch * s.heads * (kWidth + kLatent)),
+                  .flops = 2.0 * double(cached * s.heads * (kWidth + kLatent)),
+                  .cached = caches.rows.fits_cache()};
+  report.time({"mla_decode", text, batch, work}, run);
 }
 
 }  // namespace
 
-int main(int argc, char** argv) { return run_main(argc, argv, program); }
+void programs::mla_decode(Report& report) {
+  for (const Shape& s : kShapes) {
+    const std::string text = concat(s.name, " heads=", s.heads, " length=", s.length);
+    if (!report.wants(text)) continue;
+    for (const int64_t batch : report.token_counts({1, 8})) {
+      if (batch * s.length > kMaxCached) continue;
+      const Caches caches(s, batch, report.options().pages);
+      for (const int threads : report.thread_counts()) {
+        set_num_threads(threads);
+        time_threads(s, text, caches, report);
+      }
+    }
+  }
+}
+
+}  // namespace kn::bench

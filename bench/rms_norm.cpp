@@ -1,25 +1,22 @@
-// rms_norm and swiglu: the widths of K2 and Moonlight. Activations stay in cache in a running
-// model, hence no share of the memory limit.
+// rms_norm: the widths of K2 and Moonlight. Activations stay in cache in a running model, hence no
+// share of the memory limit.
 #include "harness.h"
 #include "kimi_native/ops.h"
 
-using namespace kn;
-using namespace kn::bench;
-
+namespace kn::bench {
 namespace {
 
 struct Shape {
   const char* name;
   int64_t hidden;
 };
-const Shape kNorms[] = {{"k2", 7168}, {"moonlight", 2048}, {"k2 q_a", 1536}, {"k2 kv_a", 512}};
-const Shape kGates[] = {{"k2 dense", 18432}, {"k2 shared", 2048}, {"moonlight shared", 2816}};
+const Shape kShapes[] = {
+    {"k2", 7168}, {"moonlight", 2048}, {"k2 q_a", 1536}, {"k2 kv_a", 512}, {"tiny", 128}};
 
-void bench_norm(const Shape& s, int64_t tokens, Report& report) {
+void time_tokens(const Shape& s, const std::string& text, int64_t tokens, Report& report) {
   Random random;
-  Buffer<bf16> x(tokens * s.hidden), weight(s.hidden), y(tokens * s.hidden);
-  fill(x, [&] { return to_bf16(random.sign()); });
-  fill(weight, [&] { return to_bf16(random.sign()); });
+  const auto entry = [&] { return to_bf16(random.sign()); };
+  const Buffer<bf16> x(tokens * s.hidden, entry), weight(s.hidden, entry), y(tokens * s.hidden);
   const RmsNormArgs a{x.data(), weight.data(), y.data(), DType::kBf16,
                       tokens,   s.hidden,      s.hidden, 1e-6f};
   cpu::rms_norm(a);
@@ -34,38 +31,22 @@ void bench_norm(const Shape& s, int64_t tokens, Report& report) {
                    0x1p-7 * std::fabs(expected));
     }
   }
-  report.line("rms_norm", concat("tokens=", tokens, " hidden=", s.hidden, " (", s.name, ")"),
-              measure([&](int64_t) { cpu::rms_norm(a); }),
-              {.bytes = double(4 * tokens * s.hidden + 2 * s.hidden), .cached = true});
-}
-
-void bench_swiglu(const Shape& s, int64_t tokens, Report& report) {
-  Random random;
-  const int64_t n = tokens * s.hidden;
-  Buffer<bf16> gate(n), up(n), y(n);
-  fill(gate, [&] { return to_bf16(4 * random.sign()); });
-  fill(up, [&] { return to_bf16(random.sign()); });
-  const SwigluArgs a{gate.data(), up.data(), y.data(), DType::kBf16, tokens, s.hidden};
-  cpu::swiglu(a);
-  for (int64_t i = 0; i < n; i += 61) {
-    const double g = to_float(gate[i]), expected = g / (1 + std::exp(-g)) * to_float(up[i]);
-    expect_close("swiglu", to_float(y[i]), expected, 0x1p-8 * std::fabs(expected));
-  }
-  report.line("swiglu", concat("tokens=", tokens, " width=", s.hidden, " (", s.name, ")"),
-              measure([&](int64_t) { cpu::swiglu(a); }), {.bytes = double(6 * n), .cached = true});
-}
-
-void program(const Options& options) {
-  Report report(options);
-  for (const int threads : thread_counts()) {
-    set_num_threads(threads);
-    for (const int64_t tokens : token_counts(options)) {
-      for (const Shape& s : kNorms) bench_norm(s, tokens, report);
-      for (const Shape& s : kGates) bench_swiglu(s, tokens, report);
-    }
-  }
+  const Work work{.bytes = double(4 * tokens * s.hidden + 2 * s.hidden), .cached = true};
+  report.time({"rms_norm", text, tokens, work}, [&](int64_t) { cpu::rms_norm(a); });
 }
 
 }  // namespace
 
-int main(int argc, char** argv) { return run_main(argc, argv, program); }
+void programs::rms_norm(Report& report) {
+  for (const Shape& s : kShapes) {
+    const std::string text = concat(s.name, " hidden=", s.hidden);
+    if (!report.wants(text)) continue;
+    for (const int threads : report.thread_counts()) {
+      set_num_threads(threads);
+      for (const int64_t tokens : report.token_counts({1, 16, 256}))
+        time_tokens(s, text, tokens, report);
+    }
+  }
+}
+
+}  // namespace kn::bench

@@ -103,6 +103,13 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         from kimi_native import make_checkpoint
 
         make_checkpoint.add_arguments(make)
+    bench = verb(
+        "bench", _bench, "time the kernels, whole models and other engines, against limits"
+    )
+    if "bench" in argv:
+        from kimi_native.bench import command
+
+        command.add_arguments(bench)
     return parser
 
 
@@ -350,7 +357,7 @@ def _progress() -> Iterator[Callable[[int, int], None] | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-# ---- inspect, plan, doctor, quantize, make-checkpoint ---------------------------------------------------------------
+# ---- inspect, plan, doctor, quantize, make-checkpoint, bench --------------------------------------------------------
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -460,6 +467,12 @@ def _make_checkpoint(args: argparse.Namespace) -> int:
     from kimi_native import make_checkpoint
 
     return make_checkpoint.run(args)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from kimi_native.bench import command
+
+    return command.run(args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,135 @@
+// moe_layer: moe_route, moe_dispatch, int4_grouped_swiglu, int4_grouped_gemm and moe_combine one
+// after the other, as a layer runs them; without the router's own product and the shared expert.
+#include "experts.h"
+
+namespace kn::bench {
+namespace {
+
+// The buffers between the ops, and the ops' arguments that do not change from call to call.
+class Layer {
+ public:
+  Layer(const MoeShape& s, int64_t tokens, const Routing& first)
+      : shape_(s),
+        tokens_(tokens),
+        rows_(tokens * s.topk),
+        x_(tokens * s.hidden, [this] { return to_bf16(random_.sign()); }),
+        inner_(rows_ * s.intermediate),
+        outer_(rows_ * s.hidden),
+        out_(tokens * s.hidden),
+        weights_(rows_),
+        ids_(rows_),
+        token_index_(rows_),
+        row_index_(rows_),
+        offsets_(s.experts + 1),
+        workspace_(1) {
+    cpu::moe_dispatch({first.ids.data(), token_index_.data(), row_index_.data(), offsets_.data(),
+                       tokens, s.topk, s.experts});
+    const int64_t bytes = std::max(cpu::int4_grouped_swiglu_workspace_bytes(swiglu_args(first)),
+                                   cpu::int4_grouped_gemm_workspace_bytes(gemm_args(first)));
+    workspace_ = Buffer<uint8_t>(bytes);
+  }
+
+  void run(const Routing& r) {
+    const MoeShape& s = shape_;
+    cpu::moe_route({r.logits.data(), nullptr, ids_.data(), weights_.data(), tokens_, s.experts,
+                    s.topk, 1, 1, Scoring::kSigmoid, GroupScore::kTop2Sum, true, 1.0f});
+    cpu::moe_dispatch({ids_.data(), token_index_.data(), row_index_.data(), offsets_.data(),
+                       tokens_, s.topk, s.experts});
+    cpu::int4_grouped_swiglu(swiglu_args(r));
+    cpu::int4_grouped_gemm(gemm_args(r));
+    cpu::moe_combine({outer_.data(), row_index_.data(), weights_.data(), nullptr, out_.data(),
+                      DType::kFp32, DType::kBf16, tokens_, s.topk, s.hidden});
+  }
+
+  // Column `o` of the last token by plain arithmetic: every expert's inner row in full.
+  void check(const Routing& r, const ExpertPool& pool) const {
+    const int64_t t = tokens_ - 1, in = shape_.intermediate;
+    constexpr int64_t kColumns[] = {0, 77, 101};
+    double sum[3] = {}, magnitude[3] = {};
+    for (int64_t j = 0; j < shape_.topk; ++j) {
+      const int64_t m = r.matrix[ids_[t * shape_.topk + j]];
+      std::vector<bf16> inner(in);
+      for (int64_t i = 0; i < in; ++i) {
+        const double g = int4_dot(&x_[t * shape_.hidden], pool.gate(m), i).value;
+        const double u = int4_dot(&x_[t * shape_.hidden], pool.up(m), i).value;
+        inner[i] = to_bf16(float(g / (1 + std::exp(-g)) * u));
+      }
+      for (int c = 0; c < 3; ++c) {
+        const Product p = int4_dot(inner.data(), pool.down(m), kColumns[c]);
+        sum[c] += weights_[t * shape_.topk + j] * p.value;
+        magnitude[c] += weights_[t * shape_.topk + j] * p.magnitude;
+      }
+    }
+    for (int c = 0; c < 3; ++c)  // an inner entry may round to the neighbouring bf16
+      expect_close("moe_layer", to_float(out_[t * shape_.hidden + kColumns[c]]), sum[c],
+                   0x1p-8 * (std::fabs(sum[c]) + magnitude[c]));
+  }
+
+ private:
+  Int4GroupedSwigluArgs swiglu_args(const Routing& r) const {
+    return {x_.data(),           token_index_.data(), offsets_.data(),   r.gate.packed.data(),
+            r.gate.scale.data(), r.up.packed.data(),  r.up.scale.data(), inner_.data(),
+            DType::kBf16,        DType::kBf16,        tokens_,           rows_,
+            shape_.experts,      shape_.intermediate, shape_.hidden,     kGroupSize,
+            workspace_.data(),   workspace_.size()};
+  }
+  Int4GroupedGemmArgs gemm_args(const Routing& r) const {
+    return {inner_.data(),
+            nullptr,
+            offsets_.data(),
+            r.down.packed.data(),
+            r.down.scale.data(),
+            outer_.data(),
+            DType::kBf16,
+            DType::kFp32,
+            rows_,
+            rows_,
+            shape_.experts,
+            shape_.hidden,
+            shape_.intermediate,
+            kGroupSize,
+            workspace_.data(),
+            workspace_.size()};
+  }
+
+  Random random_;
+  MoeShape shape_;
+  int64_t tokens_, rows_;
+  Buffer<bf16> x_, inner_;
+  Buffer<float> outer_;
+  Buffer<bf16> out_;
+  std::vector<float> weights_;
+  std::vector<int32_t> ids_, token_index_, row_index_, offsets_;
+  Buffer<uint8_t> workspace_;
+};
+
+void time_tokens(const MoeShape& s, int64_t tokens, const ExpertPool& pool, Report& report) {
+  const std::vector<Routing> routings = make_routings(s, tokens, pool);
+  Layer layer(s, tokens, routings[0]);
+  layer.run(routings[0]);
+  layer.check(routings[0], pool);
+  const int64_t rows = tokens * s.topk;
+  const Work work{.bytes = mean_hit(routings) * double(s.expert_bytes()) +
+                           double(4 * tokens * s.experts + 4 * tokens * s.hidden),
+                  .flops = 6.0 * double(rows * s.hidden * s.intermediate),
+                  .cached = pool.fits_cache(),
+                  .limbs = true};
+  report.time({"moe_layer", s.text(), tokens, work},
+              [&](int64_t call) { layer.run(routings[call % routings.size()]); });
+}
+
+}  // namespace
+
+void programs::moe_layer(Report& report) {
+  for (const MoeShape& s : kMoeShapes) {
+    if (!report.wants(s.text())) continue;
+    const ExpertPool pool(s, report.options().pages);
+    for (const int threads : report.thread_counts()) {
+      set_num_threads(threads);
+      for (const int64_t tokens : report.token_counts({1, 4, 16, 128}))
+        time_tokens(s, tokens, pool, report);
+    }
+  }
+}
+
+}  // namespace kn::bench

@@ -1,0 +1,252 @@
+"""`kimi-native bench`: the arguments of its verbs, and what each prints."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from kimi_native.errors import RequestError
+
+DEFAULT_DEPTHS = "1,512,4096"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verbs limits, kernels, e2e, peers and plot; each sets `bench_run`."""
+    verbs = parser.add_subparsers(dest="bench_verb", required=True, metavar="VERB")
+
+    def verb(name: str, run: Callable[[argparse.Namespace], int], help: str) -> Any:
+        sub = verbs.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        sub.set_defaults(bench_run=run)
+        return sub
+
+    def measured(sub: Any) -> Any:
+        sub.add_argument("--quick", action="store_true", help="fewer cases and samples")
+        sub.add_argument("--json", action="store_true", help="one JSON object per line")
+        return sub
+
+    limits = measured(verb("limits", _limits, "measure read bandwidth and arithmetic peaks"))
+    limits.add_argument("--threads", metavar="N,...", help="thread counts (default: 1 and all)")
+    kernels = measured(verb("kernels", _kernels, "time every op against this machine's limits"))
+    kernels.add_argument("ops", nargs="*", metavar="OP", help="int4_gemm, moe_layer, ... or all")
+    kernels.add_argument("--threads", metavar="N,...", help="thread counts (default: 1 and all)")
+    kernels.add_argument("--tokens", metavar="N,...", help="token counts instead of the usual")
+    kernels.add_argument("--shape", metavar="TEXT", help="shapes whose text contains this")
+    kernels.add_argument("--time-budget", metavar="S", help="seconds for one case (0.3)")
+    kernels.add_argument("--pages", choices=("4k", "2m"), help="pages under the weights (2m)")
+    _add_e2e(measured(verb("e2e", _e2e, "time whole models: prefill, decode, memory, growth")))
+    _add_peers(measured(verb("peers", _peers, "time other engines and ours in one run")))
+    plot = verb("plot", _plot, "draw percent of limit by token count")
+    plot.add_argument("rows", metavar="ROWS.json", help="what --json printed")
+    plot.add_argument("out", metavar="OUT.png", help="picture to write; .svg and .pdf work too")
+    plot.add_argument("--threads", type=int, metavar="N", help="rows of this count (default: most)")
+
+
+def _add_e2e(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", nargs="*", metavar="DIR", help="checkpoint folders")
+    parser.add_argument(
+        "--preset", metavar="NAME", help="make this one, in INT4, instead (default: tiny)"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="default: the cores there are")
+    parser.add_argument("--prompt-tokens", type=int, metavar="N", help="of the timed prefill (512)")
+    parser.add_argument("--new-tokens", type=int, metavar="N", help="decoded at each depth (32)")
+    parser.add_argument("--depths", metavar="N,...", help=f"tokens before ({DEFAULT_DEPTHS})")
+    parser.add_argument("--dtype", default="bfloat16", metavar="NAME", help="as of load()")
+    parser.add_argument("--dense", default="bf16", metavar="NAME", help="as of load()")
+
+
+def _add_peers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ops", nargs="*", metavar="OP", help="int4_gemm, moe_layer, ... or all")
+    parser.add_argument("--peer", metavar="TEXT", help="peers whose name contains this")
+    parser.add_argument("--shape", metavar="TEXT", help="shapes whose text contains this")
+    parser.add_argument("--tokens", metavar="N,...", help="token counts instead of the usual")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: the cores there are")
+    parser.add_argument("--time-budget", type=float, metavar="S", help="seconds for one pair (2)")
+    parser.add_argument("--model", metavar="DIR", help="checkpoint folder for e2e")
+    parser.add_argument("--gguf", metavar="FILE", help="the same model for llama.cpp, for e2e")
+    parser.add_argument("--dense", default="bf16", metavar="NAME", help="as of load(), for e2e")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the verb that was parsed; returns the exit code."""
+    return args.bench_run(args)
+
+
+# ---- the native program ---------------------------------------------------------------------------------------------
+
+
+def _limits(args: argparse.Namespace) -> int:
+    return _program(args, ["limits"], ("threads",))
+
+
+def _kernels(args: argparse.Namespace) -> int:
+    return _program(args, args.ops, ("threads", "tokens", "shape", "time_budget", "pages"))
+
+
+def _program(args: argparse.Namespace, programs: list[str], options: tuple[str, ...]) -> int:
+    from kimi_native.bench.native import run_program
+
+    arguments = list(programs)
+    for name in options:
+        if (value := getattr(args, name)) is not None:
+            arguments += ["--" + name.replace("_", "-"), value]
+    arguments += [f"--{name}" for name in ("quick", "json") if getattr(args, name)]
+    sys.stdout.flush()
+    return run_program(arguments)
+
+
+# ---- e2e ------------------------------------------------------------------------------------------------------------
+
+
+def _e2e(args: argparse.Namespace) -> int:
+    if args.folders and args.preset:
+        raise RequestError("bench e2e: give folders or --preset, not both")
+    if len(args.folders) > 1:
+        return _e2e_folders(args)
+    with _folder(args) as folder:
+        _e2e_one(args, folder)
+    return 0
+
+
+@contextlib.contextmanager
+def _folder(args: argparse.Namespace) -> Iterator[str]:
+    """The folder that was given, or a made one that does not outlive the run."""
+    if args.folders:
+        yield args.folders[0]
+        return
+    from kimi_native.make_checkpoint import make_checkpoint
+
+    preset = args.preset or "tiny"
+    with tempfile.TemporaryDirectory(prefix="kimi-native-") as parent:
+        path = os.path.join(parent, preset)
+        make_checkpoint(path, preset=preset, format="int4")
+        yield path
+
+
+def _e2e_one(args: argparse.Namespace, folder: str) -> None:
+    from kimi_native.bench import e2e
+    from kimi_native.bench.rows import measure_limits, row_line
+
+    depths = _counts("--depths", args.depths or ("1,256" if args.quick else DEFAULT_DEPTHS))
+    limits = measure_limits(_threads(args), quick=args.quick)
+    _print_limits(args, limits)
+    rows: list[dict[str, Any]] = []
+
+    def report(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if args.json:
+            print(json.dumps(row), flush=True)
+        elif row["op"] != "e2e_load":
+            print(row_line(row), flush=True)
+
+    e2e.measure(
+        folder,
+        limits=limits,
+        prompt_tokens=args.prompt_tokens or (64 if args.quick else 512),
+        new_tokens=args.new_tokens or (4 if args.quick else 32),
+        depths=depths,
+        dtype=args.dtype,
+        dense=args.dense,
+        report=report,
+    )
+    if not args.json:
+        print("\n".join(["", *e2e.growth_table(rows, limits.read_gb_per_s)]))
+        print(e2e.memory_line(rows[-1]))
+
+
+def _e2e_folders(args: argparse.Namespace) -> int:
+    """Each folder in a process of its own, so that one's peak memory is not the other's."""
+    from kimi_native.bench.e2e import size_table
+
+    rows: list[dict[str, Any]] = []
+    options = [f"--{name}" for name in ("quick",) if getattr(args, name)]
+    for name in ("threads", "prompt_tokens", "new_tokens", "depths", "dtype", "dense"):
+        if (value := getattr(args, name)) is not None:
+            options += ["--" + name.replace("_", "-"), str(value)]
+    for folder in args.folders:
+        command = [sys.executable, "-m", "kimi_native", "bench", "e2e", folder, "--json", *options]
+        result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if result.returncode != 0:
+            return result.returncode  # it has said why on stderr
+        rows += [json.loads(line) for line in result.stdout.splitlines()]
+        if args.json:
+            print(result.stdout, end="", flush=True)
+    if not args.json:
+        print("\n".join(size_table(rows)))
+    return 0
+
+
+# ---- peers, plot ----------------------------------------------------------------------------------------------------
+
+
+def _peers(args: argparse.Namespace) -> int:
+    from kimi_native.bench import peers
+    from kimi_native.bench.rows import measure_limits, row_line
+
+    selection = peers.Selection(
+        ops=tuple(args.ops),
+        peer=args.peer or "",
+        shape=args.shape or "",
+        tokens=tuple(_counts("--tokens", args.tokens)) if args.tokens else None,
+        budget_s=args.time_budget or (0.5 if args.quick else 2.0),
+        quick=args.quick,
+        model=args.model,
+        gguf=args.gguf,
+        dense=args.dense,
+    )
+    peers.check(selection)
+    limits = measure_limits(_threads(args), quick=args.quick)
+    _print_limits(args, limits)
+    for row in peers.compare(selection, limits, skipped=_note):
+        print(json.dumps(row) if args.json else row_line(row), flush=True)
+    return 0
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from kimi_native.bench.plot import plot
+    from kimi_native.bench.rows import read_rows
+
+    plot(read_rows(args.rows), args.out, threads=args.threads)
+    return 0
+
+
+# ---- shared ---------------------------------------------------------------------------------------------------------
+
+
+def _threads(args: argparse.Namespace) -> int:
+    from kimi_native import ops
+
+    if args.threads is None:
+        return ops.num_threads()
+    if args.threads < 1:
+        raise RequestError(f"bench: threads must be at least 1 (got {args.threads})")
+    return args.threads
+
+
+def _counts(option: str, text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(p.isascii() and p.isdigit() and int(p) > 0 for p in parts):
+        raise RequestError(f"bench: {option} must be counts such as 1,16 (got {text})")
+    return [int(p) for p in parts]
+
+
+def _print_limits(args: argparse.Namespace, limits: Any) -> None:
+    from kimi_native.bench.rows import limits_line
+
+    if not args.json:
+        print(limits_line(limits), flush=True)
+        return
+    common = {"op": "limits", "threads": limits.threads}
+    print(json.dumps({**common, "limit": "read", "gb_per_s": limits.read_gb_per_s}))
+    for unit, rate in limits.gflop_per_s.items():
+        print(json.dumps({**common, "limit": unit, "gflop_per_s": rate}))
+
+
+def _note(text: str) -> None:
+    print(f"kimi-native: {text}", file=sys.stderr, flush=True)

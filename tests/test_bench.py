@@ -1,0 +1,499 @@
+"""kimi-native bench: what it runs, what its rows hold, that a figure means what it says. No time is judged here."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kimi_native import cli, ops
+from kimi_native.bench import e2e, native, peer_int4, peer_llama, peer_moe, peers, plot, turns
+from kimi_native.bench.problem import PeerMissing, num_copies
+from kimi_native.bench.rows import FIELDS, PEER_FIELDS, Limits, make_row, read_rows, row_line
+from kimi_native.errors import RequestError
+from kimi_native.loader import load_model
+from kimi_native.make_checkpoint import make_checkpoint
+
+PEAKS = {"fp32": 100.0, "int8_dot": 400.0, "amx_bf16": 1000.0, "amx_int8": 2001.0}
+LIMITS = Limits(threads=1, read_gb_per_s=10.0, gflop_per_s=PEAKS)
+
+
+def program(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [native.PROGRAM, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+def json_lines(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def assert_row(row: dict) -> None:
+    """Every field, of its type, and the derived ones follow from the others."""
+    assert set(FIELDS) <= set(row)
+    assert row["time_us"] > 0
+    assert 0 <= row["spread"] < math.inf
+    assert row["samples"] >= 1
+    assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["time_us"] / 1e3, rel=2e-3, abs=1e-3)
+    for name in ("op", "shape", "limit", "compute"):
+        assert isinstance(row[name], str)
+        assert row[name]
+    for name in ("threads", "tokens"):
+        assert isinstance(row[name], int)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("made") / "tiny"
+    make_checkpoint(path, format="int4")
+    return path
+
+
+@pytest.fixture
+def one_thread():
+    """Leaves thread counts as they were."""
+    before = ops.num_threads(), torch.get_num_threads()
+    yield
+    ops.set_num_threads(before[0])
+    torch.set_num_threads(before[1])
+
+
+# ---- the native program ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_rows():
+    """Every program on its tiny shapes."""
+    result = program("--shape", "tiny", "--quick", "--json", "--threads", "1")
+    assert result.returncode == 0, result.stderr
+    return json_lines(result.stdout)
+
+
+def test_kernels_times_every_op(tiny_rows):
+    timed = [row for row in tiny_rows if row["op"] != "limits"]
+    assert {row["op"] for row in timed} == {*ops.__all__, "moe_layer"}
+    for row in timed:
+        assert_row(row)
+        assert row["threads"] == 1
+        assert row["isa"] in ops.supported_isas()
+        assert 0 <= row["others"] <= 1
+        assert (row["percent_of_limit"] is None) == (row["limit"] == "cache")
+
+
+def test_kernels_says_what_the_limits_are(tiny_rows):
+    limits = [row for row in tiny_rows if row["op"] == "limits"]
+    reads = [row for row in limits if row["limit"] == "read"]
+    assert {row["pages"] for row in reads} == {"4 KiB", "2 MiB"}
+    assert "plain" in {row["pattern"] for row in reads}
+    assert all(row["gb_per_s"] > 0 for row in reads)
+    peaks = {row["limit"]: row["gflop_per_s"] for row in limits if row["limit"] != "read"}
+    assert peaks["fp32"] > 0
+    if "avx512vnni" in ops.cpu_features():
+        assert peaks["int8_dot"] > peaks["int16_dot"] > peaks["fp32"]
+    if "avx512fp16" in ops.cpu_features():
+        assert peaks["fp16"] > peaks["fp32"]
+
+
+def test_kernels_narrows_to_one_case():
+    result = program(
+        *("int4_gemm", "--shape", "tiny", "--tokens", "3", "--threads", "1"),
+        *("--time-budget", "0.01", "--quick", "--json"),
+    )
+    timed = [row for row in json_lines(result.stdout) if row["op"] != "limits"]
+    assert [(row["op"], row["tokens"]) for row in timed] == [("int4_gemm", 3)]
+
+
+def test_kernels_percent_is_that_of_the_binding_limit():
+    """Cold weights: the row's percentage follows from the limits printed above it, by the rule that rows.py has too."""
+    case = ("mla_decode", "--shape", "moonlight heads=16 length=1024", "--tokens", "1")
+    result = program(*case, "--threads", "1", "--quick", "--json")
+    rows = json_lines(result.stdout)
+    row = rows[-1]
+    read = max(r["gb_per_s"] for r in rows if r["op"] == "limits" and r["limit"] == "read")
+    peaks = {r["limit"]: r["gflop_per_s"] for r in rows[:-1] if r["limit"] != "read"}
+    seconds = row["time_us"] * 1e-6
+    flops = row["gflop_per_s"] * seconds * 1e9
+    limit, percent = Limits(1, read, peaks).share(
+        seconds, row["bytes"], flops, limbs=False, isa=row["isa"]
+    )
+    assert row["limit"] == limit
+    assert row["percent_of_limit"] == pytest.approx(percent, rel=5e-3)
+
+
+def test_kernels_runs_the_forced_tier():
+    case = ("swiglu", "--shape", "tiny", "--threads", "1", "--quick", "--json")
+    result = program(*case, KIMI_NATIVE_CPU_ISA="generic")
+    assert {row["isa"] for row in json_lines(result.stdout) if row["op"] != "limits"} == {"generic"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["no_such_op"], 2, "no_such_op: no such program"),
+        (["--tokens", "none"], 2, "--tokens: must be positive numbers (got none)"),
+        (["--tokens", "1.5"], 2, "--tokens: must be counts"),
+        (["--time-budget", "0"], 2, "--time-budget: must be positive"),
+        (["--pages", "1g"], 2, "--pages: must be 4k or 2m (got 1g)"),
+        (["--no-such-option", "1"], 2, "--no-such-option: unknown option"),
+        (["--threads"], 2, "--threads: a value must follow"),
+        (["swiglu", "--shape", "nowhere", "--quick", "--threads", "1"], 1, "no case matches"),
+    ],
+)
+def test_kernels_refuses_with_a_word(arguments, code, says):
+    result = program(*arguments)
+    assert result.returncode == code
+    assert says in result.stderr
+    assert result.stdout.startswith("#") or result.stdout == ""
+
+
+def test_bench_hands_its_options_to_the_program(monkeypatch):
+    given = []
+    monkeypatch.setattr(native, "run_program", lambda arguments: given.append(arguments) or 0)
+    assert cli.main(["bench", "limits", "--threads", "1,2", "--json"]) == 0
+    options = ["--threads", "1", "--tokens", "1,8", "--shape", "k2 gate", "--time-budget", "0.5"]
+    assert cli.main(["bench", "kernels", "int4_gemm", *options, "--pages", "4k", "--quick"]) == 0
+    assert given == [
+        ["limits", "--threads", "1,2", "--json"],
+        ["int4_gemm", *options, "--pages", "4k", "--quick"],
+    ]
+
+
+def test_bench_says_when_the_program_is_missing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(native, "PROGRAM", tmp_path / "kn_bench")
+    assert cli.main(["bench", "limits"]) == 1
+    assert "KN_BENCH=OFF" in capsys.readouterr().err
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("isa", "nbytes", "flops", "limbs", "limit", "percent"),
+    [
+        (
+            "avx512",
+            1e9,
+            1e9,
+            False,
+            "read",
+            10.0,
+        ),  # 0.1 s of reading against 0.01 s of sums, in 1 s
+        ("avx512", 1e9, 50e9, False, "fp32", 50.0),
+        ("avx512", 1e9, 50e9, True, "int8_dot/2", 25.0),  # twice the fp32 peak
+        ("amx", 1e9, 200e9, False, "amx_bf16", 20.0),
+        ("amx", 1e9, 500e9, True, "amx_int8/2", 49.98),
+    ],
+)
+def test_limits_share_is_of_what_binds(isa, nbytes, flops, limbs, limit, percent):
+    assert LIMITS.share(1.0, nbytes, flops, limbs=limbs, isa=isa) == (limit, percent)
+
+
+def test_row_is_the_median_with_its_spread():
+    row = make_row(
+        "int4_gemm", "a", 4, [1.0, 2.0, 3.0, 4.0], limits=LIMITS, nbytes=5e9, flops=10e9, isa="avx2"
+    )
+    assert_row(row)
+    assert row["time_us"] == 2.5e6
+    assert row["spread"] == round(0.5 * (4 - 2) / 2.5, 4)
+    assert (row["limit"], row["percent_of_limit"]) == ("read", 20.0)
+    assert "4 samples" in row_line(row)
+
+
+def test_read_rows_names_the_line_that_is_none(tmp_path):
+    file = tmp_path / "rows.json"
+    file.write_text('{"op": "limits"}\n\n{"op": 1')
+    with pytest.raises(ValueError, match="line 3 must be a JSON object"):
+        read_rows(file)
+    file.write_text("[1]")
+    with pytest.raises(ValueError, match="line 1 must be a row"):
+        read_rows(file)
+
+
+# ---- whole models ---------------------------------------------------------------------------------------------------
+
+
+def test_e2e_counts_the_bytes_that_a_token_reads(folder):
+    """As `inspect` counts them from the files, without the 16 bytes that tell each INT4 matrix its shape."""
+    model, checkpoint = load_model(folder, max_context=64)
+    nbytes, flops = e2e.weights_per_token(model)
+    summary = checkpoint.summary()
+    quantized = [n for n in checkpoint.tensors if n.endswith(".weight_shape")]
+    config = checkpoint.config
+    shapes = sum(checkpoint.tensors[n].nbytes for n in quantized)
+    shapes = shapes * config.num_experts_per_tok // config.n_routed_experts
+    assert nbytes == summary["bytes_per_decoded_token"]["total"] - shapes
+    embedding = config.vocab_size * config.hidden_size
+    assert flops == 2 * (summary["parameters"]["active_per_token"] - embedding)
+
+
+@pytest.mark.parametrize("dense", ["bf16", "int8"])
+def test_e2e_measures_a_folder(folder, one_thread, dense):
+    rows = []
+    e2e.measure(
+        str(folder),
+        limits=LIMITS,
+        prompt_tokens=8,
+        new_tokens=3,
+        depths=[1, 100],
+        dense=dense,
+        report=rows.append,
+    )
+    assert [row["op"] for row in rows] == ["e2e_prefill", "e2e_decode", "e2e_decode", "e2e_load"]
+    for row in rows:
+        assert_row(row)
+        assert (row["threads"], row["dense"]) == (1, dense)
+    prefill, first, last, load = rows
+    assert prefill["tokens_per_s"] == pytest.approx(8e6 / prefill["time_us"], rel=1e-3)
+    assert last["bytes"] - first["bytes"] == last["cache_bytes"] - first["cache_bytes"] == 99 * 640
+    assert first["limit_tokens_per_s"] == pytest.approx(10e9 / first["bytes"], rel=1e-3)
+    assert load["percent_of_limit"] is None
+    assert load["peak_rss_bytes"] > load["file_bytes"] > 0
+    table = list(e2e.growth_table(rows, LIMITS.read_gb_per_s))
+    assert len(table) == 4  # head, two depths, the slope
+    assert "0.064 ms" in table[-1]  # 1000 tokens of 640 bytes at 10 GB/s
+    assert f"{load['file_bytes'] / 1e9:.2f} GB" in e2e.memory_line(load)
+    assert "tiny" in list(e2e.size_table(rows))[1]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"prompt_tokens": 0}, {"new_tokens": 0}, {"depths": []}, {"depths": [1, 0]}]
+)
+def test_e2e_refuses_counts_below_one(folder, wrong):
+    counts = {"prompt_tokens": 8, "new_tokens": 1, "depths": [1], **wrong}
+    with pytest.raises(RequestError, match=next(iter(wrong))):
+        e2e.measure(str(folder), limits=LIMITS, report=print, **counts)
+
+
+def test_e2e_of_the_command_makes_a_model_itself(capsys, one_thread):
+    options = ["--quick", "--threads", "1", "--prompt-tokens", "4", "--new-tokens", "2"]
+    assert cli.main(["bench", "e2e", *options, "--depths", "1,2", "--json"]) == 0
+    rows = json_lines(capsys.readouterr().out)
+    assert rows[0]["op"] == "limits"
+    assert [row["shape"] for row in rows if row["op"] != "limits"] == [
+        *("tiny", "tiny depth=1", "tiny depth=2", "tiny")
+    ]
+
+
+def test_e2e_of_several_folders_runs_each_in_its_own_process(folder, capfd):
+    options = ["--quick", "--threads", "1", "--new-tokens", "2", "--depths", "1"]
+    assert cli.main(["bench", "e2e", str(folder), str(folder), *options]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == 3  # a head and a line per folder
+    assert all(line.startswith("tiny ") for line in lines[1:])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["e2e", "a", "--preset", "tiny"], "folders or --preset"),
+        (["e2e", "a", "--depths", "1,x"], "--depths must be counts"),
+        (["e2e", "a", "--threads", "0"], "threads must be at least 1"),
+        (["peers", "no_such_op"], "op must be one of"),
+        (["peers", "--model", "a"], "both --model and --gguf"),
+        (["peers", "e2e"], "needs --model and --gguf"),
+    ],
+)
+def test_bench_refuses_with_a_word(arguments, says, capsys):
+    assert cli.main(["bench", *arguments]) == 1
+    assert says in capsys.readouterr().err
+
+
+# ---- peers ----------------------------------------------------------------------------------------------------------
+
+
+def compare(*named: str, peer: str = "torch", **options) -> list[dict]:
+    selection = peers.Selection(ops=named, peer=peer, shape="tiny", budget_s=0.05, **options)
+    return list(peers.compare(selection, LIMITS, skipped=pytest.fail))
+
+
+@pytest.mark.parametrize("op", peers.PROBLEMS)
+def test_peers_of_torch_take_turns_with_ours(op, one_thread):
+    rows = compare(op, quick=True)
+    assert len(rows) >= 2
+    for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
+        assert_row(ours)
+        assert_row(theirs)
+        assert set(PEER_FIELDS) <= set(ours) & set(theirs)
+        assert (ours["peer"], ours["ratio"], ours["compute"]) == (None, None, "exact")
+        assert theirs["peer"].startswith("torch-")
+        assert theirs["ratio"] == pytest.approx(theirs["time_us"] / ours["time_us"], rel=0.01)
+        same = ("op", "shape", "tokens", "threads", "bytes")
+        assert [ours[k] for k in same] == [theirs[k] for k in same]
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_peers_that_run_graphs_give_our_result(engine, one_thread):
+    pytest.importorskip(engine, reason=f"{engine} is not installed")
+    rows = compare("int4_gemm", peer=engine, tokens=(2,))
+    assert {row["compute"] for row in rows if row["peer"]} == {"exact", "w4a8"}
+
+
+def test_peers_skips_by_name_what_is_not_installed(monkeypatch, one_thread):
+    for engine in ("onnxruntime", "onnx", "openvino"):
+        monkeypatch.setitem(sys.modules, engine, None)
+    skipped = []
+    selection = peers.Selection(
+        ops=("int4_gemm",), peer="o", shape="tiny", budget_s=0.01, quick=True
+    )
+    rows = list(peers.compare(selection, LIMITS, skipped=skipped.append))
+    assert {row["peer"] for row in rows} == {None, "torch-int4"}
+    assert len(skipped) == 2
+    assert "onnxruntime and onnx must be installed" in skipped[0]
+    assert "openvino must be installed" in skipped[1]
+
+
+@pytest.mark.parametrize(
+    ("contestant", "op"), [(peer_int4.TorchInt4, "int4_gemm"), (peer_moe.TorchLoop, "moe_layer")]
+)
+def test_peers_refuses_a_result_that_is_not_ours(monkeypatch, one_thread, contestant, op):
+    right = contestant.__call__
+    monkeypatch.setattr(contestant, "__call__", lambda self, call: right(self, call) * 1.05)
+    with pytest.raises(RuntimeError, match=f"{contestant.name} must give our result for {op}"):
+        compare(op, quick=True)
+
+
+def test_take_turns_gives_both_their_turns(monkeypatch):
+    """Turns alternate, every call has a number of its own, and the first of a turn is not counted."""
+    clock = [0.0]
+    calls = []
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(turns.time, "sleep", lambda seconds: None)
+
+    def engine(name: str, seconds: float):
+        def solve(call: int) -> None:
+            calls.append((name, call))
+            clock[0] += seconds
+
+        return solve
+
+    ours, theirs = turns.take_turns(engine("a", 0.03), engine("b", 0.05), 4, budget_s=0.5)
+    assert ours == pytest.approx([0.03] * len(ours))
+    assert theirs == pytest.approx([0.05 / 4] * len(theirs))
+    assert min(len(ours), len(theirs)) >= turns.FEWEST_SAMPLES
+    assert [name for name, _ in calls[:7]] == ["a", "a", "a", "b", "b", "a", "a"]
+    for name, samples in (("a", ours), ("b", theirs)):
+        numbers = [call for who, call in calls if who == name]
+        assert sorted(set(numbers)) == list(range(len(samples) + 1))
+
+
+def test_problem_rotates_through_more_than_the_cache(monkeypatch):
+    monkeypatch.setattr("kimi_native.bench.problem.last_level_cache_bytes", lambda: 100)
+    assert [num_copies(n) for n in (1, 60, 200, 1000)] == [200, 4, 2, 2]
+
+
+# ---- llama.cpp, in a process of its own -----------------------------------------------------------------------------
+
+FAKE_LLAMA = """
+import ctypes
+__version__ = "fake"
+llama_token = ctypes.c_int32
+_logits = (ctypes.c_float * 16)()
+def llama_log_callback(f): return f
+def llama_log_set(f, data): pass
+def llama_backend_init(): pass
+def llama_model_default_params(): return None
+def llama_model_load_from_file(path, params): return None if b"refused" in path else 1
+class Settings: pass
+llama_context_default_params = Settings
+def llama_init_from_model(model, settings): return 1
+def llama_get_memory(context): return 1
+def llama_model_get_vocab(model): return 1
+def llama_vocab_n_tokens(vocab): return 16
+def llama_n_batch(context): return 8
+def llama_memory_seq_rm(memory, sequence, first, last): pass
+def llama_batch_get_one(array, n): return n
+def llama_decode(context, n):
+    assert n <= 8
+    return 0
+def llama_get_logits_ith(context, i): return ctypes.cast(_logits, ctypes.POINTER(ctypes.c_float))
+print("a library that prints to stdout")
+"""
+
+
+@pytest.fixture
+def fake_llama(tmp_path, monkeypatch):
+    """A llama_cpp module that does nothing, before any other that is installed."""
+    module = tmp_path / "llama_cpp.py"
+    module.write_text(FAKE_LLAMA)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return module
+
+
+def test_peers_llama_is_timed_beside_a_folder(fake_llama, folder, one_thread):
+    options = {"model": str(folder), "gguf": "made.gguf", "tokens": (20,)}
+    rows = compare("e2e", **options)
+    assert [(row["op"], row["peer"]) for row in rows] == [
+        ("e2e_prefill", None),
+        ("e2e_prefill", "llama-cpp"),
+        ("e2e_decode", None),
+        ("e2e_decode", "llama-cpp"),
+    ]
+    for row in rows:
+        assert_row(row)
+        assert row["tokens_per_s"] > 0
+
+
+def test_peers_llama_says_what_ended_it(fake_llama):
+    with pytest.raises(RuntimeError, match=r"refused\.gguf: llama\.cpp must be able to load it"):
+        peer_llama.Llama("refused.gguf", threads=1, max_context=64)
+
+
+def test_peers_llama_is_skipped_by_name(fake_llama, folder):
+    fake_llama.write_text("raise ImportError('not here')")
+    with pytest.raises(PeerMissing, match="llama-cpp-python must be installed"):
+        peer_llama.Llama("a.gguf", threads=1, max_context=64)
+    skipped = []
+    selection = peers.Selection(ops=("e2e",), model=str(folder), gguf="a.gguf")
+    assert list(peers.compare(selection, LIMITS, skipped=skipped.append)) == []
+    assert "llama-cpp-python must be installed (not here)" in skipped[0]
+
+
+# ---- plot -----------------------------------------------------------------------------------------------------------
+
+
+def some_rows() -> list[dict]:
+    options = {"limits": LIMITS, "nbytes": 1e9, "flops": 1e9, "isa": "avx2"}
+    rows = [make_row("int4_gemm", "a", n, [0.1 * n], **options) for n in (1, 4, 16)]
+    rows.append(make_row("int4_gemm", "a", 1, [0.4], **options, peer="torch-int4", ratio=2.0))
+    rows.append({**rows[0], "op": "swiglu", "limit": "cache", "percent_of_limit": None})
+    return [{"op": "limits", "threads": 1, "limit": "read", "gb_per_s": 10.0}, *rows]
+
+
+def test_plot_draws_shares_by_tokens():
+    assert plot.curves(some_rows(), None) == {
+        "int4_gemm": {"a": {1: 100.0, 4: 25.0, 16: 6.25}, "a, torch-int4": {1: 25.0}}
+    }
+    assert plot.curves(some_rows(), 2) == {}
+
+
+def test_plot_writes_a_picture(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    rows, out = tmp_path / "rows.json", tmp_path / "out.png"
+    rows.write_text("\n".join(map(json.dumps, some_rows())))
+    assert cli.main(["bench", "plot", str(rows), str(out)]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_refuses_rows_without_cases(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps(some_rows()[0]))
+    assert cli.main(["bench", "plot", str(rows), str(tmp_path / "out.png")]) == 1
+    assert "must hold timed cases" in capsys.readouterr().err
+
+
+def test_plot_says_that_matplotlib_is_missing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    rows = tmp_path / "rows.json"
+    rows.write_text("\n".join(map(json.dumps, some_rows())))
+    assert cli.main(["bench", "plot", str(rows), str(tmp_path / "out.png")]) == 1
+    assert "pip install 'kimi-native[bench]'" in capsys.readouterr().err

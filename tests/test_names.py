@@ -27,19 +27,12 @@ PLACES = {
 
 # Ops whose CUDA kernel is not written yet; an op leaves the list with the commit that brings its csrc/cuda/NAME*.cu.
 WITHOUT_CUDA = {
-    "add_rms_norm",
     "bf16_gemm",
     "int4_gemm",
     "int4_grouped_gemm",
     "int4_grouped_swiglu",
     "int8_gemm",
     "mla_decode",
-    "moe_combine",
-    "moe_dispatch",
-    "moe_route",
-    "rms_norm",
-    "rope_append",
-    "swiglu",
 }
 
 

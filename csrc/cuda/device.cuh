@@ -5,12 +5,12 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
-
-#include <stdexcept>
-#include <string>
 #else
 #include "simt/cuda.h"
 #endif
@@ -26,6 +26,14 @@ struct LaunchConfig {
   size_t shared_bytes = 0;
   void* stream = nullptr;
 };
+
+// The grid of an op's kernel. Throws std::invalid_argument beyond what a launch can have.
+inline dim3 grid_of(const char* op, int64_t x, int64_t y = 1) {
+  if (x < 1 || x > 0x7fffffff || y < 1 || y > 65535)
+    throw std::invalid_argument(std::string(op) + ": too large for one launch (got a grid of " +
+                                std::to_string(x) + " x " + std::to_string(y) + " blocks)");
+  return dim3(unsigned(x), unsigned(y));
+}
 
 #if defined(__CUDACC__)
 

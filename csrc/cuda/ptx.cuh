@@ -28,8 +28,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// ---- matrix products: d += a * b
-// -----------------------------------------------------------------
+// ---- matrix products: d += a * b ----------------------------------------------------------------
 
 __device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4],
                                                   const uint32_t (&b)[2]) {
@@ -59,8 +58,7 @@ __device__ __forceinline__ void mma_m16n8k32_u8s8(int32_t (&d)[4], const uint32_
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// ---- matrices out of shared memory
-// ---------------------------------------------------------------
+// ---- matrices out of shared memory --------------------------------------------------------------
 
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -90,8 +88,7 @@ __device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* 
                : "memory");
 }
 
-// ---- asynchronous copies, global to shared
-// -------------------------------------------------------
+// ---- asynchronous copies, global to shared ------------------------------------------------------
 
 // 16, 8 or 4 bytes; with `ok` false zeros are written and nothing is read.
 __device__ __forceinline__ void cp_async_16(void* to, const void* from, bool ok = true) {
@@ -122,8 +119,7 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// ---- barriers of part of a block: `threads` in all, whole warps
-// ------------------------------------
+// ---- barriers of part of a block: `threads` in all, whole warps ---------------------------------
 
 __device__ __forceinline__ void barrier_sync(int id, int threads) {
   asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -133,8 +129,7 @@ __device__ __forceinline__ void barrier_arrive(int id, int threads) {
   asm volatile("barrier.cta.arrive.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// ---- global memory
-// -------------------------------------------------------------------------------
+// ---- global memory ------------------------------------------------------------------------------
 
 // Read once: past L1. The memory must not be written while the kernel runs.
 __device__ __forceinline__ uint4 load_streaming(const void* p) {
@@ -155,8 +150,7 @@ __device__ __forceinline__ void store_release(int32_t* p, int32_t v) {
   asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
-// ---- bits and small floats
-// -----------------------------------------------------------------------
+// ---- bits and small floats ----------------------------------------------------------------------
 
 // Bit i of the result is bit (4 a_i + 2 b_i + c_i) of kTable.
 template <int kTable>

@@ -20,8 +20,7 @@ namespace kn::ptx {
 using cuda::Swizzle;
 using cuda::TensorMap;
 
-// ---- mbarriers
-// -----------------------------------------------------------------------------------
+// ---- mbarriers ----------------------------------------------------------------------------------
 
 // By one thread; then mbarrier_init_fence, then a barrier, before others use them.
 __device__ __forceinline__ void mbarrier_init(void* barrier, int arrivals) {
@@ -59,8 +58,7 @@ __device__ __forceinline__ void mbarrier_wait(void* barrier, int parity) {
       : "memory");
 }
 
-// ---- copies by the asynchronous proxy
-// ------------------------------------------------------------
+// ---- copies by the asynchronous proxy -----------------------------------------------------------
 
 // What this thread has written to shared memory can be read by TMA and wgmma (after a barrier, if
 // another thread issues them).
@@ -89,8 +87,7 @@ __device__ __forceinline__ void tma_load_2d(void* to, const TensorMap* map, int 
       : "memory");
 }
 
-// ---- warpgroup matrix products
-// -------------------------------------------------------------------
+// ---- warpgroup matrix products ------------------------------------------------------------------
 
 // A k-major matrix in shared memory (PTX ISA, "matrix descriptor"). stride_bytes: from eight rows
 // to the next eight. leading_bytes: without swizzle, from eight columns to the next; else not used.

@@ -50,15 +50,13 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 #define blockDim (kn::simt::worker->grid().block)
 #define gridDim (kn::simt::worker->grid().size)
 
-// ---- synchronisation
-// -----------------------------------------------------------------------------
+// ---- synchronisation ----------------------------------------------------------------------------
 
 inline void __syncthreads() { kn::simt::sync_barrier(0, kn::simt::kAll, "__syncthreads"); }
 inline void __syncwarp(unsigned mask = kn::simt::kWholeWarp) { kn::simt::sync_warp(mask); }
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
-// ---- shuffles and votes
-// --------------------------------------------------------------------------
+// ---- shuffles and votes -------------------------------------------------------------------------
 
 namespace kn::simt {
 
@@ -143,8 +141,36 @@ unsigned __match_any_sync(unsigned mask, T v) {
   return out;
 }
 
-// ---- arithmetic
-// ----------------------------------------------------------------------------------
+namespace kn::simt {
+
+template <typename T, typename F>
+T reduce(const char* what, unsigned mask, T v, F f) {
+  T out;
+  meet(mask, what, v, out, [&](const T** ins, T** outs) {
+    T all = *ins[std::countr_zero(mask)];
+    for (int l = 0; l < 32; ++l)
+      if (ins[l]) all = f(all, *ins[l]);
+    for (int l = 0; l < 32; ++l)
+      if (outs[l]) *outs[l] = all;
+  });
+  return out;
+}
+
+}  // namespace kn::simt
+
+// int or unsigned, as on a GPU (sm_80 and up).
+template <typename T>
+T __reduce_max_sync(unsigned mask, T v) {
+  static_assert(std::is_integral_v<T> && sizeof(T) == 4);
+  return kn::simt::reduce("__reduce_max_sync", mask, v, [](T a, T b) { return a > b ? a : b; });
+}
+template <typename T>
+T __reduce_min_sync(unsigned mask, T v) {
+  static_assert(std::is_integral_v<T> && sizeof(T) == 4);
+  return kn::simt::reduce("__reduce_min_sync", mask, v, [](T a, T b) { return a < b ? a : b; });
+}
+
+// ---- arithmetic ---------------------------------------------------------------------------------
 
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __clz(int x) { return std::countl_zero(unsigned(x)); }
@@ -166,8 +192,7 @@ T __ldg(const T* p) {
 using std::max;
 using std::min;
 
-// ---- launch
-// --------------------------------------------------------------------------------------
+// ---- launch -------------------------------------------------------------------------------------
 
 namespace kn::simt {
 

@@ -6,23 +6,20 @@
 
 namespace kn::ptx {
 
-// ---- matrix products
-// -----------------------------------------------------------------------------
+// ---- matrix products ----------------------------------------------------------------------------
 
 void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 void mma_m16n8k32_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 void mma_m16n8k32_u8s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
-// ---- matrices out of shared memory
-// ---------------------------------------------------------------
+// ---- matrices out of shared memory --------------------------------------------------------------
 
 void ldmatrix_x4(uint32_t (&r)[4], const void* row);
 void ldmatrix_x2(uint32_t (&r)[2], const void* row);
 void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row);
 void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row);
 
-// ---- asynchronous copies
-// -------------------------------------------------------------------------
+// ---- asynchronous copies ------------------------------------------------------------------------
 
 void cp_async(void* to, const void* from, int bytes, bool ok);
 inline void cp_async_16(void* to, const void* from, bool ok = true) { cp_async(to, from, 16, ok); }
@@ -35,8 +32,7 @@ void cp_async_wait() {
   cp_async_wait_for(N);
 }
 
-// ---- barriers of part of a block
-// -----------------------------------------------------------------
+// ---- barriers of part of a block ----------------------------------------------------------------
 
 inline void barrier_sync(int id, int threads) {
   simt::sync_barrier(id, unsigned(threads), "barrier_sync");
@@ -45,8 +41,7 @@ inline void barrier_arrive(int id, int threads) {
   simt::arrive_barrier(id, unsigned(threads), "barrier_arrive");
 }
 
-// ---- global memory
-// -------------------------------------------------------------------------------
+// ---- global memory ------------------------------------------------------------------------------
 
 uint4 load_streaming(const void* p);
 
@@ -57,8 +52,7 @@ inline void store_release(int32_t* p, int32_t v) {
   std::atomic_ref<int32_t>(*p).store(v, std::memory_order_release);
 }
 
-// ---- bits and small floats
-// -----------------------------------------------------------------------
+// ---- bits and small floats ----------------------------------------------------------------------
 
 template <int kTable>
 uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {

@@ -60,7 +60,7 @@ def library(path: str | None = None) -> ctypes.CDLL:
     lib.kn_simt_allocate.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_char_p]
     lib.kn_simt_allocate.restype = ctypes.c_void_p
     lib.kn_simt_free.argtypes = [ctypes.c_void_p]
-    for name in ("free", "program"):
+    for name in ("free", "program", "op"):
         getattr(lib, f"kn_simt_{name}").restype = ctypes.c_char_p
     return lib
 

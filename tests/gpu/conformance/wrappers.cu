@@ -8,8 +8,7 @@ namespace {
 using namespace kn;        // NOLINT: a test program
 using namespace kn::cuda;  // NOLINT
 
-// ---- matrix products: per lane 4 accumulators, 4 words of a, 2 words of b
-// --------------------------
+// ---- matrix products: per lane 4 accumulators, 4 words of a, 2 words of b -----------------------
 
 template <typename T, typename F>
 __device__ void product(const uint32_t* in, T* out, F mma) {
@@ -48,8 +47,7 @@ __global__ void product_kernel(const uint32_t* in, T* out) {
   product(in, out, F());
 }
 
-// ---- ldmatrix: four matrices of 8 rows of 16 bytes
-// -------------------------------------------------
+// ---- ldmatrix: four matrices of 8 rows of 16 bytes ----------------------------------------------
 
 // variant: 0 x4, 1 x4 transposed, 2 x2, 3 x2 transposed
 __global__ void ldmatrix_kernel(const uint4* in, uint32_t* out, int variant) {
@@ -66,8 +64,7 @@ __global__ void ldmatrix_kernel(const uint4* in, uint32_t* out, int variant) {
   for (int i = 0; i < 4; ++i) out[lane * 4 + i] = variant < 2 ? four[i] : i < 2 ? two[i] : 0;
 }
 
-// ---- asynchronous copies: three groups, waited for one by one
-// --------------------------------------
+// ---- asynchronous copies: three groups, waited for one by one -----------------------------------
 
 // Lane l copies piece 31 - l of each group; odd lanes of the last group copy nothing and get zeros.
 template <int kBytes>
@@ -96,8 +93,7 @@ __global__ void cp_async_kernel(const char* in, uint32_t* out) {
   }
 }
 
-// ---- named barriers: warps 0 and 1 hand a value to warps 2 and 3
-// -----------------------------------
+// ---- named barriers: warps 0 and 1 hand a value to warps 2 and 3 --------------------------------
 
 __global__ void named_barrier_kernel(const int32_t* in, int32_t* out) {
   KN_SHARED(shared);
@@ -114,8 +110,7 @@ __global__ void named_barrier_kernel(const int32_t* in, int32_t* out) {
   }
 }
 
-// ---- words: out[i] = f(in[3 i], in[3 i + 1], in[3 i + 2])
-// ------------------------------------------
+// ---- words: out[i] = f(in[3 i], in[3 i + 1], in[3 i + 2]) ---------------------------------------
 
 enum class Word { kLop3, kPrmt, kFma, kToBf16x2, kToBf16, kExp2, kStreaming };
 
@@ -139,8 +134,7 @@ __global__ void word_kernel(const uint32_t* in, uint32_t* out, int n) {
   }
 }
 
-// ---- shuffles and votes: nine results a lane
-// -------------------------------------------------------
+// ---- shuffles and votes: nine results a lane ----------------------------------------------------
 
 __global__ void shuffle_kernel(const uint32_t* in, uint32_t* out) {
   const int lane = int(threadIdx.x);
@@ -159,8 +153,7 @@ __global__ void shuffle_kernel(const uint32_t* in, uint32_t* out) {
     out[lane * 9 + 8] = __shfl_xor_sync(0xffff0000u, v, 3) + __ballot_sync(0xffff0000u, v & 2);
 }
 
-// ---- release and acquire between blocks
-// -------------------------------------------------------------
+// ---- release and acquire between blocks ---------------------------------------------------------
 
 __global__ void chain_of_blocks_kernel(const int32_t* in, int32_t* out) {
   if (threadIdx.x == 0) {

@@ -7,7 +7,7 @@ namespace {
 using namespace kn;        // NOLINT: a test program
 using namespace kn::cuda;  // NOLINT
 
-// ---- bulk copies through mbarriers: a producer warp, a consumer warp, a ring of two
+// ---- bulk copies through mbarriers: a producer warp, a consumer warp, a ring of two -------------
 // ----------------
 
 constexpr int kPiece = 256;  // bytes
@@ -45,8 +45,7 @@ __global__ void bulk_copy_kernel(const char* in, int32_t* out, int pieces) {
   }
 }
 
-// ---- TMA: one box, its bytes as they lie in shared memory
-// -------------------------------------------
+// ---- TMA: one box, its bytes as they lie in shared memory ---------------------------------------
 
 struct BoxArgs {
   TensorMap map;
@@ -83,7 +82,7 @@ void tma_load_2d(const Buffers& b) {
   launch({"tma_load_2d", dim3(1), dim3(64), size_t(a.bytes) + 8, b.stream}, tma_load_2d_kernel, a);
 }
 
-// ---- wgmma: 64 x n x 64, both operands k-major in shared memory, a also from registers
+// ---- wgmma: 64 x n x 64, both operands k-major in shared memory, a also from registers ----------
 // --------------
 
 template <Swizzle kSwizzle>

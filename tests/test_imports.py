@@ -271,6 +271,7 @@ CPP_RULES: list[tuple[str, str, str | None]] = [
         r"(core|kimi_native)/.*",
         r"\w+|cpuid\.h|sys/syscall\.h|unistd\.h",
     ),
+    (r"csrc/core/cuda_library\.cpp", r"(core|kimi_native)/.*", r"dlfcn\.h"),
     (r"csrc/core/.*", r"(core|kimi_native)/.*", None),
     (r"csrc/cpu/simd/.*", r"kimi_native/(types|layout)\.h|cpu/simd/.*", TIER_SYSTEM),
     (r"csrc/cpu/\w+_kernel\.h", r"kimi_native/(types|layout)\.h|cpu/\w+\.h", TIER_SYSTEM),

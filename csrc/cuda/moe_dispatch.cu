@@ -81,7 +81,8 @@ __device__ void turn_counts_into_rows(const MoeDispatchArgs& a, const DispatchPl
   if (threadIdx.x == 0) a.expert_offsets[experts] = int32_t(a.tokens * a.topk);
 }
 
-__global__ void __launch_bounds__(1024) moe_dispatch_kernel(MoeDispatchArgs a, DispatchPlan plan) {
+__global__ void __launch_bounds__(1024, 1)
+    moe_dispatch_kernel(MoeDispatchArgs a, DispatchPlan plan) {
   KN_SHARED(shared);
   const auto partial = shared_at<int32_t>(shared, 0);
   const auto counts = shared_at<int32_t>(shared, 4 * plan.warps);

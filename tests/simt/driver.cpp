@@ -1,11 +1,9 @@
 // The shim for Python's ctypes: settings, guarded buffers, programs and ops by name. A call returns
 // "" or the text of the error, whose first word is its kind.
 #include <exception>
-#include <map>
 #include <stdexcept>
 #include <string>
 
-#include "kimi_native/ops.h"
 #include "programs.h"
 #include "simt/memory.h"
 #include "simt/options.h"
@@ -31,30 +29,9 @@ const char* call(F f) {
   return message.c_str();
 }
 
-using Op = void (*)(const void* args);
-
-template <typename Args, void (*kOp)(const Args&, void*)>
-void run(const void* args) {
-  kOp(*static_cast<const Args*>(args), nullptr);
-}
-
-const std::map<std::string, Op> ops = {
-    {"moe_route", run<MoeRouteArgs, cuda::moe_route>},
-    {"moe_dispatch", run<MoeDispatchArgs, cuda::moe_dispatch>},
-    {"moe_combine", run<MoeCombineArgs, cuda::moe_combine>},
-    {"rms_norm", run<RmsNormArgs, cuda::rms_norm>},
-    {"add_rms_norm", run<AddRmsNormArgs, cuda::add_rms_norm>},
-    {"rope_append", run<RopeAppendArgs, cuda::rope_append>},
-    {"swiglu", run<SwigluArgs, cuda::swiglu>},
-};
-
 }  // namespace
 
 extern "C" {
-
-const char* kn_simt_op(const char* name, const void* args) {
-  return call([=] { ops.at(name)(args); });
-}
 
 void kn_simt_options(uint64_t seed, int async, int os_threads, int resident) {
   simt::options() = {seed, simt::Async(async), os_threads, resident};

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from op_args import args_type
-from simt import SCHEDULES, Schedule, library, memory, raise_error, use
+from simt import SCHEDULES, Fault, Schedule, library, memory, use
 
+CudaOp = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p)
 DTYPE_CODE = {torch.bfloat16: 0, torch.float32: 1}
 
 
@@ -26,6 +27,16 @@ class Span:
             return cls(tensor.data_ptr(), 0)
         last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
         return cls(tensor.data_ptr(), (last + 1) * tensor.element_size())
+
+
+def call_op(name: str, args: ctypes.Structure) -> None:
+    """The op by its name, as the package finds it in libkn_cuda."""
+    text = CudaOp(library().kn_cuda_op(name.encode()))(ctypes.byref(args), None)
+    kind, _, message = text.decode().partition(" ")
+    if kind == "runtime":
+        raise Fault(message)
+    if kind:
+        raise ValueError(message)
 
 
 def run_op(
@@ -45,6 +56,6 @@ def run_op(
                     ctypes.memmove(buffers[span.address][1], span.address, span.nbytes)
                 value = buffers[span.address][1]
             setattr(args, field, DTYPE_CODE.get(value, value))
-        raise_error(library().kn_simt_op(name.encode(), ctypes.byref(args)))
+        call_op(name, args)
         for span, address in buffers.values():
             ctypes.memmove(span.address, address, span.nbytes)

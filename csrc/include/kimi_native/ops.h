@@ -225,8 +225,8 @@ void swiglu(const SwigluArgs&);
 // The same ops on a GPU (sm_80 and up), in a library of its own that is opened at first use. Every
 // pointer is a device pointer, `stream` a cudaStream_t. A call checks sizes, enqueues kernels and
 // returns: nothing is allocated and nothing waits for the device, so it can be captured in a CUDA
-// graph. Throws std::invalid_argument on sizes, std::runtime_error if the launch fails. An index out
-// of range in a device buffer ends the kernel with an error that this or a later call reports.
+// graph. Throws std::invalid_argument on sizes, std::runtime_error if the launch fails. An index
+// out of range in a device buffer ends the kernel with an error that this or a later call reports.
 namespace cuda {
 
 void moe_route(const MoeRouteArgs&, void* stream);

@@ -64,7 +64,7 @@ def rms_norm(x, weight, **options):
 @schedules
 @dtypes
 @pytest.mark.parametrize("hidden", [1, 7, 8, 9, 512, 2047, 2049, 7168])
-def test_simt_rms_norm_matches_float64(hidden, dtype, schedule):
+def test_cuda_rms_norm_matches_float64(hidden, dtype, schedule):
     x, weight = randn(3, hidden, dtype=dtype), randn(hidden, dtype=BF16, seed=1)
     expected = reference.rms_norm(x.double(), weight, eps=EPS)
     assert_close(
@@ -73,7 +73,7 @@ def test_simt_rms_norm_matches_float64(hidden, dtype, schedule):
 
 
 @dtypes
-def test_simt_rms_norm_has_the_same_bits_unaligned(dtype):
+def test_cuda_rms_norm_has_the_same_bits_unaligned(dtype):
     # Rows of 40 values at a stride of 47: most of them start where no vector load can.
     wide = nan(5, 47, dtype=dtype)
     wide[:, 7:] = randn(5, 40, dtype=dtype)
@@ -87,7 +87,7 @@ def test_simt_rms_norm_has_the_same_bits_unaligned(dtype):
 @dtypes
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("hidden", [1, 100, 2056])
-def test_simt_add_rms_norm_is_torch_add_then_rms_norm(hidden, in_place, dtype, schedule):
+def test_cuda_add_rms_norm_is_torch_add_then_rms_norm(hidden, in_place, dtype, schedule):
     x, residual = randn(4, hidden, dtype=dtype), randn(4, hidden, dtype=dtype, seed=2)
     weight = randn(hidden, dtype=BF16, seed=1)
     expected = x + residual
@@ -115,7 +115,7 @@ def test_simt_add_rms_norm_is_torch_add_then_rms_norm(hidden, in_place, dtype, s
 @schedules
 @dtypes
 @pytest.mark.parametrize(("tokens", "width"), [(0, 8), (1, 1), (3, 17), (2, 2048), (1, 2049)])
-def test_simt_swiglu_matches_float64(tokens, width, dtype, schedule):
+def test_cuda_swiglu_matches_float64(tokens, width, dtype, schedule):
     gate, up = 8 * randn(tokens, width, dtype=dtype), randn(tokens, width, dtype=dtype, seed=1)
     y = nan(tokens, width, dtype=dtype)
     run_op(
@@ -165,7 +165,7 @@ def rope_append(arguments, **options):
 @pytest.mark.parametrize(
     ("tokens", "heads", "rank", "rope"), [(1, 1, 1, 2), (3, 2, 15, 14), (2, 64, 512, 64)]
 )
-def test_simt_rope_append_has_the_bits_of_the_reference(
+def test_cuda_rope_append_has_the_bits_of_the_reference(
     tokens, heads, rank, rope, dtype, cache_dtype, q_out_dtype, schedule
 ):
     args = make_rope(
@@ -181,7 +181,7 @@ def test_simt_rope_append_has_the_bits_of_the_reference(
 
 
 @dtypes
-def test_simt_rope_append_may_rotate_in_place(dtype):
+def test_cuda_rope_append_may_rotate_in_place(dtype):
     args = make_rope(5, 3, 20, 38, dtype=dtype, q_out_dtype=dtype)
     expected = copies(args)
     reference.rope_append(**expected)
@@ -190,7 +190,7 @@ def test_simt_rope_append_may_rotate_in_place(dtype):
 
 
 @pytest.mark.parametrize("slot", [-1, 64])
-def test_simt_rope_append_stops_at_a_slot_outside_the_cache(slot):
+def test_cuda_rope_append_stops_at_a_slot_outside_the_cache(slot):
     args = make_rope(3, 2, 16, 8)
     args["slots"][2] = slot
     with pytest.raises(Fault, match="rope_append: slots must be 0 to cache_rows - 1"):
@@ -225,7 +225,7 @@ def moe_route(logits, bias, options, **schedule):
 
 @schedules
 @pytest.mark.parametrize("name", test_moe_route.CASES)
-def test_simt_moe_route_matches_float64(name, schedule):
+def test_cuda_moe_route_matches_float64(name, schedule):
     logits, bias, options = test_moe_route.make_case(name, 2 if name == "most_experts" else 5)
     ids, weights = moe_route(logits, bias, options, schedule=schedule)
     wide_bias = None if bias is None else bias.double()
@@ -235,7 +235,7 @@ def test_simt_moe_route_matches_float64(name, schedule):
 
 
 @pytest.mark.parametrize("name", ["k2", "v3", "v2", "groups_of_one"])
-def test_simt_moe_route_chooses_as_the_cpu_on_ties_and_specials(name):
+def test_cuda_moe_route_chooses_as_the_cpu_on_ties_and_specials(name):
     experts, has_bias, options = test_moe_route.CASES[name]
     generator = torch.Generator().manual_seed(3)
     values = torch.tensor([-math.inf, -2.0, -1.0, 0.0, 1.5, 3.0, math.inf, math.nan])
@@ -253,7 +253,7 @@ def test_simt_moe_route_chooses_as_the_cpu_on_ties_and_specials(name):
     ("tokens", "topk", "experts"),
     [(0, 8, 384), (1, 8, 384), (5, 5, 5), (37, 6, 64), (33, 1, 1000), (300, 8, 384), (40, 2, 4096)],
 )
-def test_simt_moe_dispatch_is_a_stable_sort(tokens, topk, experts, schedule):
+def test_cuda_moe_dispatch_is_a_stable_sort(tokens, topk, experts, schedule):
     ids = make_ids(tokens, topk, experts)
     rows = tokens * topk
     token_index, row_index = (torch.full((rows,), -7, dtype=torch.int32) for _ in range(2))
@@ -276,7 +276,7 @@ def test_simt_moe_dispatch_is_a_stable_sort(tokens, topk, experts, schedule):
 
 
 @pytest.mark.parametrize("bad", [-1, 64])
-def test_simt_moe_dispatch_stops_at_an_id_out_of_range(bad):
+def test_cuda_moe_dispatch_stops_at_an_id_out_of_range(bad):
     ids = make_ids(9, 6, 64)
     ids[4, 2] = bad
     out = {n: torch.zeros(100, dtype=torch.int32) for n in ("token_index", "row_index")}
@@ -317,7 +317,7 @@ def moe_combine(rows, row_index, weights, shared, out_dtype, **schedule):
 @pytest.mark.parametrize("out_dtype", [BF16, FP32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("rows_dtype", [BF16, FP32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("hidden", [1, 17, 1024, 1032])
-def test_simt_moe_combine_matches_float64(hidden, rows_dtype, out_dtype, with_shared, schedule):
+def test_cuda_moe_combine_matches_float64(hidden, rows_dtype, out_dtype, with_shared, schedule):
     rows, dispatch, weights, shared = make_combine(5, 8, hidden, rows_dtype, out_dtype)
     shared = shared if with_shared else None
     out = moe_combine(rows, dispatch.row_index, weights, shared, out_dtype, schedule=schedule)
@@ -333,7 +333,7 @@ def test_simt_moe_combine_matches_float64(hidden, rows_dtype, out_dtype, with_sh
 
 
 @pytest.mark.parametrize("bad", [-1, 6])
-def test_simt_moe_combine_stops_at_a_row_out_of_range(bad):
+def test_cuda_moe_combine_stops_at_a_row_out_of_range(bad):
     rows, dispatch, weights, _ = make_combine(3, 2, 8, FP32, FP32)
     dispatch.row_index[2, 1] = bad
     with pytest.raises(Fault, match="moe_combine: row_index must be in"):
@@ -358,6 +358,6 @@ def test_simt_moe_combine_stops_at_a_row_out_of_range(bad):
         ),
     ],
 )
-def test_simt_ops_refuse_bad_sizes(name, fields, message):
+def test_cuda_ops_refuse_bad_sizes(name, fields, message):
     with pytest.raises(ValueError, match=message):
         run_op(name, **fields)

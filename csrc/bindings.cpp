@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "kimi_native/cuda_library.h"
 #include "kimi_native/ops.h"
 #include "kimi_native/recording.h"
 #include "kimi_native/runtime.h"
@@ -302,6 +303,10 @@ PYBIND11_MODULE(_native, m) {
   m.def("force_isa", &force_isa, py::arg("name"));
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_num_threads, py::arg("n"));
+  py::class_<CudaLibrary>(m, "CudaLibrary", "The library of CUDA kernels beside this module.")
+      .def_readonly("architectures", &CudaLibrary::architectures)
+      .def_readonly("error", &CudaLibrary::error);
+  m.def("cuda_library", &cuda_library, py::return_value_policy::reference);
   py::class_<Recording>(m, "Recording", "Calls of ops, to be made again; use ops.record().")
       .def(py::init<>())
       .def("begin", &Recording::begin)

@@ -26,6 +26,16 @@ PLACES = {
     "the CUDA sources": ("csrc/cuda/NAME*.cu", r"\bNAME\("),
 }
 
+# Ops whose CUDA kernel is not written yet; an op leaves the list with the commit that brings its csrc/cuda/NAME*.cu.
+WITHOUT_CUDA = {
+    "bf16_gemm",
+    "int4_gemm",
+    "int4_grouped_gemm",
+    "int4_grouped_swiglu",
+    "int8_gemm",
+    "mla_decode",
+}
+
 
 def holds(pattern: str, files: str, name: str) -> bool:
     needle = re.compile(pattern.replace("NAME", name), re.MULTILINE)
@@ -36,8 +46,9 @@ def holds(pattern: str, files: str, name: str) -> bool:
 @pytest.mark.parametrize("name", ops.__all__)
 def test_names_op_is_present(name, place):
     files, pattern = PLACES[place]
-    if place == "the CUDA sources" and not (ROOT / "csrc" / "cuda").exists():
-        pytest.skip("csrc/cuda does not exist yet")
+    if place == "the CUDA sources" and name in WITHOUT_CUDA:
+        assert not holds(pattern, files, name), f"{name} has a CUDA kernel: take it off the list"
+        return
     assert holds(pattern, files, name), f"{name} is missing from {place} ({files}: {pattern})"
 
 
@@ -45,6 +56,10 @@ def test_names_no_op_is_outside_the_list():
     """Every op that ops.h declares is public in ops.py."""
     header = (ROOT / "csrc/include/kimi_native/ops.h").read_text()
     assert sorted(re.findall(r"\bvoid (\w+)\(const \w+Args&\)", header)) == sorted(ops.__all__)
+
+
+def test_names_list_of_ops_without_cuda_names_ops():
+    assert set(ops.__all__) >= WITHOUT_CUDA
 
 
 def test_names_documented_ops_exist():

@@ -1,4 +1,4 @@
-#include "core/error.h"
+#include "core/op_checks.h"
 #include "core/threads.h"
 #include "cpu/dispatch.h"
 #include "kimi_native/ops.h"
@@ -6,15 +6,8 @@
 namespace kn::cpu {
 
 void add_rms_norm(const AddRmsNormArgs& a) {
-  KN_REQUIRE(a.tokens >= 0 && a.hidden >= 1,
-             "add_rms_norm: need tokens >= 0 and hidden >= 1 (got tokens=", a.tokens,
-             ", hidden=", a.hidden, ")");
-  checked_mul("add_rms_norm", a.tokens,
-              checked_mul("add_rms_norm", a.hidden, dtype_bytes(a.dtype)));
+  check_op(a);
   if (a.tokens == 0) return;
-  KN_REQUIRE(a.x && a.residual && a.weight && a.y && a.sum,
-             "add_rms_norm: x, residual, weight, y and sum must not be null (got x=", a.x,
-             ", residual=", a.residual, ", weight=", a.weight, ", y=", a.y, ", sum=", a.sum, ")");
   // About 150 KB of traffic at K2's width: worth waking a thread.
   constexpr int64_t kTokensPerTask = 16;
   const Kernels& k = kernels();

@@ -1,7 +1,6 @@
 #include <algorithm>
-#include <limits>
 
-#include "core/error.h"
+#include "core/op_checks.h"
 #include "core/threads.h"
 #include "cpu/dispatch.h"
 #include "kimi_native/ops.h"
@@ -14,16 +13,7 @@ constexpr int64_t kBytesPerTask =
 
 void check(const MoeCombineArgs& a) {
   const char* op = "moe_combine";
-  KN_REQUIRE(a.tokens >= 0 && a.topk >= 1 && a.hidden >= 1, op,
-             ": need tokens >= 0, topk >= 1 and hidden >= 1 (got tokens=", a.tokens,
-             ", topk=", a.topk, ", hidden=", a.hidden, ")");
-  for (const DType dtype : {a.rows_dtype, a.out_dtype})
-    KN_REQUIRE(dtype == DType::kBf16 || dtype == DType::kFp32, op, ": dtype must be 0 or 1 (got ",
-               int32_t(dtype), ")");
-  const int64_t rows = checked_mul(op, a.tokens, a.topk);
-  KN_REQUIRE(rows <= std::numeric_limits<int32_t>::max(), op,
-             ": tokens * topk must fit in 32 bits (got ", a.tokens, " * ", a.topk, ")");
-  checked_mul(op, std::max<int64_t>(rows, a.topk), checked_mul(op, a.hidden, 4));
+  const int64_t rows = check_op(a);
   for (int64_t i = 0; i < rows; ++i)
     KN_REQUIRE(a.row_index[i] >= 0 && a.row_index[i] < rows, op, ": row_index must be in [0, ",
                rows, ") (got ", a.row_index[i], " for token ", i / a.topk, ", slot ", i % a.topk,

@@ -2,23 +2,14 @@
 // is its own scratch: while placing, expert_offsets[e + 1] is the next free row of expert e, and
 // when all are placed it is that expert's end. One thread: 4096 tokens of 8 slots take less time
 // than the matrices of one of them.
-#include <limits>
-
-#include "core/error.h"
+#include "core/op_checks.h"
 #include "kimi_native/ops.h"
 
 namespace kn::cpu {
 
 void moe_dispatch(const MoeDispatchArgs& a) {
   const char* op = "moe_dispatch";
-  constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max();
-  KN_REQUIRE(a.experts >= 1 && a.experts < kMaxRows, op, ": experts must be 1 to ", kMaxRows - 1,
-             " (got ", a.experts, ")");
-  KN_REQUIRE(a.tokens >= 0 && a.topk >= 1, op,
-             ": need tokens >= 0 and topk >= 1 (got tokens=", a.tokens, ", topk=", a.topk, ")");
-  const int64_t rows = checked_mul(op, a.tokens, a.topk);
-  KN_REQUIRE(rows <= kMaxRows, op, ": tokens * topk must be at most ", kMaxRows, " (got ", a.tokens,
-             " * ", a.topk, ")");
+  const int64_t rows = check_op(a);
   for (int64_t i = 0; i < rows; ++i)
     KN_REQUIRE(a.topk_ids[i] >= 0 && a.topk_ids[i] < a.experts, op, ": topk_ids must be in [0, ",
                a.experts, ") (got ", a.topk_ids[i], " for token ", i / a.topk, ", slot ",

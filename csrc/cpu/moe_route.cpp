@@ -7,14 +7,13 @@
 #include <cstring>
 #include <limits>
 
-#include "core/error.h"
+#include "core/op_checks.h"
 #include "core/threads.h"
 #include "kimi_native/ops.h"
 
 namespace kn::cpu {
 namespace {
 
-constexpr int64_t kMaxExperts = 4096;   // bounds the stack buffers: four of 16 KB
 constexpr int64_t kTokensPerTask = 16;  // about 40 us at 384 experts: worth waking a thread
 
 constexpr int32_t kNanKey = std::numeric_limits<int32_t>::min();
@@ -123,34 +122,10 @@ void route_token(const MoeRouteArgs& a, int64_t token, RowBuffers& b) {
   weigh(a, b.scores, ids, spoiled, a.topk_weights + token * a.topk);
 }
 
-void check(const MoeRouteArgs& a) {
-  const char* op = "moe_route";
-  KN_REQUIRE(a.tokens >= 0, op, ": tokens must be at least 0 (got ", a.tokens, ")");
-  KN_REQUIRE(a.experts >= 1 && a.experts <= kMaxExperts, op, ": experts must be 1 to ", kMaxExperts,
-             " (got ", a.experts, ")");
-  KN_REQUIRE(a.topk >= 1 && a.topk <= a.experts, op, ": topk must be 1 to ", a.experts, " (got ",
-             a.topk, ")");
-  KN_REQUIRE(a.n_group >= 1 && a.n_group <= a.experts && a.experts % a.n_group == 0, op,
-             ": n_group must divide experts (got n_group=", a.n_group, ", experts=", a.experts,
-             ")");
-  KN_REQUIRE(a.topk_group >= 1 && a.topk_group <= a.n_group, op, ": topk_group must be 1 to ",
-             a.n_group, " (got ", a.topk_group, ")");
-  KN_REQUIRE(a.topk <= a.topk_group * (a.experts / a.n_group), op,
-             ": the kept groups must hold at least topk experts (got topk=", a.topk,
-             ", topk_group=", a.topk_group, " groups of ", a.experts / a.n_group, ")");
-  KN_REQUIRE(a.scoring == Scoring::kSigmoid || a.scoring == Scoring::kSoftmax, op,
-             ": scoring must be 0 or 1 (got ", int32_t(a.scoring), ")");
-  KN_REQUIRE(a.group_score == GroupScore::kTop2Sum || a.group_score == GroupScore::kMax, op,
-             ": group_score must be 0 or 1 (got ", int32_t(a.group_score), ")");
-  KN_REQUIRE(std::isfinite(a.routed_scaling_factor), op,
-             ": routed_scaling_factor must be finite (got ", a.routed_scaling_factor, ")");
-  checked_mul(op, a.tokens, a.experts * int64_t(sizeof(float)));
-}
-
 }  // namespace
 
 void moe_route(const MoeRouteArgs& a) {
-  check(a);
+  check_op(a);
   const int64_t tasks = a.tokens / kTokensPerTask + (a.tokens % kTokensPerTask != 0);
   parallel_for(tasks, [&](int64_t task, int) {
     RowBuffers buffers;

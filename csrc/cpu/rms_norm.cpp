@@ -1,4 +1,4 @@
-#include "core/error.h"
+#include "core/op_checks.h"
 #include "core/threads.h"
 #include "cpu/dispatch.h"
 #include "kimi_native/ops.h"
@@ -6,16 +6,8 @@
 namespace kn::cpu {
 
 void rms_norm(const RmsNormArgs& a) {
-  KN_REQUIRE(a.tokens >= 0 && a.hidden >= 1,
-             "rms_norm: need tokens >= 0 and hidden >= 1 (got tokens=", a.tokens,
-             ", hidden=", a.hidden, ")");
-  KN_REQUIRE(a.x_token_stride >= a.hidden, "rms_norm: x_token_stride must be at least hidden (got ",
-             a.x_token_stride, ", hidden=", a.hidden, ")");
-  checked_mul("rms_norm", a.tokens,
-              checked_mul("rms_norm", a.x_token_stride, dtype_bytes(a.dtype)));
+  check_op(a);
   if (a.tokens == 0) return;
-  KN_REQUIRE(a.x && a.weight && a.y, "rms_norm: x, weight and y must not be null (got x=", a.x,
-             ", weight=", a.weight, ", y=", a.y, ")");
   // About 100 KB of traffic at K2's width: worth waking a thread.
   constexpr int64_t kTokensPerTask = 16;
   const Kernels& k = kernels();

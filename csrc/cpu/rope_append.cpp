@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "core/error.h"
+#include "core/op_checks.h"
 #include "core/threads.h"
 #include "cpu/dispatch.h"
 #include "kimi_native/ops.h"
@@ -8,30 +8,7 @@
 namespace kn::cpu {
 namespace {
 
-constexpr const char* kOp = "rope_append";
-
-void check_sizes(const RopeAppendArgs& a) {
-  KN_REQUIRE(a.tokens >= 0 && a.heads >= 1 && a.kv_lora_rank >= 1 && a.cache_rows >= 0,
-             "rope_append: need tokens, cache_rows >= 0 and heads, kv_lora_rank >= 1 (got tokens=",
-             a.tokens, ", cache_rows=", a.cache_rows, ", heads=", a.heads,
-             ", kv_lora_rank=", a.kv_lora_rank, ")");
-  KN_REQUIRE(a.qk_rope_head_dim >= 2 && a.qk_rope_head_dim % 2 == 0,
-             "rope_append: qk_rope_head_dim must be even and at least 2 (got ", a.qk_rope_head_dim,
-             ")");
-  const int64_t strides[] = {a.q_token_stride,    a.q_head_stride,       a.q_out_token_stride,
-                             a.q_out_head_stride, a.latent_token_stride, a.k_rope_token_stride};
-  for (const int64_t stride : strides) {
-    KN_REQUIRE(stride >= 0, "rope_append: strides must not be negative (got ", stride, ")");
-    checked_mul(kOp, checked_mul(kOp, std::max(a.tokens, a.heads), stride), 8);
-  }
-  checked_mul(kOp, checked_mul(kOp, a.cache_rows, a.kv_lora_rank + a.qk_rope_head_dim), 8);
-}
-
-void check_buffers(const RopeAppendArgs& a) {
-  KN_REQUIRE(a.q && a.latent && a.k_rope && a.cos && a.sin && a.slots && a.q_out && a.cache,
-             "rope_append: no pointer may be null (got q=", a.q, ", latent=", a.latent,
-             ", k_rope=", a.k_rope, ", cos=", a.cos, ", sin=", a.sin, ", slots=", a.slots,
-             ", q_out=", a.q_out, ", cache=", a.cache, ")");
+void check_slots(const RopeAppendArgs& a) {
   for (int64_t t = 0; t < a.tokens; ++t)
     KN_REQUIRE(a.slots[t] >= 0 && a.slots[t] < a.cache_rows,
                "rope_append: slots must be 0 to cache_rows - 1 = ", a.cache_rows - 1,
@@ -41,9 +18,9 @@ void check_buffers(const RopeAppendArgs& a) {
 }  // namespace
 
 void rope_append(const RopeAppendArgs& a) {
-  check_sizes(a);
+  check_op(a);
   if (a.tokens == 0) return;
-  check_buffers(a);
+  check_slots(a);
   constexpr int64_t kTokensPerTask = 8;  // 8 tokens of K2: 130 KB of traffic, worth waking a thread
   const Kernels& k = kernels();
   const int64_t bytes = dtype_bytes(a.dtype), half = a.qk_rope_head_dim / 2;

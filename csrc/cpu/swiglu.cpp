@@ -1,4 +1,4 @@
-#include "core/error.h"
+#include "core/op_checks.h"
 #include "core/threads.h"
 #include "cpu/dispatch.h"
 #include "kimi_native/ops.h"
@@ -6,11 +6,8 @@
 namespace kn::cpu {
 
 void swiglu(const SwigluArgs& a) {
-  KN_REQUIRE(a.tokens >= 0 && a.width >= 1,
-             "swiglu: need tokens >= 0 and width >= 1 (got tokens=", a.tokens, ", width=", a.width,
-             ")");
-  const int64_t total = checked_mul("swiglu", a.tokens, a.width);
-  checked_mul("swiglu", total, dtype_bytes(a.dtype));
+  check_op(a);
+  const int64_t total = a.tokens * a.width;
   constexpr int64_t kRun = 16384;  // about 100 KB of traffic: worth waking a thread
   const Kernels& k = kernels();
   const int64_t bytes = dtype_bytes(a.dtype);

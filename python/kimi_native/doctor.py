@@ -308,8 +308,21 @@ def _cuda(root: Path) -> dict[str, Any]:
                 names.append(value.strip())
     driver = read_text(root / "proc/driver/nvidia/version")
     return {
-        "kernels": "this build has no CUDA kernels",
+        **_cuda_kernels(),
         "driver": driver.splitlines()[0].strip() if driver else None,
         "driver_library": ctypes.util.find_library("cuda"),
         "gpus": names,
+    }
+
+
+def _cuda_kernels() -> dict[str, Any]:
+    try:
+        from kimi_native import ops
+
+        library = ops.cuda_library()
+    except ImportError as error:
+        return {"kernels": str(error), "architectures": []}
+    return {
+        "kernels": library["error"] or "ready",
+        "architectures": library["architectures"],
     }

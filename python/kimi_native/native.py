@@ -50,6 +50,12 @@ def set_num_threads(n: int) -> None:
     _native.set_num_threads(n)
 
 
+def cuda_library() -> dict[str, object]:
+    """The CUDA kernels beside this package: "architectures" they are compiled for, "error" why none can run (or "")."""
+    library = _native.cuda_library()
+    return {"architectures": library.architectures.split(), "error": library.error}
+
+
 _BACKENDS = ("native", "reference")
 
 

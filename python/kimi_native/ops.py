@@ -21,6 +21,7 @@ from kimi_native.native import (  # noqa: F401  the settings, as attributes of t
     backend,
     call_with_workspace,
     cpu_features,
+    cuda_library,
     empty,
     force_isa,
     num_threads,

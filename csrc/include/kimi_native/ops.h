@@ -222,4 +222,22 @@ void rope_append(const RopeAppendArgs&);
 void swiglu(const SwigluArgs&);
 
 }  // namespace cpu
+
+// The same ops on a GPU (sm_80 and up), in a library of its own that is opened at first use. Every
+// pointer is a device pointer, `stream` a cudaStream_t. A call checks sizes, enqueues kernels and
+// returns: nothing is allocated and nothing waits for the device, so it can be captured in a CUDA
+// graph. Throws std::invalid_argument on sizes, std::runtime_error if the launch fails. An index
+// out of range in a device buffer ends the kernel with an error that this or a later call reports.
+namespace cuda {
+
+void moe_route(const MoeRouteArgs&, void* stream);
+void moe_dispatch(const MoeDispatchArgs&, void* stream);
+void moe_combine(const MoeCombineArgs&, void* stream);
+
+void rms_norm(const RmsNormArgs&, void* stream);
+void add_rms_norm(const AddRmsNormArgs&, void* stream);
+void rope_append(const RopeAppendArgs&, void* stream);
+void swiglu(const SwigluArgs&, void* stream);
+
+}  // namespace cuda
 }  // namespace kn

@@ -1,0 +1,128 @@
+// The rules between an op's sizes, the same on every device. Throw std::invalid_argument("op: what
+// must hold (got ...)"). Rules about the contents of a buffer are checked where the buffer is.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "core/error.h"
+#include "kimi_native/ops.h"
+
+namespace kn {
+
+constexpr int64_t kMaxExperts = 4096;  // bounds what moe_route keeps of a token on chip
+
+inline void check_op_dtype(const char* op, DType dtype) {
+  KN_REQUIRE(dtype == DType::kBf16 || dtype == DType::kFp32, op, ": dtype must be 0 or 1 (got ",
+             int32_t(dtype), ")");
+}
+
+inline void check_op(const RmsNormArgs& a) {
+  KN_REQUIRE(a.tokens >= 0 && a.hidden >= 1,
+             "rms_norm: need tokens >= 0 and hidden >= 1 (got tokens=", a.tokens,
+             ", hidden=", a.hidden, ")");
+  KN_REQUIRE(a.x_token_stride >= a.hidden, "rms_norm: x_token_stride must be at least hidden (got ",
+             a.x_token_stride, ", hidden=", a.hidden, ")");
+  checked_mul("rms_norm", a.tokens,
+              checked_mul("rms_norm", a.x_token_stride, dtype_bytes(a.dtype)));
+  KN_REQUIRE(a.tokens == 0 || (a.x && a.weight && a.y),
+             "rms_norm: x, weight and y must not be null (got x=", a.x, ", weight=", a.weight,
+             ", y=", a.y, ")");
+}
+
+inline void check_op(const AddRmsNormArgs& a) {
+  KN_REQUIRE(a.tokens >= 0 && a.hidden >= 1,
+             "add_rms_norm: need tokens >= 0 and hidden >= 1 (got tokens=", a.tokens,
+             ", hidden=", a.hidden, ")");
+  checked_mul("add_rms_norm", a.tokens,
+              checked_mul("add_rms_norm", a.hidden, dtype_bytes(a.dtype)));
+  KN_REQUIRE(a.tokens == 0 || (a.x && a.residual && a.weight && a.y && a.sum),
+             "add_rms_norm: x, residual, weight, y and sum must not be null (got x=", a.x,
+             ", residual=", a.residual, ", weight=", a.weight, ", y=", a.y, ", sum=", a.sum, ")");
+}
+
+inline void check_op(const SwigluArgs& a) {
+  KN_REQUIRE(a.tokens >= 0 && a.width >= 1,
+             "swiglu: need tokens >= 0 and width >= 1 (got tokens=", a.tokens, ", width=", a.width,
+             ")");
+  checked_mul("swiglu", checked_mul("swiglu", a.tokens, a.width), dtype_bytes(a.dtype));
+}
+
+inline void check_op(const RopeAppendArgs& a) {
+  constexpr const char* op = "rope_append";
+  KN_REQUIRE(a.tokens >= 0 && a.heads >= 1 && a.kv_lora_rank >= 1 && a.cache_rows >= 0,
+             "rope_append: need tokens, cache_rows >= 0 and heads, kv_lora_rank >= 1 (got tokens=",
+             a.tokens, ", cache_rows=", a.cache_rows, ", heads=", a.heads,
+             ", kv_lora_rank=", a.kv_lora_rank, ")");
+  KN_REQUIRE(a.qk_rope_head_dim >= 2 && a.qk_rope_head_dim % 2 == 0,
+             "rope_append: qk_rope_head_dim must be even and at least 2 (got ", a.qk_rope_head_dim,
+             ")");
+  const int64_t strides[] = {a.q_token_stride,    a.q_head_stride,       a.q_out_token_stride,
+                             a.q_out_head_stride, a.latent_token_stride, a.k_rope_token_stride};
+  for (const int64_t stride : strides) {
+    KN_REQUIRE(stride >= 0, "rope_append: strides must not be negative (got ", stride, ")");
+    checked_mul(op, checked_mul(op, std::max(a.tokens, a.heads), stride), 8);
+  }
+  checked_mul(op, checked_mul(op, a.cache_rows, a.kv_lora_rank + a.qk_rope_head_dim), 8);
+  KN_REQUIRE(a.tokens == 0 ||
+                 (a.q && a.latent && a.k_rope && a.cos && a.sin && a.slots && a.q_out && a.cache),
+             "rope_append: no pointer may be null (got q=", a.q, ", latent=", a.latent,
+             ", k_rope=", a.k_rope, ", cos=", a.cos, ", sin=", a.sin, ", slots=", a.slots,
+             ", q_out=", a.q_out, ", cache=", a.cache, ")");
+}
+
+inline void check_op(const MoeRouteArgs& a) {
+  constexpr const char* op = "moe_route";
+  KN_REQUIRE(a.tokens >= 0, op, ": tokens must be at least 0 (got ", a.tokens, ")");
+  KN_REQUIRE(a.experts >= 1 && a.experts <= kMaxExperts, op, ": experts must be 1 to ", kMaxExperts,
+             " (got ", a.experts, ")");
+  KN_REQUIRE(a.topk >= 1 && a.topk <= a.experts, op, ": topk must be 1 to ", a.experts, " (got ",
+             a.topk, ")");
+  KN_REQUIRE(a.n_group >= 1 && a.n_group <= a.experts && a.experts % a.n_group == 0, op,
+             ": n_group must divide experts (got n_group=", a.n_group, ", experts=", a.experts,
+             ")");
+  KN_REQUIRE(a.topk_group >= 1 && a.topk_group <= a.n_group, op, ": topk_group must be 1 to ",
+             a.n_group, " (got ", a.topk_group, ")");
+  KN_REQUIRE(a.topk <= a.topk_group * (a.experts / a.n_group), op,
+             ": the kept groups must hold at least topk experts (got topk=", a.topk,
+             ", topk_group=", a.topk_group, " groups of ", a.experts / a.n_group, ")");
+  KN_REQUIRE(a.scoring == Scoring::kSigmoid || a.scoring == Scoring::kSoftmax, op,
+             ": scoring must be 0 or 1 (got ", int32_t(a.scoring), ")");
+  KN_REQUIRE(a.group_score == GroupScore::kTop2Sum || a.group_score == GroupScore::kMax, op,
+             ": group_score must be 0 or 1 (got ", int32_t(a.group_score), ")");
+  KN_REQUIRE(std::isfinite(a.routed_scaling_factor), op,
+             ": routed_scaling_factor must be finite (got ", a.routed_scaling_factor, ")");
+  checked_mul(op, a.tokens, a.experts * int64_t(sizeof(float)));
+}
+
+// Returns tokens * topk.
+inline int64_t check_op(const MoeDispatchArgs& a) {
+  constexpr const char* op = "moe_dispatch";
+  constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max();
+  KN_REQUIRE(a.experts >= 1 && a.experts < kMaxRows, op, ": experts must be 1 to ", kMaxRows - 1,
+             " (got ", a.experts, ")");
+  KN_REQUIRE(a.tokens >= 0 && a.topk >= 1, op,
+             ": need tokens >= 0 and topk >= 1 (got tokens=", a.tokens, ", topk=", a.topk, ")");
+  const int64_t rows = checked_mul(op, a.tokens, a.topk);
+  KN_REQUIRE(rows <= kMaxRows, op, ": tokens * topk must be at most ", kMaxRows, " (got ", a.tokens,
+             " * ", a.topk, ")");
+  return rows;
+}
+
+// Returns tokens * topk.
+inline int64_t check_op(const MoeCombineArgs& a) {
+  constexpr const char* op = "moe_combine";
+  KN_REQUIRE(a.tokens >= 0 && a.topk >= 1 && a.hidden >= 1, op,
+             ": need tokens >= 0, topk >= 1 and hidden >= 1 (got tokens=", a.tokens,
+             ", topk=", a.topk, ", hidden=", a.hidden, ")");
+  check_op_dtype(op, a.rows_dtype);
+  check_op_dtype(op, a.out_dtype);
+  const int64_t rows = checked_mul(op, a.tokens, a.topk);
+  KN_REQUIRE(rows <= std::numeric_limits<int32_t>::max(), op,
+             ": tokens * topk must fit in 32 bits (got ", a.tokens, " * ", a.topk, ")");
+  checked_mul(op, std::max<int64_t>(rows, a.topk), checked_mul(op, a.hidden, 4));
+  return rows;
+}
+
+}  // namespace kn

@@ -1,0 +1,102 @@
+// What libkn_cuda exports: plain C, found by name, so that the library can be opened at first use
+// and a machine without CUDA never needs it. In the shim the same functions lead to the same ops.
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <stdexcept>
+
+#include "cuda/device.cuh"
+#include "kimi_native/cuda_library.h"
+#include "kimi_native/ops.h"
+
+#if !defined(KN_CUDA_ARCHITECTURES)
+#define KN_CUDA_ARCHITECTURES "none"
+#endif
+
+namespace kn::cuda {
+namespace {
+
+thread_local std::string message;
+
+template <typename F>
+const char* call(F f) {
+  message.clear();
+  try {
+    f();
+  } catch (const std::invalid_argument& e) {
+    message = std::string("value ") + e.what();
+  } catch (const std::exception& e) {
+    message = std::string("runtime ") + e.what();
+  }
+  return message.c_str();
+}
+
+template <typename Args, void (*kOp)(const Args&, void*)>
+const char* run(const void* args, void* stream) {
+  return call([=] { kOp(*static_cast<const Args*>(args), stream); });
+}
+
+const std::map<std::string, CudaOp> ops = {
+    {"moe_route", run<MoeRouteArgs, moe_route>},
+    {"moe_dispatch", run<MoeDispatchArgs, moe_dispatch>},
+    {"moe_combine", run<MoeCombineArgs, moe_combine>},
+    {"rms_norm", run<RmsNormArgs, rms_norm>},
+    {"add_rms_norm", run<AddRmsNormArgs, add_rms_norm>},
+    {"rope_append", run<RopeAppendArgs, rope_append>},
+    {"swiglu", run<SwigluArgs, swiglu>},
+};
+
+}  // namespace
+
+#if defined(__CUDACC__)
+
+void check(const char* op, cudaError_t status) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(status));
+}
+
+void check_launch(const char* op, cudaStream_t stream) {
+  static const bool wait = [] {
+    const char* value = std::getenv("KIMI_NATIVE_SYNC");
+    return value && std::strcmp(value, "1") == 0;
+  }();
+  check(op, cudaGetLastError());
+  if (wait) check(op, cudaStreamSynchronize(stream));
+}
+
+static const char* find_device() {
+  return call([] {
+    int count = 0;
+    check("cuda", cudaGetDeviceCount(&count));
+    if (count == 0) throw std::runtime_error("cuda: no device");
+    cudaDeviceProp properties;
+    check("cuda", cudaGetDeviceProperties(&properties, 0));
+    if (properties.major < 8)
+      throw std::runtime_error(std::string("cuda: ") + properties.name +
+                               " has compute capability " + std::to_string(properties.major) + "." +
+                               std::to_string(properties.minor) + ", 8.0 is needed");
+  });
+}
+
+#else
+
+static const char* find_device() {
+  return call([] {});
+}
+
+#endif
+
+}  // namespace kn::cuda
+
+extern "C" {
+
+KN_CUDA_EXPORT int32_t kn_cuda_abi() { return kn::kCudaAbi; }
+KN_CUDA_EXPORT const char* kn_cuda_architectures() { return KN_CUDA_ARCHITECTURES; }
+KN_CUDA_EXPORT const char* kn_cuda_device() { return kn::cuda::find_device(); }
+
+KN_CUDA_EXPORT kn::CudaOp kn_cuda_op(const char* name) {
+  const auto found = kn::cuda::ops.find(name);
+  return found == kn::cuda::ops.end() ? nullptr : found->second;
+}
+
+}  // extern "C"

@@ -1,0 +1,31 @@
+// The library of CUDA kernels (libkn_cuda), opened at first use.
+//
+// It exports, in plain C:
+//   int32_t     kn_cuda_abi()             kCudaAbi of the headers it was built with
+//   const char* kn_cuda_architectures()   "80 86 ...", those it has code for
+//   const char* kn_cuda_device()          "" if the first device can be used, else why not
+//   CudaOp      kn_cuda_op(name)          an op of namespace kn::cuda, or null
+#pragma once
+#include <cstdint>
+#include <string>
+
+#define KN_CUDA_EXPORT __attribute__((visibility("default")))
+
+namespace kn {
+
+// To be raised whenever an Args struct changes.
+constexpr int32_t kCudaAbi = 1;
+
+// args: the op's Args struct. Returns "" or an error, whose first word is its kind ("value" for
+// std::invalid_argument, "runtime" for std::runtime_error); valid until the thread's next call.
+using CudaOp = const char* (*)(const void* args, void* stream);
+
+// What was found beside this library; `error` says why there are no kernels to use.
+struct CudaLibrary {
+  std::string architectures;
+  std::string error;
+};
+
+const CudaLibrary& cuda_library();
+
+}  // namespace kn

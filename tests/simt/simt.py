@@ -1,0 +1,140 @@
+"""Runs kernels in the shim: programs (bytes in, bytes out) and, with tensors in guarded buffers, ops."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from simt_build import build
+
+
+class Fault(Exception):
+    """What the shim found wrong with a kernel."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the threads of a grid are run; see csrc/simt/options.h."""
+
+    seed: int = 0
+    asynchronous: str = "late"
+    os_threads: int = 1
+    resident: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.asynchronous}-seed{self.seed}-{self.os_threads}x{self.resident}"
+
+
+# Every combination that has found a bug no other one did, and no more: the matrix of all kernel tests.
+SCHEDULES = [
+    Schedule(),
+    Schedule(asynchronous="early", seed=1),
+    Schedule(asynchronous="late", seed=2, resident=3),
+    Schedule(asynchronous="seeded", seed=3, os_threads=2, resident=2),
+]
+
+_ASYNC = {"early": 0, "late": 1, "seeded": 2}
+_ERRORS = {"fault": Fault, "value": ValueError, "runtime": RuntimeError}
+
+
+class _Buffers(ctypes.Structure):
+    _fields_ = (
+        ("in_", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("in_bytes", ctypes.c_int64),
+        ("out_bytes", ctypes.c_int64),
+        ("variant", ctypes.c_int32),
+        ("stream", ctypes.c_void_p),
+    )
+
+
+@cache
+def library(path: str | None = None) -> ctypes.CDLL:
+    lib = ctypes.CDLL(path or str(build(os.environ.get("KIMI_NATIVE_SIMT_SANITIZE", ""))))
+    lib.kn_simt_options.argtypes = [ctypes.c_uint64, *[ctypes.c_int] * 3]
+    lib.kn_simt_allocate.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_char_p]
+    lib.kn_simt_allocate.restype = ctypes.c_void_p
+    lib.kn_simt_free.argtypes = [ctypes.c_void_p]
+    lib.kn_cuda_op.argtypes = [ctypes.c_char_p]
+    lib.kn_cuda_op.restype = ctypes.c_void_p
+    for name in ("free", "program"):
+        getattr(lib, f"kn_simt_{name}").restype = ctypes.c_char_p
+    return lib
+
+
+def raise_error(text: bytes) -> None:
+    if text:
+        kind, _, message = text.decode().partition(" ")
+        raise _ERRORS[kind](message)
+
+
+class Memory:
+    """Guarded buffers: an access outside of one is a Fault, at the access or when the block is left."""
+
+    def __init__(self, flush: str) -> None:
+        self._front = int(flush == "front")
+        self._addresses: list[int] = []
+
+    def allocate(self, nbytes: int, name: str) -> int:
+        address = library().kn_simt_allocate(nbytes, self._front, name.encode())
+        self._addresses.append(address)
+        return address
+
+    def free(self) -> list[bytes]:
+        errors = [library().kn_simt_free(a) for a in self._addresses]
+        self._addresses.clear()
+        return [e for e in errors if e]
+
+
+@contextmanager
+def memory(flush: str = "end"):
+    """Buffers that touch an inaccessible page at their end ("end") or start ("front")."""
+    m = Memory(flush)
+    try:
+        yield m
+    except BaseException:
+        m.free()
+        raise
+    for error in m.free():
+        raise_error(error)
+
+
+def use(schedule: Schedule) -> None:
+    library().kn_simt_options(
+        schedule.seed, _ASYNC[schedule.asynchronous], schedule.os_threads, schedule.resident
+    )
+
+
+def stats() -> dict[str, int]:
+    """Counts of the last launch."""
+    three = (ctypes.c_uint64 * 3)()
+    library().kn_simt_stats(three)
+    return dict(zip(("switches", "wavefronts", "ideal_wavefronts"), three, strict=True))
+
+
+def run_program(
+    name: str,
+    data: np.ndarray,
+    out: np.ndarray,
+    *,
+    variant: int = 0,
+    schedule: Schedule = Schedule(),
+    flush: str = "end",
+) -> np.ndarray:
+    """A program on `data`; `out` gives the start value, shape and dtype of the result."""
+    use(schedule)
+    data = np.ascontiguousarray(data)
+    result = out.copy()
+    with memory(flush) as m:
+        source, target = m.allocate(data.nbytes, "in"), m.allocate(out.nbytes, "out")
+        ctypes.memmove(source, data.ctypes.data, data.nbytes)
+        ctypes.memmove(target, out.ctypes.data, out.nbytes)
+        buffers = _Buffers(source, target, data.nbytes, out.nbytes, variant, None)
+        raise_error(library().kn_simt_program(name.encode(), ctypes.byref(buffers)))
+        ctypes.memmove(result.ctypes.data, target, out.nbytes)
+    return result

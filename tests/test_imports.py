@@ -338,7 +338,7 @@ CPP_RULES: list[tuple[str, str, str | None]] = [
     (r"bench/.*", r"\w+\.h|kimi_native/.*", r"\w+|sys/(mman|resource|syscall)\.h|unistd\.h"),
 ]
 ANY_STANDARD = r"\w+"  # <vector>, <cmath>: no dot, no folder
-# PTX; xgetbv; the switch from one stack to another; loops of one instruction, which a compiler given intrinsics would pad
+# PTX; xgetbv; the switch of stacks; loops of one instruction, which a compiler given intrinsics would pad
 MAY_USE_ASM = (
     r"csrc/cuda/ptx\w*\.cuh|csrc/core/cpu_features\.cpp|csrc/simt/fiber\.cpp|bench/peak_loops\.cpp"
 )

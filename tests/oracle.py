@@ -135,8 +135,8 @@ def bound_limb_sum(x: Tensor, w: Tensor, *, conversion: int = 0) -> Tensor:
 
     Fixed point: each entry's error times |w|. Sums: the dot product of a group is an exact integer and the product of
     its two scales is exact, so rounding happens when it is turned into a float (INT8 only: `conversion`), in its
-    multiply-add into one of four partial sums (twice per group where the tier has no fused one) and in the two
-    additions that join these: at most 2 ceil(groups / 4) + 2 + conversion roundings on any term's way, each 2^-24 of
+    multiply-add into one of 16 partial sums (twice per group where the tier has no fused one) and in the four
+    additions that join these: at most 2 ceil(groups / 16) + 4 + conversion roundings on any term's way, each 2^-24 of
     what was summed so far, which the sum of the groups' magnitudes bounds. Underflow: a scale product below 2^-126
     loses 2^-150, times |d| < 2^28 per group.
     """
@@ -146,7 +146,7 @@ def bound_limb_sum(x: Tensor, w: Tensor, *, conversion: int = 0) -> Tensor:
     for g in range(groups):
         columns = slice(g * GROUP, (g + 1) * GROUP)
         magnitude += (x[:, columns].double() @ w[:, columns].T).abs()
-    roundings = 2 * -(-groups // 4) + 2 + conversion
+    roundings = 2 * -(-groups // 16) + 4 + conversion
     return fixed + 1.01 * roundings * 2.0**-24 * magnitude + groups * 2.0**-122
 
 

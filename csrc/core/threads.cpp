@@ -32,12 +32,6 @@ constexpr int kMaxThreads = 1024;
 
 thread_local int current_thread = -1;  // index inside the running job, -1 outside of one
 
-void relax() {
-#if defined(__x86_64__)
-  _mm_pause();
-#endif
-}
-
 struct Job {
   void (*fn)(void*, int64_t, int) = nullptr;
   void* context = nullptr;
@@ -176,6 +170,12 @@ State* state_ptr() {
 }
 
 }  // namespace
+
+void relax() {
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
+}
 
 int num_threads() { return state_ptr()->threads.load(); }
 

@@ -12,6 +12,9 @@ namespace kn {
 void run_tasks(int64_t num_tasks, void (*fn)(void* context, int64_t task, int thread),
                void* context);
 
+// One short wait inside a loop that spins.
+void relax();
+
 template <typename F>
 void parallel_for(int64_t num_tasks, F&& f) {
   run_tasks(

@@ -1,6 +1,6 @@
 // int4_gemm and int4_grouped_gemm, one tile: limbs_kernel.h with INT4 weights, plain store.
 #pragma once
-#include "cpu/limbs_panel_kernel.h"
+#include "cpu/limbs_kernel.h"
 
 namespace kn::cpu::KN_ISA {
 

@@ -10,20 +10,20 @@ int64_t int4_grouped_swiglu_workspace_bytes(const Int4GroupedSwigluArgs& a) {
 
 void int4_grouped_swiglu(const Int4GroupedSwigluArgs& a) {
   run_grouped(
-      "int4_grouped_swiglu", a, kPanelRows,
+      "int4_grouped_swiglu", a, kGemmUnitRows / 2,
       [&](int32_t expert) {
         return a.gate_packed && a.gate_scale && a.up_packed && a.up_scale &&
                a.gate_packed[expert] && a.gate_scale[expert] && a.up_packed[expert] &&
                a.up_scale[expert];
       },
-      [&](int32_t expert, int64_t row) {
+      [&](int32_t expert, int64_t row, int64_t rows) {
         const uint8_t* const packed[2] = {a.gate_packed[expert], a.up_packed[expert]};
         const bf16* const scale[2] = {a.gate_scale[expert], a.up_scale[expert]};
         LimbTile tile = {};
         for (int p = 0; p < 2; ++p) {
           tile.weight[p] = packed[p] + row * int4_row_bytes(a.in);
           tile.scale[p] = scale[p] + row * num_groups(a.in);
-          tile.rows[p] = int(std::min<int64_t>(kPanelRows, a.out - row));
+          tile.rows[p] = rows;
         }
         return tile;
       },

@@ -1,7 +1,7 @@
 // int8_gemm, one tile: limbs_kernel.h with INT8 weights. A group's integer dot product may pass
 // 2^24, so turning it into a float rounds it once.
 #pragma once
-#include "cpu/limbs_panel_kernel.h"
+#include "cpu/limbs_kernel.h"
 
 namespace kn::cpu::KN_ISA {
 

@@ -1,10 +1,10 @@
 // What the doors of int4_gemm, int8_gemm, int4_grouped_gemm and int4_grouped_swiglu share: size
 // checks, preparing the tokens, cutting the work into tasks. The arithmetic is in limbs.h.
 //
-// Workspace: [tokens] prepared tokens, then (grouped ops) the list of segments. A task is one tile
-// of rows of one segment; all tasks of an op go into one parallel_for.
+// Workspace: [tokens] prepared tokens, then (grouped ops) the list of segments.
 #pragma once
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <span>
 
@@ -12,17 +12,18 @@
 #include "core/threads.h"
 #include "cpu/dispatch.h"
 #include "cpu/limbs.h"
+#include "kimi_native/runtime.h"
 
 namespace kn::cpu {
 
-// Up to kSegmentTokens consecutive rows of one expert: enough that weights decoded once per 64
-// tokens stay in L2, few enough that one expert with thousands of rows still feeds all threads.
+// Up to kSegmentTokens consecutive rows of one expert: as many prepared tokens as stay in L2 while
+// the rows of the matrix pass (1 MB at in = 7168).
 struct Segment {
   int32_t expert;
   int32_t first_row;
   int32_t rows;
 };
-constexpr int64_t kSegmentTokens = 256;
+constexpr int64_t kSegmentTokens = 64;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -52,17 +53,63 @@ inline void check_workspace(const char* op, const void* workspace, int64_t bytes
              ": workspace must be 64-byte aligned (got ", workspace, ")");
 }
 
-using PrepareToken = void (*)(const void* x, DType dtype, int64_t in, void* out);
+// The tokens of an op and where they go.
+struct PreparedTokens {
+  const void* x;
+  DType dtype;
+  int64_t tokens, in;
+  uint8_t* out;
+  void (*prepare_token)(const void* x, DType dtype, int64_t in, void* out);
 
-inline void prepare_tokens(PrepareToken prepare, const void* x, DType dtype, int64_t tokens,
-                           int64_t in, uint8_t* out) {
-  // Four tokens take a few microseconds: fewer are not worth waking a thread.
-  constexpr int64_t kTokensPerTask = 4;
-  parallel_for(ceil_div(tokens, kTokensPerTask), [&](int64_t task, int) {
-    const int64_t end = std::min(tokens, (task + 1) * kTokensPerTask);
-    for (int64_t t = task * kTokensPerTask; t < end; ++t)
-      prepare((const char*)x + t * in * dtype_bytes(dtype), dtype, in,
-              out + t * prepared_bytes(in));
+  void prepare(int64_t begin, int64_t end) const {
+    for (int64_t t = begin; t < end; ++t)
+      prepare_token((const char*)x + t * in * dtype_bytes(dtype), dtype, in,
+                    out + t * prepared_bytes(in));
+  }
+};
+
+// The rows of an op's weights, once for each segment of tokens, cut into units of `unit_rows`.
+struct RowUnits {
+  int64_t segments, rows, unit_rows;
+};
+
+// The next run of units for a thread: long ones first, so that it streams through memory, then
+// shorter and shorter ones, so that all threads end together; never across a segment's end.
+struct UnitRun {
+  int64_t segment, row, rows;  // rows = 0: none left
+};
+inline UnitRun claim_run(std::atomic<int64_t>& next, const RowUnits& work, int threads) {
+  const int64_t per_segment = ceil_div(work.rows, work.unit_rows);
+  const int64_t total = work.segments * per_segment;
+  int64_t begin = next.load(std::memory_order_relaxed), take;
+  do {
+    if (begin >= total) return {0, 0, 0};
+    take = std::max<int64_t>(1, (total - begin) / (2 * threads));
+    take = std::min(take, per_segment - begin % per_segment);
+  } while (!next.compare_exchange_weak(begin, begin + take, std::memory_order_relaxed));
+  const int64_t row = begin % per_segment * work.unit_rows;
+  return {begin / per_segment, row, std::min(take * work.unit_rows, work.rows - row)};
+}
+
+// Runs one op: prepares the tokens, then does all rows. The threads claim both from shared
+// counters, so one that comes late holds nobody up.
+// make_tile(segment, row, rows) gives the tile of some of a segment's rows.
+template <typename MakeTile>
+void run_units(const PreparedTokens& x, const RowUnits& work, MakeTile make_tile,
+               void (*tile_kernel)(const LimbTile&)) {
+  // Four tokens take about a microsecond: fewer are not worth another thread's attention.
+  constexpr int64_t kTokensPerClaim = 4;
+  const int64_t claims = ceil_div(x.tokens, kTokensPerClaim);
+  const int threads = num_threads();
+  std::atomic<int64_t> next_claim{0}, claims_done{0}, next_unit{0};
+  parallel_for(threads, [&](int64_t, int) {
+    for (int64_t claim; (claim = next_claim.fetch_add(1, std::memory_order_relaxed)) < claims;) {
+      x.prepare(claim * kTokensPerClaim, std::min(x.tokens, (claim + 1) * kTokensPerClaim));
+      claims_done.fetch_add(1, std::memory_order_release);
+    }
+    while (claims_done.load(std::memory_order_acquire) < claims) relax();
+    for (UnitRun run; (run = claim_run(next_unit, work, threads)).rows > 0;)
+      tile_kernel(make_tile(run.segment, run.row, run.rows));
   });
 }
 
@@ -72,16 +119,18 @@ struct Matrix {
   const bf16* scale;
 };
 
-// The tile of rows `row` .. row + 31 of one matrix.
+// A tile of rows of one matrix: the first half, to a multiple of 8 rows, is panel 0.
+constexpr int64_t kGemmUnitRows = 16;
+
 template <typename Format>
-LimbTile gemm_tile(Format, const Matrix& m, int64_t row, int64_t out, int64_t in) {
+LimbTile gemm_tile(Format, const Matrix& m, int64_t row, int64_t rows, int64_t in) {
   LimbTile tile = {};
+  const int64_t half = std::min(rows, ceil_div(rows, kGemmUnitRows) * (kGemmUnitRows / 2));
   for (int p = 0; p < 2; ++p) {
-    const int64_t left = out - row - p * kPanelRows;
-    const int64_t at = left > 0 ? row + p * kPanelRows : row;  // an absent panel repeats the first
+    tile.rows[p] = p == 0 ? half : rows - half;
+    const int64_t at = tile.rows[p] > 0 ? row + p * half : row;
     tile.weight[p] = m.weight + at * row_bytes(Format{}, in);
     tile.scale[p] = m.scale + at * num_groups(in);
-    tile.rows[p] = int(std::clamp<int64_t>(left, 0, kPanelRows));
   }
   return tile;
 }
@@ -89,7 +138,8 @@ LimbTile gemm_tile(Format, const Matrix& m, int64_t row, int64_t out, int64_t in
 // The whole of int4_gemm and int8_gemm once the sizes are checked.
 template <typename Format, typename Args>
 void dense_limb_gemm(const char* op, Format format, const Args& a, const Matrix& m,
-                     PrepareToken prepare, void (*tile_kernel)(const LimbTile&)) {
+                     decltype(PreparedTokens::prepare_token) prepare,
+                     void (*tile_kernel)(const LimbTile&)) {
   if (a.tokens == 0 || a.out == 0) return;
   KN_REQUIRE(a.x && a.y && m.weight && m.scale, op,
              ": x, weight, weight_scale and y must not be "
@@ -97,20 +147,20 @@ void dense_limb_gemm(const char* op, Format format, const Args& a, const Matrix&
              a.x, ", ", (const void*)m.weight, ", ", (const void*)m.scale, ", ", a.y, ")");
   check_workspace(op, a.workspace, a.workspace_bytes, prepared_tokens_bytes(op, a.tokens, a.in));
   uint8_t* x = (uint8_t*)a.workspace;
-  prepare_tokens(prepare, a.x, a.x_dtype, a.tokens, a.in, x);
-  constexpr int64_t kRowsPerTask = 2 * kPanelRows;
-  const int64_t row_tasks = ceil_div(a.out, kRowsPerTask);
-  parallel_for(row_tasks * ceil_div(a.tokens, kSegmentTokens), [&](int64_t task, int) {
-    const int64_t row = task % row_tasks * kRowsPerTask, first = task / row_tasks * kSegmentTokens;
-    LimbTile tile = gemm_tile(format, m, row, a.out, a.in);
+  const PreparedTokens tokens{a.x, a.x_dtype, a.tokens, a.in, x, prepare};
+  const auto make_tile = [&](int64_t segment, int64_t row, int64_t rows) {
+    const int64_t first = segment * kSegmentTokens;
+    LimbTile tile = gemm_tile(format, m, row, rows, a.in);
     tile.x = x + first * prepared_bytes(a.in);
     tile.y = (char*)a.y + (first * a.out + row) * dtype_bytes(a.y_dtype);
     tile.y_stride = a.out;
     tile.y_dtype = a.y_dtype;
     tile.tokens = std::min(kSegmentTokens, a.tokens - first);
     tile.in = a.in;
-    tile_kernel(tile);
-  });
+    return tile;
+  };
+  run_units(tokens, {ceil_div(a.tokens, kSegmentTokens), a.out, kGemmUnitRows}, make_tile,
+            tile_kernel);
 }
 
 // ---- grouped ops ----
@@ -150,9 +200,8 @@ int64_t make_segments(const char* op, const Args& a, Segment* segments) {
   return n;
 }
 
-// Checks pointers, indices and workspace, prepares every row of x, and returns the number of
-// segments (0: nothing to do). has_weights(e) says that no pointer of expert e is null; only
-// experts with rows are asked.
+// Checks pointers, indices and workspace, and returns the number of segments (0: nothing to do).
+// has_weights(e) says that no pointer of expert e is null; only experts with rows are asked.
 template <typename Args, typename HasWeights>
 int64_t open_grouped(const char* op, const Args& a, HasWeights has_weights) {
   const int64_t needed = grouped_workspace_bytes(op, a);
@@ -176,7 +225,6 @@ int64_t open_grouped(const char* op, const Args& a, HasWeights has_weights) {
                ": weight pointers of an expert with rows must not be "
                "null (got null for expert ",
                s.expert, ")");
-  prepare_tokens(kernels().int4_prepare, a.x, a.x_dtype, a.x_rows, a.in, x);
   return n;
 }
 
@@ -192,22 +240,22 @@ void place_grouped_tile(const Args& a, const Segment& s, int64_t row, LimbTile& 
   tile.in = a.in;
 }
 
-// All tasks of a grouped op: make_tile(expert, row) gives the weights of rows_per_task rows.
+// All of a grouped op: make_tile(expert, row, rows) gives the weights of some rows of an expert.
 template <typename Args, typename HasWeights, typename MakeTile>
-void run_grouped(const char* op, const Args& a, int64_t rows_per_task, HasWeights has_weights,
+void run_grouped(const char* op, const Args& a, int64_t unit_rows, HasWeights has_weights,
                  MakeTile make_tile, void (*tile_kernel)(const LimbTile&)) {
   const int64_t num_segments = open_grouped(op, a, has_weights);
   if (num_segments == 0) return;
-  const Segment* segments =
-      (const Segment*)((const uint8_t*)a.workspace + prepared_tokens_bytes(op, a.x_rows, a.in));
-  const int64_t row_tasks = ceil_div(a.out, rows_per_task);
-  parallel_for(num_segments * row_tasks, [&](int64_t task, int) {
-    const Segment& s = segments[task / row_tasks];
-    const int64_t row = task % row_tasks * rows_per_task;
-    LimbTile tile = make_tile(s.expert, row);
+  uint8_t* x = (uint8_t*)a.workspace;
+  const Segment* segments = (const Segment*)(x + prepared_tokens_bytes(op, a.x_rows, a.in));
+  const PreparedTokens tokens{a.x, a.x_dtype, a.x_rows, a.in, x, kernels().int4_prepare};
+  const auto make_placed_tile = [&](int64_t segment, int64_t row, int64_t rows) {
+    const Segment& s = segments[segment];
+    LimbTile tile = make_tile(s.expert, row, rows);
     place_grouped_tile(a, s, row, tile);
-    tile_kernel(tile);
-  });
+    return tile;
+  };
+  run_units(tokens, {num_segments, a.out, unit_rows}, make_placed_tile, tile_kernel);
 }
 
 }  // namespace kn::cpu

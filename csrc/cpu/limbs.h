@@ -8,8 +8,8 @@
 //   Groups with max|x| < 2^-112: step is 2^-126, so their absolute error stays below 2^-126.
 //   A group with a NaN or an infinity: step is NaN, and so is every output of the token.
 // A weight q in [-8, 7] or [-127, 127] gives the exact integer d = sum of q * v over a group. Then
-//   acc[g % 4] = fma(float(d), weight_scale * step, acc[g % 4])     groups g ascending
-//   y          = (acc[0] + acc[2]) + (acc[1] + acc[3])
+//   acc[g % 16] = fma(float(d), weight_scale * step, acc[g % 16])     groups g ascending
+//   y           = sum of the 16: i + (i + 8) first, then quarters, pairs, the last two
 // in fp32, in every tier and kernel variant: the bits depend on nothing but x and w.
 #pragma once
 #include <cstdint>
@@ -24,18 +24,28 @@ static constexpr int kChunkInputs = kChunkGroups * int(kGroupSize);
 static constexpr int kChunkValueBytes = 2 * kChunkInputs;
 static constexpr int kLimbLimit = 32639;  // 127 * 256 + 127
 
-// What a tile needs to know about the four groups of a chunk. `offset` is -zero_point * sum(v) for
-// weights stored as unsigned q + zero_point, 0 for signed ones.
-struct GroupParams {
-  int32_t offset[kChunkGroups];
-  float step[kChunkGroups];
-};
-
-// A prepared token, 64-byte aligned: [chunks][256] bytes of v in an order that the tier chooses,
-// then [chunks] GroupParams. Groups past `in` are zero.
 static constexpr int64_t num_chunks(int64_t in) { return (in + kChunkInputs - 1) / kChunkInputs; }
+
+// A prepared token, 64-byte aligned: for each chunk 128 values v as two signed bytes or 16 bits, in
+// an order that the tier chooses; then what a tile needs to know about each group. `offset` is
+// -zero_point * sum(v) for weights stored as unsigned q + zero_point, 0 for signed ones. There are
+// as many chunks as fill whole blocks of four; everything past `in` is zero.
+static constexpr int kBlockChunks = 4;  // 16 groups: one register of scales
+static constexpr int kBlockGroups = kBlockChunks * kChunkGroups;
+static constexpr int64_t padded_chunks(int64_t in) {
+  return (num_chunks(in) + kBlockChunks - 1) / kBlockChunks * kBlockChunks;
+}
 static constexpr int64_t prepared_bytes(int64_t in) {
-  return (num_chunks(in) * (kChunkValueBytes + int64_t(sizeof(GroupParams))) + 63) / 64 * 64;
+  return padded_chunks(in) * (kChunkValueBytes + kChunkGroups * 8);
+}
+struct PreparedToken {
+  const uint8_t* values;
+  const int32_t* offset;
+  const float* step;
+};
+static inline PreparedToken prepared_token(const uint8_t* at, int64_t in) {
+  const int32_t* offset = (const int32_t*)(at + padded_chunks(in) * kChunkValueBytes);
+  return {at, offset, (const float*)(offset + padded_chunks(in) * kChunkGroups)};
 }
 
 // The two weight formats (layout.h), as tags that kernels are templates on.
@@ -48,13 +58,13 @@ struct Int8 {
 static constexpr int64_t row_bytes(Int4, int64_t in) { return int4_row_bytes(in); }
 static constexpr int64_t row_bytes(Int8, int64_t in) { return in; }
 
-// Two panels of up to 16 weight rows times some tokens. gemm: the second panel follows the first
-// in the same matrix and in y. swiglu: panel 0 is gate, panel 1 up, and y = silu(gate) * up.
-static constexpr int kPanelRows = 16;
+// Two panels of weight rows times some tokens. gemm: the second panel follows the first in the same
+// matrix and in y. swiglu: panel 0 is gate, panel 1 up, and y = silu(gate) * up.
+static constexpr int kPanelRows = 16;  // of a panel, done together
 struct LimbTile {
   const uint8_t* weight[2];  // first row of each panel
   const bf16* scale[2];
-  int rows[2];             // [0]: 1 to 16; [1]: 0 to 16
+  int64_t rows[2];         // [0]: at least 1; [1]: at most as many
   const uint8_t* x;        // prepared tokens, prepared_bytes(in) apart
   const int32_t* x_index;  // [tokens] which of them, or null: in order
   void* y;                 // first row and token of the tile

@@ -1,122 +1,228 @@
-// Integer dot products of the INT4 and INT8 ops with VNNI. The prepared values of a chunk are four
-// registers, {high, low} limbs x {first, second} half, where first and second say which 64 of the
-// 128 weights a decoded register holds:
-//   INT4: first = even columns (low nibbles), second = odd columns
-//   INT8: first = columns 0-15 of every group, second = columns 16-31
-// so 128-bit lane g of either register belongs to group g, in 4 dwords of 4 weights.
+// Integer dot products of the INT4 and INT8 ops with VNNI. A quad of weight rows is decoded to 8
+// registers, {first, second} x 4: register k of them holds a dword (4 weights) of every group,
+// lane 4 r + g that of row r and group g.
+//   INT4: dword k of a group's 16 bytes; first = even columns (low nibbles), second = odd ones
+//   INT8: first = dword 2 k of a group's 32 bytes, second = dword 2 k + 1
+// The prepared values of a chunk are {first, second} x {low, high} limbs x k x 4 groups, a dword
+// each. Weights stay or become unsigned: u = q + zero_point.
 #pragma once
 
 namespace kn::cpu::KN_ISA {
 
-struct i32x16 {
-  __m512i v;
-};
-
-KN_INLINE f32x16 to_f32(i32x16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
-KN_INLINE i32x16 add(i32x16 a, i32x16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
-
-// [0..3] of memory to lanes 0000 1111 2222 3333.
-KN_INLINE __m512i each_four_times() {
-  return _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-}
-KN_INLINE f32x16 spread(const float* p) {
-  return {_mm512_permutexvar_ps(each_four_times(), _mm512_castps128_ps512(_mm_loadu_ps(p)))};
-}
-KN_INLINE i32x16 spread(const int32_t* p) {
-  return {_mm512_permutexvar_epi32(each_four_times(),
-                                   _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)p)))};
-}
-
-// acc lane 4 p + r to out[r]: (p0 + p2) + (p1 + p3).
-KN_INLINE void store_row_sums(float* out, f32x16 acc) {
-  const __m256 s = _mm256_add_ps(_mm512_castps512_ps256(acc.v), _mm512_extractf32x8_ps(acc.v, 1));
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
-}
-
-// Scales of 4 rows x 16 groups to scale[c] lane 4 g + r = row r, group 4 c + g.
-KN_INLINE void load_quad_scales(const bf16* const p[4], f32x16 scale[4]) {
-  alignas(64) static const uint16_t kOrder[32] = {0,  0,  0,  16, 0,  32, 0, 48, 0,  1, 0,
-                                                  17, 0,  33, 0,  49, 0,  2, 0,  18, 0, 34,
-                                                  0,  50, 0,  3,  0,  19, 0, 35, 0,  51};
-  __m256i row[4];
-  for (int r = 0; r < 4; ++r) row[r] = _mm256_loadu_si256((const __m256i*)p[r]);
-  const __m512i ab = _mm512_inserti64x4(_mm512_castsi256_si512(row[0]), row[1], 1);
-  const __m512i cd = _mm512_inserti64x4(_mm512_castsi256_si512(row[2]), row[3], 1);
-  __m512i order = _mm512_load_si512(kOrder);
-  for (int c = 0; c < 4; ++c) {
-    // A bf16 in the upper half of a lane is its float value.
-    scale[c].v = _mm512_castsi512_ps(_mm512_maskz_permutex2var_epi16(0xaaaaaaaa, ab, order, cd));
-    order = _mm512_add_epi16(order, _mm512_set1_epi16(4));
-  }
-}
-
 KN_INLINE int zero_point(Int4) { return kInt4ZeroPoint; }
 KN_INLINE int zero_point(Int8) { return 128; }
 
-KN_INLINE void decode(Int4, const uint8_t* w, __m512i& first, __m512i& second) {
-  const __m512i low = _mm512_set1_epi8(15), bytes = _mm512_loadu_si512(w);
-  first = _mm512_and_si512(bytes, low);
-  second = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low);
-}
-KN_INLINE void decode(Int8, const uint8_t* w, __m512i& first, __m512i& second) {
-  const __m512i flip = _mm512_set1_epi8(-128);  // signed q to unsigned q + 128
-  const __m512i a = _mm512_xor_si512(_mm512_loadu_si512(w), flip);
-  const __m512i b = _mm512_xor_si512(_mm512_loadu_si512(w + 64), flip);
-  first = _mm512_shuffle_i64x2(a, b, 0x88);
-  second = _mm512_shuffle_i64x2(a, b, 0xdd);
+// 16 bytes of memory, aligned to 16, to all four lanes of 128 bits.
+KN_INLINE __m512i broadcast_lane(const void* p) {
+  return _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)p));
 }
 
-KN_INLINE void pack_chunk(Int4, const int16_t* v, uint8_t* out) {
-  int8_t* o = (int8_t*)out;
-  for (int i = 0; i < 64; ++i) {
-    o[i] = int8_t((v[2 * i] + 128) >> 8);
-    o[64 + i] = int8_t((v[2 * i + 1] + 128) >> 8);
-    o[128 + i] = int8_t(v[2 * i]);
-    o[192 + i] = int8_t(v[2 * i + 1]);
+// Sums of 4 rows by the fixed tree: acc[c] lane 4 r + g is partial sum 4 c + g of row r.
+KN_INLINE void store_row_sums(float* out, const float (*acc)[16]) {
+  const __m512 s = _mm512_add_ps(_mm512_add_ps(_mm512_load_ps(acc[0]), _mm512_load_ps(acc[2])),
+                                 _mm512_add_ps(_mm512_load_ps(acc[1]), _mm512_load_ps(acc[3])));
+  const __m512 pairs = _mm512_add_ps(s, _mm512_permute_ps(s, 0x4e));
+  const __m512 sums = _mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0xb1));
+  const __m512i each = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(each, sums)));
+}
+
+// Four times 16 bytes, one to each lane of 128 bits.
+KN_INLINE __m512i gather_lanes(const void* const p[4]) {
+  __m512i a = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)p[0]));
+  a = _mm512_mask_broadcast_i32x4(a, 0x00f0, _mm_loadu_si128((const __m128i*)p[1]));
+  a = _mm512_mask_broadcast_i32x4(a, 0x0f00, _mm_loadu_si128((const __m128i*)p[2]));
+  return _mm512_mask_broadcast_i32x4(a, 0xf000, _mm_loadu_si128((const __m128i*)p[3]));
+}
+
+// Scales of 4 rows x 8 groups to scale[c] lane 4 r + g = row r, group 4 c + g. A bf16 in the upper
+// half of a lane is its float value.
+KN_INLINE void load_two_chunk_scales(const bf16* const row[4], __m512 scale[2]) {
+  const void* const p[4] = {row[0], row[1], row[2], row[3]};
+  const __m512i a = gather_lanes(p), zero = _mm512_setzero_si512();
+  scale[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, a));
+  scale[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, a));
+}
+
+// out[k] lane r of 128 bits = lane k of in[r].
+KN_INLINE void transpose_lanes(const __m512i in[4], __m512i out[4]) {
+  const __m512i ab_low = _mm512_shuffle_i64x2(in[0], in[1], 0x44);
+  const __m512i ab_high = _mm512_shuffle_i64x2(in[0], in[1], 0xee);
+  const __m512i cd_low = _mm512_shuffle_i64x2(in[2], in[3], 0x44);
+  const __m512i cd_high = _mm512_shuffle_i64x2(in[2], in[3], 0xee);
+  out[0] = _mm512_shuffle_i64x2(ab_low, cd_low, 0x88);
+  out[1] = _mm512_shuffle_i64x2(ab_low, cd_low, 0xdd);
+  out[2] = _mm512_shuffle_i64x2(ab_high, cd_high, 0x88);
+  out[3] = _mm512_shuffle_i64x2(ab_high, cd_high, 0xdd);
+}
+
+// One chunk of 4 rows to out[half][k].
+KN_INLINE void decode_quad(Int4, const uint8_t* const row[4], __m512i out[2][4]) {
+  // Dwords k and k + 1 of every group of two rows: lanes (a k) (b k) (a k + 1) (b k + 1).
+  const __m512i low = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(2));
+  const __m512i a = _mm512_loadu_si512(row[0]), b = _mm512_loadu_si512(row[1]);
+  const __m512i c = _mm512_loadu_si512(row[2]), d = _mm512_loadu_si512(row[3]);
+  const __m512i ab0 = _mm512_permutex2var_epi32(a, low, b);
+  const __m512i ab2 = _mm512_permutex2var_epi32(a, high, b);
+  const __m512i cd0 = _mm512_permutex2var_epi32(c, low, d);
+  const __m512i cd2 = _mm512_permutex2var_epi32(c, high, d);
+  const __m512i k[4] = {_mm512_shuffle_i64x2(ab0, cd0, 0x44), _mm512_shuffle_i64x2(ab0, cd0, 0xee),
+                        _mm512_shuffle_i64x2(ab2, cd2, 0x44), _mm512_shuffle_i64x2(ab2, cd2, 0xee)};
+  const __m512i nibble = _mm512_set1_epi8(15);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    out[0][i] = _mm512_and_si512(k[i], nibble);
+    out[1][i] = _mm512_and_si512(_mm512_srli_epi16(k[i], 4), nibble);
   }
 }
-KN_INLINE void pack_chunk(Int8, const int16_t* v, uint8_t* out) {
-  int8_t* o = (int8_t*)out;
-  for (int g = 0; g < kChunkGroups; ++g)
-    for (int i = 0; i < 16; ++i) {
-      o[16 * g + i] = int8_t((v[32 * g + i] + 128) >> 8);
-      o[64 + 16 * g + i] = int8_t((v[32 * g + 16 + i] + 128) >> 8);
-      o[128 + 16 * g + i] = int8_t(v[32 * g + i]);
-      o[192 + 16 * g + i] = int8_t(v[32 * g + 16 + i]);
-    }
-}
-
-// Sums the 4 dwords of each group of 4 rows: lane 4 g + r.
-KN_INLINE __m512i reduce_rows(const __m512i a[4]) {
-  const __m512i ab =
-      _mm512_add_epi32(_mm512_unpacklo_epi32(a[0], a[1]), _mm512_unpackhi_epi32(a[0], a[1]));
-  const __m512i cd =
-      _mm512_add_epi32(_mm512_unpacklo_epi32(a[2], a[3]), _mm512_unpackhi_epi32(a[2], a[3]));
-  return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-}
-
-// One chunk of 4 weight rows times T tokens: d[t] lane 4 g + r is the dot product of row r and
-// token t over group g, short of the token's `offset`.
-template <int T, typename Format>
-KN_INLINE void quad_dots(Format format, const uint8_t* const w[4], const uint8_t* const x[T],
-                         i32x16 d[T]) {
+KN_INLINE void decode_quad(Int8, const uint8_t* const row[4], __m512i out[2][4]) {
+  const __m512i even = _mm512_setr_epi32(0, 8, 16, 24, 2, 10, 18, 26, 4, 12, 20, 28, 6, 14, 22, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  const __m512i flip = _mm512_set1_epi8(-128);  // signed q to unsigned q + 128
   __m512i first[4], second[4];
 #pragma GCC unroll 4
-  for (int r = 0; r < 4; ++r) decode(format, w[r], first[r], second[r]);
-#pragma GCC unroll 4
-  for (int t = 0; t < T; ++t) {
-    const __m512i high1 = _mm512_load_si512(x[t]), high2 = _mm512_load_si512(x[t] + 64);
-    const __m512i low1 = _mm512_load_si512(x[t] + 128), low2 = _mm512_load_si512(x[t] + 192);
-    __m512i a[4];
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
-      a[r] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), first[r], high1);
-      a[r] = _mm512_slli_epi32(_mm512_dpbusd_epi32(a[r], second[r], high2), 8);
-      a[r] = _mm512_dpbusd_epi32(a[r], first[r], low1);
-      a[r] = _mm512_dpbusd_epi32(a[r], second[r], low2);
-    }
-    d[t].v = reduce_rows(a);
+  for (int r = 0; r < 4; ++r) {
+    const __m512i a = _mm512_xor_si512(_mm512_loadu_si512(row[r]), flip);
+    const __m512i b = _mm512_xor_si512(_mm512_loadu_si512(row[r] + 64), flip);
+    first[r] = _mm512_permutex2var_epi32(a, even, b);
+    second[r] = _mm512_permutex2var_epi32(a, odd, b);
   }
+  transpose_lanes(first, out[0]);
+  transpose_lanes(second, out[1]);
+}
+
+// Up to 64 bytes of memory; the rest of the register is zero.
+KN_INLINE __m512i load_bytes(const uint8_t* p, int64_t n) {
+  if (n >= 64) return _mm512_loadu_si512(p);
+  return _mm512_maskz_loadu_epi8(n > 0 ? (uint64_t(1) << n) - 1 : 0, p);
+}
+
+// One chunk of a single row, `n` bytes of it, to {first, second}: lane 4 k + g is dword k of group
+// g.
+KN_INLINE void decode_row(Int4, const uint8_t* w, int64_t n, __m512i out[2]) {
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i nibble = _mm512_set1_epi8(15);
+  const __m512i a = _mm512_permutexvar_epi32(order, load_bytes(w, n));
+  out[0] = _mm512_and_si512(a, nibble);
+  out[1] = _mm512_and_si512(_mm512_srli_epi16(a, 4), nibble);
+}
+KN_INLINE void decode_row(Int8, const uint8_t* w, int64_t n, __m512i out[2]) {
+  const __m512i even = _mm512_setr_epi32(0, 8, 16, 24, 2, 10, 18, 26, 4, 12, 20, 28, 6, 14, 22, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  const __m512i flip = _mm512_set1_epi8(-128);  // signed q to unsigned q + 128
+  const __m512i a = _mm512_xor_si512(load_bytes(w, n), flip);
+  const __m512i b = _mm512_xor_si512(load_bytes(w + 64, n - 64), flip);
+  out[0] = _mm512_permutex2var_epi32(a, even, b);
+  out[1] = _mm512_permutex2var_epi32(a, odd, b);
+}
+
+// Sums the 4 lanes of 128 bits of each register: lane 4 c + g of the result comes from a[c].
+KN_INLINE __m512i reduce_chunks(const __m512i a[4]) {
+  const __m512i ab = _mm512_add_epi32(_mm512_shuffle_i64x2(a[0], a[1], 0x44),
+                                      _mm512_shuffle_i64x2(a[0], a[1], 0xee));
+  const __m512i cd = _mm512_add_epi32(_mm512_shuffle_i64x2(a[2], a[3], 0x44),
+                                      _mm512_shuffle_i64x2(a[2], a[3], 0xee));
+  return _mm512_add_epi32(_mm512_shuffle_i64x2(ab, cd, 0x88), _mm512_shuffle_i64x2(ab, cd, 0xdd));
+}
+
+// ---- activations ----
+#define KN_OWN_PREPARE_CHUNK
+
+// Bytes of 8 inputs' (low, high) limb pairs to {first, second} x {low, high} dwords.
+KN_INLINE __m512i limb_order(Int4) {
+  return _mm512_broadcast_i32x4(
+      _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+}
+KN_INLINE __m512i limb_order(Int8) {
+  return _mm512_broadcast_i32x4(
+      _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
+}
+
+// Lane i of the result: the largest lane of m[i], as unsigned integers.
+KN_INLINE __m128i largest_of_each(const __m512i m[4]) {
+  __m128i a[4];
+#pragma GCC unroll 4
+  for (int g = 0; g < 4; ++g) {
+    const __m256i half =
+        _mm256_max_epu32(_mm512_castsi512_si256(m[g]), _mm512_extracti64x4_epi64(m[g], 1));
+    a[g] = _mm_max_epu32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  }
+  const __m128i ab = _mm_max_epu32(_mm_unpacklo_epi32(a[0], a[1]), _mm_unpackhi_epi32(a[0], a[1]));
+  const __m128i cd = _mm_max_epu32(_mm_unpacklo_epi32(a[2], a[3]), _mm_unpackhi_epi32(a[2], a[3]));
+  return _mm_max_epu32(_mm_unpacklo_epi64(ab, cd), _mm_unpackhi_epi64(ab, cd));
+}
+
+// Largest magnitudes of four groups to the biased exponents of their steps, at least 1: 2^-126.
+KN_INLINE __m128i step_exponents(__m128i largest) {
+  const __m128i exponent = _mm_srli_epi32(largest, 23);
+  const __m128i step =
+      _mm_max_epi32(_mm_sub_epi32(exponent, _mm_set1_epi32(14)), _mm_set1_epi32(1));
+  const __m128 inverse =
+      _mm_castsi128_ps(_mm_slli_epi32(_mm_sub_epi32(_mm_set1_epi32(254), step), 23));
+  const __mmask8 passes = _mm_cmp_ps_mask(_mm_mul_ps(_mm_castsi128_ps(largest), inverse),
+                                          _mm_set1_ps(kLimbLimit + 0.5f), _CMP_GE_OQ);
+  return _mm_mask_add_epi32(step, passes, step, _mm_set1_epi32(1));
+}
+
+// Sum over the four lanes of 128 bits.
+KN_INLINE __m128i add_lanes(__m512i a) {
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+  return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
+template <typename Format, typename T>
+KN_INLINE void prepare_chunk(Format format, const T* x, uint8_t* values, int32_t* offset,
+                             float* step) {
+  f32x16 f[4][2];
+  __m512i largest[4];
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+#pragma GCC unroll 4
+  for (int g = 0; g < 4; ++g) {
+    f[g][0] = load(x + 32 * g);
+    f[g][1] = load(x + 32 * g + 16);
+    largest[g] = _mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(f[g][0].v), magnitude),
+                                  _mm512_and_si512(_mm512_castps_si512(f[g][1].v), magnitude));
+  }
+  const __m128i most = largest_of_each(largest), exponent = step_exponents(most);
+  const __mmask8 bad = _mm_cmpge_epu32_mask(most, _mm_set1_epi32(0x7f800000));
+  alignas(16) float inverse[4];
+  _mm_store_ps(inverse, _mm_castsi128_ps(_mm_maskz_slli_epi32(
+                            __mmask8(~bad), _mm_sub_epi32(_mm_set1_epi32(254), exponent), 23)));
+  __m512i limbs[4];
+#pragma GCC unroll 4
+  for (int g = 0; g < 4; ++g) {
+    // Adding and taking away 1.5 * 2^23 rounds to an integer, ties to even. NaN and infinity times
+    // zero is NaN, whose conversion leaves 16 zero bits.
+    const __m512 shift = _mm512_set1_ps(12582912.0f), s = _mm512_set1_ps(inverse[g]);
+    __m256i half[2];
+    for (int i = 0; i < 2; ++i)
+      half[i] = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(
+          _mm512_sub_ps(_mm512_add_ps(_mm512_mul_ps(f[g][i].v, s), shift), shift)));
+    const __m512i v = _mm512_inserti64x4(_mm512_castsi256_si512(half[0]), half[1], 1);
+    // v + 128 has the high limb in its upper byte and the low one, sign flipped, in its lower.
+    limbs[g] = _mm512_shuffle_epi8(
+        _mm512_xor_si512(_mm512_add_epi16(v, _mm512_set1_epi16(128)), _mm512_set1_epi16(128)),
+        limb_order(format));
+  }
+  const __m512i ab0 = _mm512_unpacklo_epi32(limbs[0], limbs[1]);
+  const __m512i ab2 = _mm512_unpackhi_epi32(limbs[0], limbs[1]);
+  const __m512i cd0 = _mm512_unpacklo_epi32(limbs[2], limbs[3]);
+  const __m512i cd2 = _mm512_unpackhi_epi32(limbs[2], limbs[3]);
+  const __m512i low[2] = {_mm512_unpacklo_epi64(ab0, cd0), _mm512_unpacklo_epi64(ab2, cd2)};
+  const __m512i high[2] = {_mm512_unpackhi_epi64(ab0, cd0), _mm512_unpackhi_epi64(ab2, cd2)};
+  const __m512i ones = _mm512_set1_epi8(1), zero = _mm512_setzero_si512();
+  __m512i sum = _mm512_slli_epi32(
+      _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, ones, high[0]), ones, high[1]), 8);
+  sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, ones, low[0]), ones, low[1]);
+  for (int half = 0; half < 2; ++half) {
+    _mm512_storeu_si512(values + half * 128, low[half]);
+    _mm512_storeu_si512(values + half * 128 + 64, high[half]);
+  }
+  _mm_store_si128((__m128i*)offset,
+                  _mm_mullo_epi32(add_lanes(sum), _mm_set1_epi32(-zero_point(format))));
+  _mm_store_si128((__m128i*)step, _mm_mask_mov_epi32(_mm_slli_epi32(exponent, 23), bad,
+                                                     _mm_set1_epi32(0x7fc00000)));
 }
 
 }  // namespace kn::cpu::KN_ISA

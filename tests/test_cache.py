@@ -92,6 +92,18 @@ def test_cache_rows_of_different_tokens_never_meet():
     assert cache.free_tokens == 40 - 4 * len(owned)
 
 
+def test_cache_slots_are_page_times_size_plus_place():
+    cache = make_cache()
+    first, second = cache.new_sequence(), cache.new_sequence()
+    for seq in (first, second, first):  # pages of the two alternate
+        seq.length += 4 * bool(seq.pages)
+        cache.reserve(seq, 4)
+    assert len(first.pages) == 2
+    expected = [page * 4 + i for page in first.pages for i in range(4)]
+    assert cache.slots(first, 0, 8).tolist() == expected
+    assert cache.slots(first, 3, 6).tolist() == expected[3:6]
+
+
 def test_cache_page_table_is_as_wide_as_the_longest():
     cache = make_cache()
     short, long, none = (cache.new_sequence() for _ in range(3))

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import sys
+import time
 
 import pytest
 import torch
@@ -55,6 +56,12 @@ def test_every_preset_and_format_generates(tmp_path, preset, format):
     if model.chat_format is not None:
         chat = model.generate("Hello", **options)
         assert model.tokenizer.decode(chat.prompt_ids).endswith(("<|im_middle|>", "<think>"))
+
+
+def test_cache_holds_a_full_context_for_every_place_in_the_batch(folders):
+    model = kn.load(folders["int4"], max_context=100, max_batch=3)
+    assert model.max_context == 100
+    assert model._engine._cache.num_pages == 3 * 2  # 100 tokens take two pages of 64
 
 
 def test_int4_and_bf16_of_one_seed_give_the_same_tokens(folders, model):
@@ -152,9 +159,10 @@ GENERATE = ("--raw-prompt", "--max-tokens", "6", "--seed", "9", "--max-context",
 
 
 def test_command_line_json_has_the_promised_fields(folders, model, capsys):
-    code, out, err = run(
-        capsys, "generate", "--model", folders["int4"], *GENERATE, "--json", "Hi 🙂"
-    )
+    argv = ("generate", "--model", folders["int4"], *GENERATE, "--json", "Hi 🙂")
+    started = time.perf_counter()
+    code, out, err = run(capsys, *argv)
+    elapsed = time.perf_counter() - started
     result = json.loads(out)
     assert (code, err) == (0, "")
     assert list(result) == [
@@ -171,7 +179,9 @@ def test_command_line_json_has_the_promised_fields(folders, model, capsys):
         *("load_s", "waiting_s", "prefill_s", "decode_s"),
         *("prefill_tokens_per_s", "decode_tokens_per_s"),
     }
-    assert result["timing"]["load_s"] > 0
+    seconds = [result["timing"][f"{part}_s"] for part in ("load", "waiting", "prefill", "decode")]
+    assert min(seconds) > 0
+    assert sum(seconds) <= elapsed
 
 
 def test_command_line_prints_the_same_text_plain_streamed_and_from_stdin(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 
@@ -342,8 +343,12 @@ def test_engine_draws_a_seed_when_none_is_given():
 
 def test_engine_reports_where_the_time_went():
     engine, _, _ = make_engine(eos_ids=())
+    started = time.perf_counter()
     report = engine.report(engine.add([1], SamplingParams(max_tokens=3)))
+    time.sleep(0.02)
     run(engine)
+    elapsed = time.perf_counter() - started
     assert report.prefill_s > 0
     assert report.decode_s > 0
-    assert report.waiting_s >= 0
+    assert report.waiting_s >= 0.02
+    assert report.waiting_s + report.prefill_s + report.decode_s <= elapsed

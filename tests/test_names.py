@@ -68,6 +68,15 @@ def test_names_documented_ops_exist():
     assert sorted(headings) == sorted(ops.__all__)
 
 
+def test_names_every_ops_test_runs_under_the_sanitizers():
+    listed = re.search(
+        r"^tests=\((.*?)\)", (ROOT / ".ci/run").read_text(), re.MULTILINE | re.DOTALL
+    )[1].split()
+    files = {path.name for pattern in listed for path in ROOT.glob(pattern)}
+    missing = {f"test_{name}.py" for name in ops.__all__} - files
+    assert not missing, f"enter these tests in .ci/run: {sorted(missing)}"
+
+
 def test_names_checker_sees_a_missing_name():
     for files, pattern in PLACES.values():
         assert not holds(pattern, files, "no_such_op")

@@ -7,12 +7,14 @@ import math
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 from kimi_native import cli, ops
 from kimi_native.bench import e2e, native, peer_int4, peer_llama, peer_moe, peers, plot, turns
+from kimi_native.bench.load import OtherLoad
 from kimi_native.bench.problem import PeerMissing, num_copies
 from kimi_native.bench.rows import FIELDS, PEER_FIELDS, Limits, make_row, read_rows, row_line
 from kimi_native.errors import RequestError
@@ -383,6 +385,22 @@ def test_take_turns_gives_both_their_turns(monkeypatch):
     for name, samples in (("a", ours), ("b", theirs)):
         numbers = [call for who, call in calls if who == name]
         assert sorted(set(numbers)) == list(range(len(samples) + 1))
+
+
+def test_other_load_is_that_of_others():
+    """Ten clock ticks of this process are its own; those of one that it does not know are not."""
+    spin = [sys.executable, "-c", "print(flush=True)\nwhile True: pass"]
+    with subprocess.Popen(spin, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        alone, together = OtherLoad(), OtherLoad([other.pid])
+        until = time.perf_counter() + 1.0
+        while time.perf_counter() < until:
+            pass
+        known, unknown = together.share(), alone.share()
+        other.kill()
+    cores = os.sysconf("SC_NPROCESSORS_ONLN")
+    # A second is a hundred ticks; each of the six counters read may be off by one or two.
+    assert unknown - known > 0.2 / cores
 
 
 def test_problem_rotates_through_more_than_the_cache(monkeypatch):

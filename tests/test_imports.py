@@ -23,7 +23,7 @@ FILES = {"safetensors_file", "tensor_table", "json_file"}
 PTQ = {"quant.ptq_plan", "quant.ptq_tensors", "quant.ptq_state"}
 WRITING = {"checkpoint_writer", "folder_names", "progress_bar"}
 RUN = {"engine", "generation", "model", "recorded", "cache", "loader", "ops"}
-BENCH = {"bench.native", "bench.rows", "bench.e2e"}
+BENCH = {"bench.native", "bench.rows", "bench.load", "bench.e2e"}
 MODULES: dict[str, tuple[set[str], set[str]]] = {
     # commands
     "__init__": ({"generate", "generation", "sampling", "chat.types"}, set()),
@@ -110,7 +110,8 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "bench.command": ({"ops", "make_checkpoint", *BENCH, "bench.peers", "bench.plot"}, set()),
     "bench.native": (set(), set()),
     "bench.rows": ({"bench.native"}, set()),
-    "bench.e2e": ({"bench.rows", "sampling", "weights", "plan", *RUN}, {"torch"}),
+    "bench.load": (set(), set()),
+    "bench.e2e": ({"bench.rows", "bench.load", "sampling", "weights", "plan", *RUN}, {"torch"}),
     "bench.plot": ({"bench.rows"}, {"matplotlib"}),
     "bench.turns": ({"bench.rows"}, set()),
     "bench.problem": ({"ops", "recorded"}, {"torch"}),
@@ -127,7 +128,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "bench.llama_worker": (set(), {"numpy", "llama_cpp"}),
     "bench.peers": (
-        {"ops", "bench.rows", "bench.turns", "bench.problem", "bench.peer_llama"}
+        {"ops", "bench.rows", "bench.load", "bench.turns", "bench.problem", "bench.peer_llama"}
         | {f"bench.peer_{kind}" for kind in ("int4", "dense", "mla", "moe")},
         {"torch"},
     ),

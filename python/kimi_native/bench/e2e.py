@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kimi_native import ops
+from kimi_native.bench.load import OtherLoad
 from kimi_native.bench.rows import Limits, make_row
 from kimi_native.cache import PAGE_SIZE, CachedSequence, LatentCache
 from kimi_native.errors import RequestError
@@ -226,6 +227,7 @@ def with_rate(row: dict[str, Any]) -> dict[str, Any]:
 def _prefill_row(
     loaded: LoadedModel, tokens: int, limits: Limits, shared: dict[str, Any]
 ) -> dict[str, Any]:
+    load = OtherLoad()
     seconds = [loaded.prefill_seconds(tokens)]
     while len(seconds) < 3 and sum(seconds) + seconds[-1] <= PREFILL_SECONDS:
         seconds.append(loaded.prefill_seconds(tokens))
@@ -237,6 +239,7 @@ def _prefill_row(
         limits=limits,
         limbs=True,
         isa=ops.active_isa(),
+        others=load.share(),
         **prefill_figures(loaded, tokens),
         **shared,
     )
@@ -246,14 +249,17 @@ def _prefill_row(
 def _decode_row(
     loaded: LoadedModel, depth: int, steps: int, limits: Limits, shared: dict[str, Any]
 ) -> dict[str, Any]:
+    load = OtherLoad()
+    seconds = loaded.decode_seconds(depth, steps)
     row = make_row(
         "e2e_decode",
         f"{loaded.folder.name} depth={depth}",
         1,
-        loaded.decode_seconds(depth, steps),
+        seconds,
         limits=limits,
         limbs=True,
         isa=ops.active_isa(),
+        others=load.share(),
         **decode_figures(loaded, depth),
         **shared,
     )

@@ -17,6 +17,7 @@ from typing import Any
 from kimi_native import ops
 from kimi_native.bench import llama_worker
 from kimi_native.bench.e2e import LoadedModel, decode_figures, prefill_figures, with_rate
+from kimi_native.bench.load import OtherLoad
 from kimi_native.bench.problem import PeerMissing
 from kimi_native.bench.rows import Limits
 from kimi_native.bench.turns import REST_SECONDS, pair_rows
@@ -56,19 +57,23 @@ def _compare_prompt(
         "peer_compute": "w4a8",
         "dense": dense,
     }
+    load = OtherLoad([theirs.pid])
     samples = _turns(
         lambda: [ours.prefill_seconds(tokens)], lambda: [theirs.prefill_seconds(tokens)], budget_s
     )
     case = ("e2e_prefill", ours.folder.name, tokens)
-    for row in pair_rows(case, samples, **prefill_figures(ours, tokens), **common):
+    figures = {**prefill_figures(ours, tokens), "others": load.share()}
+    for row in pair_rows(case, samples, **figures, **common):
         yield with_rate(row)
+    load = OtherLoad([theirs.pid])
     samples = _turns(
         lambda: ours.decode_seconds(tokens, STEPS),
         lambda: theirs.decode_seconds(tokens, STEPS),
         budget_s,
     )
     case = ("e2e_decode", f"{ours.folder.name} depth={tokens}", 1)
-    for row in pair_rows(case, samples, **decode_figures(ours, tokens), depth=tokens, **common):
+    figures = {**decode_figures(ours, tokens), "others": load.share(), "depth": tokens}
+    for row in pair_rows(case, samples, **figures, **common):
         yield with_rate(row)
 
 
@@ -103,6 +108,10 @@ class Llama:
         answer = self._answer()
         if "missing" in answer:
             raise PeerMissing(f"llama-cpp-python must be installed ({answer['missing']})")
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def prefill_seconds(self, tokens: int) -> float:
         """As LoadedModel.prefill_seconds."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kimi_native import ops
 from kimi_native.bench import peer_dense, peer_int4, peer_mla, peer_moe
+from kimi_native.bench.load import OtherLoad
 from kimi_native.bench.peer_llama import compare_llama
 from kimi_native.bench.problem import OurCalls, PeerMissing, Problem
 from kimi_native.bench.rows import Limits
@@ -138,6 +139,7 @@ def _compare_tokens(
     contestant.set_tokens(tokens)
     ours = OurCalls(problem)
     _check_result(problem, ours(0), contestant)
+    load = OtherLoad()
     samples = take_turns(ours, contestant, contestant.calls_per_run, budget_s)
     return pair_rows(
         (problem.op, problem.shape, tokens),
@@ -149,6 +151,7 @@ def _compare_tokens(
         isa=ops.active_isa(),
         peer=contestant.name,
         peer_compute=contestant.compute,
+        others=load.share(),
     )
 
 

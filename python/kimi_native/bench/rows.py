@@ -137,6 +137,8 @@ def row_line(row: dict[str, Any]) -> str:
     )
     if row["samples"] < 20:
         text += f" | {row['samples']} samples"
+    if (row.get("others") or 0) > 0.1:  # a tick of the clock is 10 % of a tenth of a second
+        text += f" | others {100 * row['others']:.0f} %"
     return text if row.get("ratio") is None else f"{text} | {row['ratio']:.2f} x our time"
 
 

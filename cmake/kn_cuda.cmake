@@ -32,7 +32,7 @@ list(APPEND gencode -gencode arch=compute_${oldest},code=compute_${oldest})
 string(REPLACE ";" " " architectures "${KN_CUDA_ARCHS}")
 
 # Products and sums are fused where the source says so, as in every other object of the project.
-set(KN_NVCC_FLAGS -std=c++20 -O3 -fmad=false --threads 2 -cudart static
+set(KN_NVCC_FLAGS -std=c++20 -O3 -fmad=false --expt-relaxed-constexpr --threads 2 -cudart static
     -Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall "-DKN_CUDA_ARCHITECTURES=\"${architectures}\""
     -I${PROJECT_SOURCE_DIR}/csrc -I${PROJECT_SOURCE_DIR}/csrc/include)
 

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "core/error.h"
+#include "kimi_native/layout.h"
 #include "kimi_native/ops.h"
 
 namespace kn {
@@ -123,6 +124,29 @@ inline int64_t check_op(const MoeCombineArgs& a) {
              ": tokens * topk must fit in 32 bits (got ", a.tokens, " * ", a.topk, ")");
   checked_mul(op, std::max<int64_t>(rows, a.topk), checked_mul(op, a.hidden, 4));
   return rows;
+}
+
+inline void check_gemm_dtype(const char* op, const char* name, DType dtype) {
+  KN_REQUIRE(dtype == DType::kBf16 || dtype == DType::kFp32, op, ": ", name,
+             " must be bf16 (0) or fp32 (1) (got ", int32_t(dtype), ")");
+}
+
+// A quantized matrix: [out, in], one scale per 32 inputs.
+inline void check_grouped_matrix(const char* op, int64_t out, int64_t in, int32_t group_size) {
+  KN_REQUIRE(group_size == kGroupSize, op, ": group_size must be ", kGroupSize, " (got ",
+             group_size, ")");
+  KN_REQUIRE(in > 0 && in % kGroupSize == 0, op, ": in must be a positive multiple of ", kGroupSize,
+             " (got ", in, ")");
+  checked_mul(op, out, checked_mul(op, in, 8));
+}
+
+inline void check_op(const Int4GemmArgs& a) {
+  constexpr const char* op = "int4_gemm";
+  check_gemm_dtype(op, "x", a.x_dtype);
+  check_gemm_dtype(op, "y", a.y_dtype);
+  check_grouped_matrix(op, a.out, a.in, a.group_size);
+  checked_mul(op, a.tokens, checked_mul(op, a.in, 8));
+  checked_mul(op, a.tokens, checked_mul(op, a.out, 8));
 }
 
 }  // namespace kn

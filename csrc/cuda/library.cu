@@ -37,6 +37,8 @@ const char* run(const void* args, void* stream) {
 }
 
 const std::map<std::string, CudaOp> ops = {
+    {"int4_pack", run<Int4PackArgs, int4_pack>},
+    {"int4_gemm", run<Int4GemmArgs, int4_gemm>},
     {"moe_route", run<MoeRouteArgs, moe_route>},
     {"moe_dispatch", run<MoeDispatchArgs, moe_dispatch>},
     {"moe_combine", run<MoeCombineArgs, moe_combine>},
@@ -45,6 +47,21 @@ const std::map<std::string, CudaOp> ops = {
     {"rope_append", run<RopeAppendArgs, rope_append>},
     {"swiglu", run<SwigluArgs, swiglu>},
 };
+
+// Writes the bytes of scratch that the op needs.
+template <typename Args, int64_t (*kBytes)(const Args&)>
+const char* workspace_bytes(const void* args, void* bytes) {
+  return call([=] { *static_cast<int64_t*>(bytes) = kBytes(*static_cast<const Args*>(args)); });
+}
+
+const std::map<std::string, CudaOp> workspaces = {
+    {"int4_gemm", workspace_bytes<Int4GemmArgs, int4_gemm_workspace_bytes>},
+};
+
+CudaOp find_in(const std::map<std::string, CudaOp>& all, const char* name) {
+  const auto found = all.find(name);
+  return found == all.end() ? nullptr : found->second;
+}
 
 }  // namespace
 
@@ -95,8 +112,11 @@ KN_CUDA_EXPORT const char* kn_cuda_architectures() { return KN_CUDA_ARCHITECTURE
 KN_CUDA_EXPORT const char* kn_cuda_device() { return kn::cuda::find_device(); }
 
 KN_CUDA_EXPORT kn::CudaOp kn_cuda_op(const char* name) {
-  const auto found = kn::cuda::ops.find(name);
-  return found == kn::cuda::ops.end() ? nullptr : found->second;
+  return kn::cuda::find_in(kn::cuda::ops, name);
+}
+
+KN_CUDA_EXPORT kn::CudaOp kn_cuda_workspace_bytes(const char* name) {
+  return kn::cuda::find_in(kn::cuda::workspaces, name);
 }
 
 }  // extern "C"

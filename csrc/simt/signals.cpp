@@ -30,7 +30,8 @@ std::string describe(const void* address) {
 void on_signal(int signal, siginfo_t* info, void*) {
   if (worker && self) {
     // The handler is left by a switch of stacks and never returns.
-    if (signal == SIGILL) fail("misaligned access through a typed pointer");
+    if (signal == SIGILL)
+      fail("trap: misaligned access through a typed pointer (or, sanitized, undefined behaviour)");
     fail("out of bounds: " + describe(info->si_addr));
   }
   for (size_t i = 0; i < 3; ++i)

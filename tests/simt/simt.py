@@ -60,8 +60,9 @@ def library(path: str | None = None) -> ctypes.CDLL:
     lib.kn_simt_allocate.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_char_p]
     lib.kn_simt_allocate.restype = ctypes.c_void_p
     lib.kn_simt_free.argtypes = [ctypes.c_void_p]
-    lib.kn_cuda_op.argtypes = [ctypes.c_char_p]
-    lib.kn_cuda_op.restype = ctypes.c_void_p
+    for name in ("op", "workspace_bytes"):
+        getattr(lib, f"kn_cuda_{name}").argtypes = [ctypes.c_char_p]
+        getattr(lib, f"kn_cuda_{name}").restype = ctypes.c_void_p
     for name in ("free", "program"):
         getattr(lib, f"kn_simt_{name}").restype = ctypes.c_char_p
     return lib

@@ -49,7 +49,7 @@ def flags(source: Path, sanitize: str, defines: tuple[str, ...]) -> list[str]:
     result += [f"-D{define}" for define in defines]
     if sanitize:
         result += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
-    elif source.suffix == ".cu":
+    if source.suffix == ".cu":
         result += TRAPS
     return result + (["-x", "c++"] if source.suffix == ".cu" else [])
 

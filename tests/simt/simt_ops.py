@@ -29,9 +29,9 @@ class Span:
         return cls(tensor.data_ptr(), (last + 1) * tensor.element_size())
 
 
-def call_op(name: str, args: ctypes.Structure) -> None:
-    """The op by its name, as the package finds it in libkn_cuda."""
-    text = CudaOp(library().kn_cuda_op(name.encode()))(ctypes.byref(args), None)
+def call(function: int, args: ctypes.Structure, other: object = None) -> None:
+    """One function of libkn_cuda, as the package calls it."""
+    text = CudaOp(function)(ctypes.byref(args), other)
     kind, _, message = text.decode().partition(" ")
     if kind == "runtime":
         raise Fault(message)
@@ -39,11 +39,21 @@ def call_op(name: str, args: ctypes.Structure) -> None:
         raise ValueError(message)
 
 
+def workspace_bytes(name: str, args: ctypes.Structure) -> int | None:
+    """What an op with these arguments needs; None if it takes no workspace."""
+    function = library().kn_cuda_workspace_bytes(name.encode())
+    if not function:
+        return None
+    result = ctypes.c_int64(-1)
+    call(function, args, ctypes.addressof(result))
+    return result.value
+
+
 def run_op(
     name: str, *, schedule: Schedule = SCHEDULES[0], flush: str = "end", **fields: object
 ) -> None:
     """Calls kn::cuda::NAME. Tensors are copied in, and back when the op has run; the same tensor given twice is one
-    buffer. dtypes are given as torch dtypes."""
+    buffer. dtypes are given as torch dtypes. Scratch, if not given, is what the op asks for, and starts as NaN."""
     use(schedule)
     args = args_type(name)()
     buffers: dict[int, tuple[Span, int]] = {}
@@ -56,6 +66,10 @@ def run_op(
                     ctypes.memmove(buffers[span.address][1], span.address, span.nbytes)
                 value = buffers[span.address][1]
             setattr(args, field, DTYPE_CODE.get(value, value))
-        call_op(name, args)
+        needed = workspace_bytes(name, args)
+        if needed is not None and "workspace" not in fields:
+            args.workspace, args.workspace_bytes = m.allocate(needed, "workspace"), needed
+            ctypes.memset(args.workspace, 0xFF, needed)
+        call(library().kn_cuda_op(name.encode()), args)
         for span, address in buffers.values():
             ctypes.memmove(span.address, address, span.nbytes)

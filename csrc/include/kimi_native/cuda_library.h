@@ -5,6 +5,8 @@
 //   const char* kn_cuda_architectures()   "80 86 ...", those it has code for
 //   const char* kn_cuda_device()          "" if the first device can be used, else why not
 //   CudaOp      kn_cuda_op(name)          an op of namespace kn::cuda, or null
+//   CudaOp      kn_cuda_workspace_bytes(name)   of an op with scratch: takes the op's Args and, for
+//                                         `stream`, an int64_t that it writes the size to
 #pragma once
 #include <cstdint>
 #include <string>

@@ -21,4 +21,25 @@ static constexpr int kInt4ZeroPoint = 8;   // nibble = q + 8
 static constexpr int64_t int4_row_bytes(int64_t in) { return in / 2; }
 static constexpr int64_t num_groups(int64_t in) { return in / kGroupSize; }
 
+// INT4 for a GPU, made on the device by int4_pack: tiles of 16 rows x 64 columns, row tile by row
+// tile, 512 bytes each, in the order in which a warp's lanes hold them for mma m16n8k32 (u8).
+// Lane l has 16 bytes, four words; with g = l / 4, t = l % 4 and j = 0, 1 for the two groups:
+//   word 2j      byte i: low nibble row g, high nibble row g + 8, column 32j + 4t + i
+//   word 2j + 1  the same, 16 columns on
+// Scales follow the same tiles, 64 bytes each: word 2g + j is (row g, group j), (row g + 8, group
+// j). Rows and columns past the matrix are zero.
+static constexpr int64_t kTileRows = 16;
+static constexpr int64_t kTileColumns = 64;
+static constexpr int64_t kTileBytes = 512;
+static constexpr int64_t kTileScaleBytes = 64;
+
+static constexpr int64_t row_tiles(int64_t out) { return (out + kTileRows - 1) / kTileRows; }
+static constexpr int64_t column_tiles(int64_t in) { return (in + kTileColumns - 1) / kTileColumns; }
+static constexpr int64_t int4_tiled_bytes(int64_t out, int64_t in) {
+  return row_tiles(out) * column_tiles(in) * kTileBytes;
+}
+static constexpr int64_t int4_tiled_scale_bytes(int64_t out, int64_t in) {
+  return row_tiles(out) * column_tiles(in) * kTileScaleBytes;
+}
+
 }  // namespace kn

@@ -230,6 +230,21 @@ void swiglu(const SwigluArgs&);
 // out of range in a device buffer ends the kernel with an error that this or a later call reports.
 namespace cuda {
 
+// From the checkpoint's INT4 layout to tiles (layout.h), once, while loading.
+struct Int4PackArgs {
+  const uint8_t* weight_packed;  // [out, in / 2]
+  const bf16* weight_scale;      // [out, in / 32]
+  uint8_t* tiles;                // int4_tiled_bytes(out, in), 16-byte aligned
+  uint8_t* tile_scales;          // int4_tiled_scale_bytes(out, in), 16-byte aligned
+  int64_t out, in;
+  int32_t group_size;  // 32
+};
+void int4_pack(const Int4PackArgs&, void* stream);
+
+// weight_packed and weight_scale are tiles and tile_scales of int4_pack.
+int64_t int4_gemm_workspace_bytes(const Int4GemmArgs&);
+void int4_gemm(const Int4GemmArgs&, void* stream);
+
 void moe_route(const MoeRouteArgs&, void* stream);
 void moe_dispatch(const MoeDispatchArgs&, void* stream);
 void moe_combine(const MoeCombineArgs&, void* stream);

@@ -1,7 +1,5 @@
 // What libkn_cuda exports: plain C, found by name, so that the library can be opened at first use
 // and a machine without CUDA never needs it. In the shim the same functions lead to the same ops.
-#include <cstdlib>
-#include <cstring>
 #include <map>
 #include <stdexcept>
 
@@ -66,20 +64,6 @@ CudaOp find_in(const std::map<std::string, CudaOp>& all, const char* name) {
 }  // namespace
 
 #if defined(__CUDACC__)
-
-void check(const char* op, cudaError_t status) {
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(status));
-}
-
-void check_launch(const char* op, cudaStream_t stream) {
-  static const bool wait = [] {
-    const char* value = std::getenv("KIMI_NATIVE_SYNC");
-    return value && std::strcmp(value, "1") == 0;
-  }();
-  check(op, cudaGetLastError());
-  if (wait) check(op, cudaStreamSynchronize(stream));
-}
 
 static const char* find_device() {
   return call([] {

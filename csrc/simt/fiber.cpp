@@ -24,6 +24,13 @@ constexpr size_t kStackBytes = 64 * 1024;
 // The context that was left last, on this OS thread: its stack is reported when it is left first.
 [[maybe_unused]] thread_local Context* left = nullptr;
 
+// AddressSanitizer remembers the frames of a fiber that never returned from them.
+void forget_frames([[maybe_unused]] const Stack& stack) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(stack.bottom(), Stack::bytes());
+#endif
+}
+
 }  // namespace
 
 Stack::Stack() {
@@ -35,7 +42,9 @@ Stack::Stack() {
 }
 
 Stack::~Stack() {
-  if (memory_) munmap(memory_, kGuardBytes + kStackBytes);
+  if (!memory_) return;
+  forget_frames(*this);  // the next mapping at this address has none
+  munmap(memory_, kGuardBytes + kStackBytes);
 }
 
 char* Stack::bottom() const { return memory_ + kGuardBytes; }
@@ -89,9 +98,7 @@ kn_simt_switch:
 )");
 
 void prepare(Context& context, const Stack& stack, void (*entry)()) {
-#if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(stack.bottom(), Stack::bytes());  // frames of an earlier fiber
-#endif
+  forget_frames(stack);
   auto top = reinterpret_cast<uintptr_t>(stack.bottom() + Stack::bytes()) & ~uintptr_t(15);
   auto** sp = reinterpret_cast<void**>(top);
   *--sp = nullptr;                         // a frame that nobody returns to

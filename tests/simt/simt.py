@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+import pytest
 
+import gpu
 from simt_build import build
 
 
@@ -30,6 +32,11 @@ class Schedule:
         return f"{self.asynchronous}-seed{self.seed}-{self.os_threads}x{self.resident}"
 
 
+# What only the shim can do: report a fault and go on, count bank conflicts.
+simt_only = pytest.mark.skipif(
+    gpu.ON_GPU, reason="only the shim reports this; a GPU stops for good"
+)
+
 # Every combination that has found a bug no other one did, and no more: the matrix of all kernel tests.
 SCHEDULES = [
     Schedule(),
@@ -38,11 +45,14 @@ SCHEDULES = [
     Schedule(asynchronous="seeded", seed=3, os_threads=2, resident=2),
 ]
 
+if gpu.ON_GPU:  # which has a schedule of its own
+    SCHEDULES = SCHEDULES[:1]
+
 _ASYNC = {"early": 0, "late": 1, "seeded": 2}
 _ERRORS = {"fault": Fault, "value": ValueError, "runtime": RuntimeError}
 
 
-class _Buffers(ctypes.Structure):
+class Buffers(ctypes.Structure):
     _fields_ = (
         ("in_", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
@@ -135,7 +145,7 @@ def run_program(
         source, target = m.allocate(data.nbytes, "in"), m.allocate(out.nbytes, "out")
         ctypes.memmove(source, data.ctypes.data, data.nbytes)
         ctypes.memmove(target, out.ctypes.data, out.nbytes)
-        buffers = _Buffers(source, target, data.nbytes, out.nbytes, variant, None)
+        buffers = Buffers(source, target, data.nbytes, out.nbytes, variant, None)
         raise_error(library().kn_simt_program(name.encode(), ctypes.byref(buffers)))
         ctypes.memmove(result.ctypes.data, target, out.nbytes)
     return result

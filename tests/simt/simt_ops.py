@@ -1,4 +1,4 @@
-"""Runs a CUDA op in the shim on torch tensors, each in a guarded buffer of its own."""
+"""Runs a CUDA op on torch tensors, each in a guarded buffer of its own: in the shim, or on a GPU (gpu.py)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+import gpu
 from op_args import args_type
 from simt import SCHEDULES, Fault, Schedule, library, memory, use
 
@@ -41,7 +42,7 @@ def call(function: int, args: ctypes.Structure, other: object = None) -> None:
 
 def workspace_bytes(name: str, args: ctypes.Structure) -> int | None:
     """What an op with these arguments needs; None if it takes no workspace."""
-    function = library().kn_cuda_workspace_bytes(name.encode())
+    function = op_library().kn_cuda_workspace_bytes(name.encode())
     if not function:
         return None
     result = ctypes.c_int64(-1)
@@ -49,27 +50,63 @@ def workspace_bytes(name: str, args: ctypes.Structure) -> int | None:
     return result.value
 
 
+def op_library() -> ctypes.CDLL:
+    return gpu.op_library() if gpu.ON_GPU else library()
+
+
+def copy(to: int, source: int, nbytes: int) -> None:
+    (gpu.copy if gpu.ON_GPU else ctypes.memmove)(to, source, nbytes)
+
+
 def run_op(
     name: str, *, schedule: Schedule = SCHEDULES[0], flush: str = "end", **fields: object
 ) -> None:
     """Calls kn::cuda::NAME. Tensors are copied in, and back when the op has run; the same tensor given twice is one
     buffer. dtypes are given as torch dtypes. Scratch, if not given, is what the op asks for, and starts as NaN."""
-    use(schedule)
     args = args_type(name)()
     buffers: dict[int, tuple[Span, int]] = {}
-    with memory(flush) as m:
+    if not gpu.ON_GPU:
+        use(schedule)
+    with gpu.device_memory() if gpu.ON_GPU else memory(flush) as m:
         for field, value in fields.items():
             if isinstance(value, torch.Tensor):
                 span = Span.of(value)
                 if span.address not in buffers:
                     buffers[span.address] = (span, m.allocate(span.nbytes, field))
-                    ctypes.memmove(buffers[span.address][1], span.address, span.nbytes)
                 value = buffers[span.address][1]
             setattr(args, field, DTYPE_CODE.get(value, value))
         needed = workspace_bytes(name, args)
+        scratch = b""
         if needed is not None and "workspace" not in fields:
             args.workspace, args.workspace_bytes = m.allocate(needed, "workspace"), needed
-            ctypes.memset(args.workspace, 0xFF, needed)
-        call(library().kn_cuda_op(name.encode()), args)
-        for span, address in buffers.values():
-            ctypes.memmove(span.address, address, span.nbytes)
+            scratch = b"\xff" * needed
+        call_op(name, args, list(buffers.values()), scratch)
+
+
+def call_op(
+    name: str, args: ctypes.Structure, buffers: list[tuple[Span, int]], scratch: bytes
+) -> None:
+    """Copies in, calls, copies back; on a GPU also as a CUDA graph, which must leave the same bytes."""
+
+    def restore():
+        for span, address in buffers:
+            copy(address, span.address, span.nbytes)
+        if scratch:
+            copy(args.workspace, ctypes.cast(scratch, ctypes.c_void_p).value, len(scratch))
+
+    def read():
+        contents = []
+        for span, address in buffers:
+            content = ctypes.create_string_buffer(max(span.nbytes, 1))
+            copy(ctypes.addressof(content), address, span.nbytes)
+            contents.append(content.raw)
+        return contents
+
+    function = op_library().kn_cuda_op(name.encode())
+    restore()
+    if gpu.ON_GPU:
+        gpu.run_twice(lambda stream: call(function, args, stream), restore, read)
+    else:
+        call(function, args)
+    for span, address in buffers:
+        copy(span.address, address, span.nbytes)

@@ -9,7 +9,7 @@ import torch
 
 from kimi_native import reference
 from oracle import assert_same_bits, assert_within, bound_limb_gemm, fixed_point, make_int4, make_x
-from simt import SCHEDULES, stats
+from simt import SCHEDULES, simt_only, stats
 from simt_ops import run_op
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -136,6 +136,7 @@ def test_cuda_int4_gemm_spoils_exactly_the_rows_with_a_non_finite_input(poison):
     assert y[[0, 1, 2, 4, 5]].isfinite().all()
 
 
+@simt_only
 def test_cuda_int4_gemm_reads_shared_memory_without_bank_conflicts():
     x, w = make_x(4, 1024), make_int4(32, 1024)
     int4_gemm(x, int4_pack(w), 32)

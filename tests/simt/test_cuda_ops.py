@@ -13,7 +13,7 @@ import torch
 import test_moe_route
 from kimi_native import ops, reference
 from oracle_dense import TINY, U, assert_close, assert_same_bits, randn
-from simt import SCHEDULES, Fault
+from simt import SCHEDULES, Fault, simt_only
 from simt_ops import run_op
 from test_moe_combine import bound_combine
 from test_moe_combine import make_case as make_combine
@@ -189,6 +189,7 @@ def test_cuda_rope_append_may_rotate_in_place(dtype):
     assert_same_bits(args["q"], expected["q_out"])
 
 
+@simt_only
 @pytest.mark.parametrize("slot", [-1, 64])
 def test_cuda_rope_append_stops_at_a_slot_outside_the_cache(slot):
     args = make_rope(3, 2, 16, 8)
@@ -275,6 +276,7 @@ def test_cuda_moe_dispatch_is_a_stable_sort(tokens, topk, experts, schedule):
     assert torch.equal(offsets, expected.expert_offsets)
 
 
+@simt_only
 @pytest.mark.parametrize("bad", [-1, 64])
 def test_cuda_moe_dispatch_stops_at_an_id_out_of_range(bad):
     ids = make_ids(9, 6, 64)
@@ -332,6 +334,7 @@ def test_cuda_moe_combine_matches_float64(hidden, rows_dtype, out_dtype, with_sh
     assert ((out.double() - expected).abs() <= bound).all()
 
 
+@simt_only
 @pytest.mark.parametrize("bad", [-1, 6])
 def test_cuda_moe_combine_stops_at_a_row_out_of_range(bad):
     rows, dispatch, weights, _ = make_combine(3, 2, 8, FP32, FP32)

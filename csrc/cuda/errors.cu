@@ -1,0 +1,25 @@
+// Errors of the CUDA runtime, with the op's name. There are none in the shim.
+#include <cstdlib>
+#include <cstring>
+
+#include "cuda/device.cuh"
+
+#if defined(__CUDACC__)
+namespace kn::cuda {
+
+void check(const char* op, cudaError_t status) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(status));
+}
+
+void check_launch(const char* op, cudaStream_t stream) {
+  static const bool wait = [] {
+    const char* value = std::getenv("KIMI_NATIVE_SYNC");
+    return value && std::strcmp(value, "1") == 0;
+  }();
+  check(op, cudaGetLastError());
+  if (wait) check(op, cudaStreamSynchronize(stream));
+}
+
+}  // namespace kn::cuda
+#endif

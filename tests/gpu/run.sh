@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command: builds the kernels and the tests for this machine's GPU, compares every
+# PTX wrapper with its emulated twin, runs the op tests against float64 (each op also replayed as a CUDA graph), and both
+# again under compute-sanitizer. Fails on the first thing that does not hold, and on anything that it needs and lacks.
+#
+#   tests/gpu/run.sh              on a machine with a GPU (sm_80 or later)
+#   tests/gpu/run.sh --rehearse   without one: the same builds (nvcc is needed), the shim in the GPU's place
+#
+# PYTHON names the interpreter (default: .venv/bin/python if it exists, else python3); it needs torch, numpy, pytest,
+# hypothesis and pybind11.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+rehearse=false
+if [ "${1:-}" = --rehearse ]; then rehearse=true; elif [ $# -gt 0 ]; then
+  echo "usage: tests/gpu/run.sh [--rehearse]" >&2
+  exit 2
+fi
+PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || command -v python3)}
+step() { printf '\n=== %s (%ss)\n' "$1" "$SECONDS"; }
+left_out=()
+
+step "what this machine has"
+missing=()
+for program in nvcc cmake c++; do command -v $program >/dev/null || missing+=("$program"); done
+for module in torch numpy pytest hypothesis pybind11; do
+  "$PYTHON" -c "import $module" 2>/dev/null || missing+=("the Python package $module")
+done
+if ! $rehearse; then
+  for program in nvidia-smi compute-sanitizer; do command -v $program >/dev/null || missing+=("$program"); done
+fi
+if [ ${#missing[@]} -gt 0 ]; then
+  printf 'run.sh: needs %s\n' "${missing[@]}" >&2
+  exit 1
+fi
+if $rehearse; then
+  arch=90
+  export KIMI_NATIVE_GPU=rehearsal
+  echo "rehearsal: no GPU; building for sm_90a"
+else
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+  arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)
+  export KIMI_NATIVE_GPU=required
+fi
+[ "$arch" -ge 80 ] || { echo "run.sh: the GPU must be sm_80 or later (got sm_$arch)" >&2; exit 1; }
+[ "$arch" != 90 ] || arch=90a
+export KIMI_NATIVE_GPU_ARCH=$arch
+nvcc --version | tail -2
+
+step "the package with its CUDA kernels, for sm_$arch"
+build=build/gpu
+cmake -S . -B $build -DCMAKE_BUILD_TYPE=Release -DKN_CUDA=ON -DKN_CUDA_ARCHS="$arch" \
+  -DPython_EXECUTABLE="$(command -v "$PYTHON")" -Dpybind11_DIR="$("$PYTHON" -m pybind11 --cmakedir)" >/dev/null
+cmake --build $build --parallel "$(nproc)" >$build/build.log || { tail -40 $build/build.log; exit 1; }
+mkdir -p $build/python
+cp -r python/kimi_native $build/python/
+cp $build/_native*.so $build/libkn_cuda.so $build/python/kimi_native/
+export PYTHONPATH=$PWD/$build/python KIMI_NATIVE_GPU_LIBRARIES=$PWD/$build
+
+step "the conformance programs"
+wrappers=(tests/gpu/conformance/gpu_driver.cu tests/gpu/conformance/wrappers.cu csrc/cuda/tensor_map.cu csrc/cuda/errors.cu)
+if [ "$arch" = 90a ]; then
+  wrappers+=(tests/gpu/conformance/wrappers_sm90.cu)
+else
+  left_out+=("conformance of the Hopper wrappers: this GPU is sm_$arch")
+fi
+nvcc -std=c++20 -O3 -fmad=false --expt-relaxed-constexpr -cudart static -shared -Xcompiler=-fPIC --threads 4 \
+  -gencode "arch=compute_$arch,code=sm_$arch" -Icsrc -Icsrc/include -Itests/gpu/conformance "${wrappers[@]}" \
+  -o $build/libkn_gpu_tests.so
+
+tests=(tests/gpu/test_conformance.py tests/simt/test_cuda_*.py)
+pytest=("$PYTHON" -P -m pytest -q -rs -p no:cacheprovider)
+
+step "conformance: each wrapper here and in the shim, on the same bits"
+"${pytest[@]}" tests/gpu/test_conformance.py
+
+step "the ops against float64; on a GPU, once more as CUDA graphs"
+KIMI_NATIVE_SYNC=0 "${pytest[@]}" tests/simt/test_cuda_*.py
+
+if $rehearse; then
+  left_out+=("compute-sanitizer: it needs a GPU" "CUDA graphs: they need a GPU")
+else
+  step "compute-sanitizer"
+  for tool in memcheck racecheck synccheck initcheck; do
+    compute-sanitizer --tool $tool --error-exitcode 9 --print-limit 5 "${pytest[@]}" -x "${tests[@]}"
+  done
+fi
+left_out+=("the model on a GPU, and benchmarks against peers: not built yet")
+
+step "done"
+printf 'not run: %s\n' "${left_out[@]}"

@@ -8,8 +8,8 @@ namespace kn::cpu::KN_ISA {
 static constexpr int kQuadRows = 4;
 static constexpr int kQuadTokens = 4;  // tokens of one step
 
-// Bytes from use to prefetch in each row's stream.
-static constexpr int64_t kPrefetchBytes = 2048;
+// Bytes from use to prefetch in each row's stream, which is followed by the rows that come next.
+static constexpr int64_t kPrefetchBytes = 8192;
 
 // Rows past the end repeat the panel's last row.
 struct QuadPair {

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include "kimi_native/cuda_library.h"
+#include "kimi_native/mapped_files.h"
 #include "kimi_native/ops.h"
 #include "kimi_native/recording.h"
 #include "kimi_native/runtime.h"
@@ -291,6 +292,17 @@ void bind_ops(py::module_& m) {
   def_op(m, "swiglu", swiglu, cpu::swiglu);
 }
 
+void bind_mapped_files(py::module_& m) {
+  m.def(
+      "populate_pages",
+      [](Address address, int64_t bytes) { return populate_pages(Pointer{address}, bytes); },
+      NoGil());
+  m.def("watch_mapping",
+        [](Address address, int64_t bytes) { return watch_mapping(Pointer{address}, bytes); });
+  m.def("unwatch_mapping", &unwatch_mapping);
+  m.def("lost_from", &lost_from);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -313,6 +325,8 @@ PYBIND11_MODULE(_native, m) {
       .def_static("end", &Recording::end)
       .def("replay", &Recording::replay, NoGil())
       .def_property_readonly("num_calls", &Recording::num_calls);
+
+  bind_mapped_files(m);
 
   py::module_ cpu_module = m.def_submodule("cpu", "One function per op; arguments follow ops.h.");
   bind_ops(cpu_module);

@@ -288,7 +288,7 @@ def test_checkpoint_weight_shape_may_be_64_bits(tmp_path):
     table = tiny_checkpoint.tensors(TINY_INT4)
     table |= {n: ("I64", s) for n, (_, s) in table.items() if n.endswith("weight_shape")}
     checkpoint = Checkpoint.open(write_checkpoint(tmp_path, TINY_INT4, table))
-    assert checkpoint.verify_weight_shapes() == 2 * 4 * 3
+    assert checkpoint.check_weight_shapes(all=True) == 2 * 4 * 3
 
 
 def test_checkpoint_summary_counts_what_the_files_hold(tmp_path):
@@ -451,22 +451,21 @@ def test_checkpoint_wrong_weight_shape_is_an_error(tmp_path, values):
     content = bytearray(path.read_bytes())
     content[info.start : info.start + 8] = np.array(values, np.int32).tobytes()
     path.write_bytes(content)
+    checkpoint = Checkpoint.open(tmp_path)
     with pytest.raises(ModelFormatError, match=rf"{EXPERT}.weight_shape: must hold \[32, 64\]"):
-        Checkpoint.open(tmp_path)
+        checkpoint.check_weight_shapes(all=True)
 
 
-def test_checkpoint_huge_model_reads_one_weight_shape_per_layer(tmp_path, monkeypatch):
-    from kimi_native import checkpoint as module
-
+def test_checkpoint_reads_one_weight_shape_of_a_layer_if_not_all(tmp_path):
     path = write_checkpoint(tmp_path, TINY_INT4) / "model.safetensors"
     info = Checkpoint.open(tmp_path).tensors[EXPERT + ".weight_shape"]
     content = bytearray(path.read_bytes())
     content[info.start : info.start + 8] = bytes(8)
     path.write_bytes(content)
-    monkeypatch.setattr(module, "MAX_SHAPES_READ", 10)
     checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.check_weight_shapes(all=False) == 2 * 3
     with pytest.raises(ModelFormatError, match="weight_shape"):
-        checkpoint.verify_weight_shapes()
+        checkpoint.check_weight_shapes(all=True)
 
 
 # ---- index and files ------------------------------------------------------------------------------------------------
@@ -620,7 +619,7 @@ def test_checkpoint_without_weights_or_folder_is_a_named_error(tmp_path):
         Checkpoint.open(tmp_path / "nowhere")
 
 
-def test_checkpoint_of_k2_size_opens_from_headers_alone(tmp_path, monkeypatch):
+def test_checkpoint_of_k2_size_opens_from_headers_alone(tmp_path):
     """Three of K2's layers at full size in sparse files: 24 GB that are never read."""
     config = K2 | {"num_hidden_layers": 3}
     table = tiny_checkpoint.tensors(config)
@@ -642,7 +641,6 @@ def test_checkpoint_of_k2_size_opens_from_headers_alone(tmp_path, monkeypatch):
             f.write(len(text).to_bytes(8, "little") + text)
             f.truncate(8 + len(text) + position)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    monkeypatch.setattr(Checkpoint, "_check_weight_shapes", lambda self, limit: 0)  # all zeros here
     checkpoint = Checkpoint.open(tmp_path)
     assert len(checkpoint.tensors) == 12 + 2 * 3470 + 3
     assert checkpoint.summary()["bytes"] > 24e9

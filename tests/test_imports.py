@@ -19,7 +19,7 @@ PACKAGE = ROOT / "python" / "kimi_native"
 CHAT = {"chat.types", "chat.template", "chat.parser"}
 QUANT = {"quant.int4", "quant.int8", "quant.fp8", "quant.modules"}
 FORMATS = {"quant.groups", "checks", "weights"}
-FILES = {"safetensors_file", "tensor_table", "json_file"}
+FILES = {"safetensors_file", "tensor_table", "json_file", "mapped_file", "gc_pause"}
 PTQ = {"quant.ptq_plan", "quant.ptq_tensors", "quant.ptq_state"}
 WRITING = {"checkpoint_writer", "folder_names", "progress_bar"}
 RUN = {"engine", "generation", "model", "recorded", "cache", "loader", "ops"}
@@ -40,7 +40,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "doctor": ({"__init__", "ops", "machine"}, {"torch", "numpy"}),
     # text and events
     "generate": (
-        {"checkpoint", "config", "plan", "sampling", "tokenizer", *CHAT, *RUN},
+        {"checkpoint", "config", "plan", "sampling", "tokenizer", "progress_bar", *CHAT, *RUN},
         {"torch"},
     ),
     "generation": ({"engine", "sampling", "tokenizer", *CHAT}, set()),
@@ -62,7 +62,10 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "config_keys": ({"quantization", "json_file"}, set()),
     "quantization": ({"json_file"}, set()),
     "json_file": (set(), set()),
-    "safetensors_file": ({"json_file"}, {"torch", "numpy"}),
+    "gc_pause": (set(), set()),
+    "mapped_file": ({"_native"}, {"numpy"}),
+    "read_ahead": ({"mapped_file"}, set()),
+    "safetensors_file": ({"json_file", "mapped_file"}, {"torch", "numpy"}),
     "tensor_table": ({"config", "quantization", "safetensors_file"}, set()),
     "folder_names": (set(), set()),
     "checkpoint": ({"config", "quantization", "folder_names", *FILES}, {"torch"}),
@@ -71,7 +74,8 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch"},
     ),
     "loader": (
-        {"model", "config", "checkpoint", "plan", "tokenizer", "weights", *QUANT},
+        {"model", "config", "checkpoint", "plan", "weights", "read_ahead", "progress_bar"}
+        | {*QUANT, *FILES},
         {"torch"},
     ),
     # making checkpoints
@@ -268,8 +272,10 @@ def test_imports_text_side_does_without_torch(module):
         todo += [m for m in MODULES[current][0] if m not in seen]
 
 
-def test_imports_only_ops_and_its_base_see_the_native_module():
-    assert [m for m, (own, _) in MODULES.items() if "_native" in own] == ["ops", "native"]
+def test_imports_few_see_the_native_module():
+    """The seam, its base, and the maps that the kernels read."""
+    importers = {m for m, (own, _) in MODULES.items() if "_native" in own}
+    assert importers == {"ops", "native", "mapped_file"}
     assert [m for m, (own, _) in MODULES.items() if "native" in own] == ["ops"]
 
 
@@ -329,6 +335,11 @@ CPP_RULES: list[tuple[str, str, str | None]] = [
         r"\w+|cpuid\.h|sys/syscall\.h|unistd\.h",
     ),
     (r"csrc/core/cuda_library\.cpp", r"(core|kimi_native)/.*", r"dlfcn\.h"),
+    (
+        r"csrc/core/mapped_files\.cpp",
+        r"(core|kimi_native)/.*",
+        r"\w+|(signal|sys/mman|unistd)\.h",
+    ),
     (r"csrc/core/.*", r"(core|kimi_native)/.*", None),
     (r"csrc/cpu/simd/.*", r"kimi_native/(types|layout)\.h|cpu/simd/.*", TIER_SYSTEM),
     (r"csrc/cpu/\w+_kernel\.h", r"kimi_native/(types|layout)\.h|cpu/\w+\.h", TIER_SYSTEM),

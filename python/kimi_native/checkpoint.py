@@ -7,24 +7,27 @@ What passes here needs no further check of names, shapes or dtypes.
 from __future__ import annotations
 
 import os
+import struct
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from kimi_native.config import KimiConfig, load_config, load_generation_config
 from kimi_native.errors import ModelFormatError
 from kimi_native.folder_names import INDEX_NAME
+from kimi_native.gc_pause import paused_gc
 from kimi_native.json_file import file_inside, printable, read_json
+from kimi_native.mapped_file import MappedFile
 from kimi_native.safetensors_file import SafetensorsFile, TensorInfo
 from kimi_native.tensor_table import (
     FORM_SUFFIXES,
     Expected,
+    Matrix,
     configured_form,
-    expected_matrices,
+    expected_groups,
     expected_others,
     expected_tensors,
     is_ignored_tensor,
@@ -37,9 +40,22 @@ __all__ = ["Checkpoint", "Expected", "expected_tensors", "summarize"]
 MAX_INDEX_BYTES = 128 << 20
 MAX_INDEX_TENSORS = 1_000_000
 MAX_FILES = 4096
-MAX_SHAPES_READ = (
-    10_000  # weight_shape values read while opening; each may cost one random disk read
-)
+
+
+class StoredMatrices(NamedTuple):
+    """Matrices that are alike and stored alike.
+
+    form    as in Checkpoint.forms
+    dtype   of their weights, as the file spells it: I32 for INT4
+    nbytes  of all their tensors together
+    """
+
+    names: list[str]
+    out_features: int
+    in_features: int
+    form: str
+    dtype: str
+    nbytes: int
 
 
 class Checkpoint:
@@ -50,6 +66,7 @@ class Checkpoint:
     tensors  name in the files -> TensorInfo, without the tensors that the text model does not use
     forms    matrix name (a tensor's name without ".weight") -> "plain", "int4" or "fp8": what the files hold, which
              may be plain where the config would quantize
+    stored   the same by groups of matrices that are alike
     """
 
     def __init__(
@@ -57,20 +74,14 @@ class Checkpoint:
     ) -> None:
         self.path, self.config, self.generation_config = path, config, generation_config
         self.files = files
-        self._file_of: dict[str, SafetensorsFile] = {}
+        self._file_at = {file.path: file for file in files}
         self.tensors: dict[str, TensorInfo] = {}
         for file in files:
-            for name, info in file.tensors.items():
-                if name in self.tensors:
-                    raise ModelFormatError(
-                        f"{path}: tensor {printable(name)} must be in one file "
-                        f"(got {self.tensors[name].file.name} and {info.file.name})"
-                    )
-                self.tensors[name] = info
-                self._file_of[name] = file
-        self._drop_ignored()
-        self.forms = _check_tensors(path, config, self.tensors)
-        self._check_weight_shapes(MAX_SHAPES_READ)
+            self.tensors.update(file.tensors)
+        if len(self.tensors) != sum(len(file.tensors) for file in files):
+            raise _tensor_in_two_files(path, files)
+        self.stored = _check_tensors(path, config, self.tensors)
+        self.forms = {name: s.form for s in self.stored for name in s.names}
 
     @staticmethod
     def open(path: str | Path, *, ignore_keys: Iterable[str] = ()) -> Checkpoint:
@@ -85,7 +96,8 @@ class Checkpoint:
             raise ModelFormatError(f"{path}: must be a model folder (found none)")
         config = load_config(path, ignore_keys=ignore_keys)
         generation_config = load_generation_config(path)
-        return Checkpoint(path, config, generation_config, _open_files(path, config))
+        with paused_gc():
+            return Checkpoint(path, config, generation_config, _open_files(path, config))
 
     def tensor(self, name: str) -> Tensor:
         """A zero-copy view of the mapped file; the name may leave out the config's tensor_prefix.
@@ -96,7 +108,19 @@ class Checkpoint:
             name = self.config.tensor_prefix + name
         if name not in self.tensors:
             raise ModelFormatError(f"{self.path}: the model has no tensor {printable(name)}")
-        return self._file_of[name].tensor(name)
+        return self._file_at[self.tensors[name].file].tensor(name)
+
+    def mapped(self, info: TensorInfo) -> MappedFile:
+        """The map of the file that a tensor of this checkpoint lies in."""
+        return self._file_at[info.file].mapped
+
+    def check_readable(self) -> None:
+        """Raises ModelFormatError if weights that were read, here or in a kernel, were not in their file any more.
+
+        To be called before what was computed from them is used.
+        """
+        for file in self.files:
+            file.mapped.check()
 
     def form(self, module_name: str) -> str:
         """How a matrix is stored: "plain", "int4" or "fp8"; the name may leave out tensor_prefix."""
@@ -106,12 +130,28 @@ class Checkpoint:
             raise ModelFormatError(f"{self.path}: the model has no matrix {printable(module_name)}")
         return self.forms[module_name]
 
-    def verify_weight_shapes(self) -> int:
-        """Reads every weight_shape (opening reads at most MAX_SHAPES_READ of them); returns how many.
+    def check_weight_shapes(self, *, all: bool) -> int:
+        """Reads weight_shape tensors and returns how many; each must repeat what weight_packed's shape says.
 
-        Raises ModelFormatError on one that contradicts its weight_packed.
+        all  False: one expert stands for its layer; what is not in memory costs a read of the disk each
+
+        Raises ModelFormatError on a weight_shape that contradicts its weight_packed.
         """
-        return self._check_weight_shapes(None)
+        groups = [s.names for s in self.stored if s.form == "int4"]
+        names = [name for group in groups for name in (group if all else group[:1])]
+        for name in names:
+            rows, words = self.tensors[name + ".weight_packed"].shape
+            info = self.tensors[name + ".weight_shape"]
+            got = struct.unpack_from(
+                "<2q" if info.dtype == "I64" else "<2i", self.mapped(info).buffer, info.start
+            )
+            if got != (rows, words * 8):
+                self.check_readable()
+                raise ModelFormatError(
+                    f"{info.file}: tensor {info.name}: must hold {[rows, words * 8]}, the shape that "
+                    f"weight_packed has (got {list(got)})"
+                )
+        return len(names)
 
     def summary(self) -> dict[str, Any]:
         """What `kimi-native inspect` prints; see summarize."""
@@ -121,26 +161,6 @@ class Checkpoint:
             "file_bytes": sum(f.path.stat().st_size for f in self.files),
             "matrices_by_form": dict(sorted(Counter(self.forms.values()).items())),
         }
-
-    def _drop_ignored(self) -> None:
-        for name in [n for n in self.tensors if is_ignored_tensor(self.config, n)]:
-            del self.tensors[name], self._file_of[name]
-
-    def _check_weight_shapes(self, limit: int | None) -> int:
-        """weight_shape repeats what weight_packed's shape says. Beyond `limit`, expert 0 stands for its layer."""
-        modules = [m for m, form in self.forms.items() if form == "int4"]
-        if limit is not None and len(modules) > limit:
-            modules = [m for m in modules if ".experts." not in m or ".experts.0." in m]
-        for module in modules:
-            rows, words = self.tensors[module + ".weight_packed"].shape
-            name = module + ".weight_shape"
-            got = tuple(self._file_of[name].tensor(name).to(torch.int64).tolist())
-            if got != (rows, words * 8):
-                raise ModelFormatError(
-                    f"{self.tensors[name].file}: tensor {name}: must hold {[rows, words * 8]}, the shape that "
-                    f"weight_packed has (got {list(got)})"
-                )
-        return len(modules)
 
 
 def _open_files(path: Path, config: KimiConfig) -> list[SafetensorsFile]:
@@ -156,7 +176,11 @@ def _open_files(path: Path, config: KimiConfig) -> list[SafetensorsFile]:
         names = sorted(set(index.values()))
     if len(names) > MAX_FILES:
         raise ModelFormatError(f"{path}: at most {MAX_FILES} files (got {len(names)})")
-    files = {name: _open_file(path, name) for name in names}
+    files: dict[str, SafetensorsFile] = {}
+    for name in names:
+        files[name] = _open_file(path, name)
+        if sum(len(file.tensors) for file in files.values()) > MAX_INDEX_TENSORS:
+            raise ModelFormatError(f"{path}: at most {MAX_INDEX_TENSORS} tensors (got more)")
     if index is not None:
         _check_index(path, config, index, files)
     return list(files.values())
@@ -170,7 +194,7 @@ def _index(path: Path) -> dict[str, str] | None:
         return None
     values = read_json(file, max_bytes=MAX_INDEX_BYTES, error=ModelFormatError)
     weight_map = values.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+    if not isinstance(weight_map, dict) or not {*map(type, weight_map.values())} <= {str}:
         raise ModelFormatError(f"{file}: weight_map must map tensor names to file names")
     if not 0 < len(weight_map) <= MAX_INDEX_TENSORS:
         raise ModelFormatError(
@@ -194,6 +218,11 @@ def _check_index(
         raise ModelFormatError(
             f"{path}: must hold {INDEX_NAME} or a model.safetensors of its own (got both)"
         )
+    if len(index) == sum(len(file.tensors) for file in files.values()) and all(
+        [*map(index.get, file.tensors)].count(file_name) == len(file.tensors)
+        for file_name, file in files.items()
+    ):
+        return
     for name, file_name in index.items():
         if name not in files[file_name].tensors:
             raise ModelFormatError(
@@ -213,32 +242,65 @@ def _check_index(
 
 def _check_tensors(
     path: Path, config: KimiConfig, tensors: dict[str, TensorInfo]
-) -> dict[str, str]:
-    """Raises ModelFormatError unless the tensors are exactly those of the model; returns the matrices' forms."""
-    forms: dict[str, str] = {}
+) -> list[StoredMatrices]:
+    """How the matrices are stored. Takes out of `tensors` what the text model does not use.
+
+    Raises ModelFormatError unless the others are exactly those of the model.
+    """
+    stored: list[StoredMatrices] = []
     found = 0
     missing: list[str] = []
     for name, expected in expected_others(config).items():
-        found += _check_tensor(name, expected, tensors, missing)
-    shared: dict[tuple[int, int, str], list[tuple[str, Expected]]] = {}
-    for matrix in expected_matrices(config):
-        form = _stored_form(path, config, matrix.name, tensors)
-        key = (matrix.out_features, matrix.in_features, form)
-        if key not in shared:
-            parts = matrix_tensors(matrix, form)
-            shared[key] = [(name[len(matrix.name) :], e) for name, e in parts.items()]
-        forms[matrix.name] = form
-        for suffix, expected in shared[key]:
-            found += _check_tensor(matrix.name + suffix, expected, tensors, missing)
+        found += len(_check_alike([name], expected, tensors, missing))
+    for group in expected_groups(config):
+        for (form, dtype), names in _by_form(path, config, group.names, tensors).items():
+            matrix = Matrix(names[0], group.out_features, group.in_features)
+            nbytes = 0
+            for suffix, expected in matrix_tensors(matrix, form):
+                infos = _check_alike([n + suffix for n in names], expected, tensors, missing)
+                found += len(infos)
+                nbytes += sum([info.nbytes for info in infos])
+            stored.append(
+                StoredMatrices(names, group.out_features, group.in_features, form, dtype, nbytes)
+            )
     if missing:
         raise ModelFormatError(_list_names(path, "is missing", missing))
     if found != len(tensors):
         known = expected_others(config).keys() | {
-            m + suffix for m in forms for suffix in FORM_SUFFIXES[forms[m]]
+            name + suffix for s in stored for name in s.names for suffix in FORM_SUFFIXES[s.form]
         }
         unexpected = [n for n in tensors if n not in known]
-        raise ModelFormatError(_list_names(path, "has no place in this model", unexpected))
-    return forms
+        strangers = [n for n in unexpected if not is_ignored_tensor(config, n)]
+        if strangers:
+            raise ModelFormatError(_list_names(path, "has no place in this model", strangers))
+        for name in unexpected:
+            del tensors[name]
+    return stored
+
+
+def _by_form(
+    path: Path, config: KimiConfig, names: list[str], tensors: dict[str, TensorInfo]
+) -> dict[tuple[str, str], list[str]]:
+    """Names of matrices by (form, dtype of their weights)."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        form = _stored_form(path, config, name, tensors)
+        weight = tensors.get(name + FORM_SUFFIXES[form][0])
+        found.setdefault((form, weight.dtype if weight else ""), []).append(name)
+    return found
+
+
+def _tensor_in_two_files(path: Path, files: list[SafetensorsFile]) -> ModelFormatError:
+    seen: dict[str, TensorInfo] = {}
+    for file in files:
+        for name, info in file.tensors.items():
+            if name in seen:
+                return ModelFormatError(
+                    f"{path}: tensor {printable(name)} must be in one file "
+                    f"(got {seen[name].file.name} and {info.file.name})"
+                )
+            seen[name] = info
+    raise AssertionError("called for files that share no tensor")
 
 
 def _list_names(path: Path, what: str, names: list[str]) -> str:
@@ -247,23 +309,26 @@ def _list_names(path: Path, what: str, names: list[str]) -> str:
     return f"{path}: {len(names)} tensor{'s' if len(names) > 1 else ''}: {what}: {shown}{more}"
 
 
-def _check_tensor(
-    name: str, expected: Expected, tensors: dict[str, TensorInfo], missing: list[str]
-) -> int:
-    """1 if the tensor is there and as expected, 0 if it is missing."""
-    info = tensors.get(name)
-    if info is None:
-        missing.append(name)
-        return 0
-    if info.shape != expected.shape:
-        raise ModelFormatError(
-            f"{info.file}: tensor {name}: shape must be {list(expected.shape)} (got {list(info.shape)})"
-        )
-    if info.dtype not in expected.dtypes:
-        raise ModelFormatError(
-            f"{info.file}: tensor {name}: dtype must be {' or '.join(expected.dtypes)} (got {info.dtype})"
-        )
-    return 1
+def _check_alike(
+    names: list[str], expected: Expected, tensors: dict[str, TensorInfo], missing: list[str]
+) -> list[TensorInfo]:
+    """Those of the tensors that are there, which must be as expected; adds the others to `missing`."""
+    infos = [info for info in map(tensors.get, names) if info is not None]
+    if len(infos) != len(names):
+        missing += [name for name in names if name not in tensors]
+    shapes, dtypes = {info.shape for info in infos}, {info.dtype for info in infos}
+    if shapes <= {expected.shape} and dtypes <= {*expected.dtypes}:
+        return infos
+    for info in infos:
+        if info.shape != expected.shape:
+            raise ModelFormatError(
+                f"{info.file}: tensor {info.name}: shape must be {list(expected.shape)} (got {list(info.shape)})"
+            )
+        if info.dtype not in expected.dtypes:
+            raise ModelFormatError(
+                f"{info.file}: tensor {info.name}: dtype must be {' or '.join(expected.dtypes)} (got {info.dtype})"
+            )
+    raise AssertionError("one of them is not as expected")
 
 
 def _stored_form(path: Path, config: KimiConfig, name: str, tensors: dict[str, TensorInfo]) -> str:

@@ -14,11 +14,13 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kimi_native import __version__
-from kimi_native.errors import KimiNativeError, RequestError
+from kimi_native.errors import KimiNativeError, MemoryPlanWarning, RequestError
+from kimi_native.progress_bar import progress_bar
 from kimi_native.terminal import note as _note
 from kimi_native.terminal import print_json as _print_json
 from kimi_native.terminal import print_table as _print_table
@@ -151,6 +153,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     _add_settings(machine)
     machine.add_argument("--threads", type=int, metavar="N", help="default: the cores there are")
     machine.add_argument("--isa", metavar="NAME", help="kernel tier (default: the best here)")
+    machine.add_argument(
+        "--no-prefetch",
+        dest="prefetch",
+        action="store_false",
+        help="read each weight when it is first used, not all of them while loading",
+    )
 
 
 def _add_settings(parser: Any) -> None:
@@ -238,7 +246,7 @@ def _generate(args: argparse.Namespace) -> int:
         if (value := getattr(args, name)) is not None
     }
     _check_overrides(overrides)
-    with _progress() as progress:
+    with _memory_notes(), progress_bar("loading") as progress:
         model = load(
             args.model,
             max_context=args.max_context,
@@ -247,6 +255,7 @@ def _generate(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             dense=args.dense,
             isa=args.isa,
+            prefetch=args.prefetch,
             ignore_config_keys=args.ignore_config_key,
             progress=progress,
         )
@@ -343,18 +352,20 @@ def _generation_dict(result: Generation) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, int], None] | None]:
-    """A loading bar on stderr, on a terminal only."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+def _memory_notes() -> Iterator[None]:
+    """Says on stderr, in one line each, what a library user gets as MemoryPlanWarning; other warnings as ever."""
+    show = warnings.showwarning
 
-    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("loading", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    def note(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
+        if issubclass(category, MemoryPlanWarning):
+            _note(f"note: {message}")
+        else:
+            show(message, category, *where, **options)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", MemoryPlanWarning)
+        warnings.showwarning = note
+        yield
 
 
 # ---- inspect, plan, doctor, quantize, make-checkpoint, bench --------------------------------------------------------

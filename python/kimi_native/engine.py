@@ -14,7 +14,7 @@ import itertools
 import secrets
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -84,11 +84,12 @@ class _Request:
 class Engine:
     """Runs requests over one model and one cache. Not thread-safe: one caller at a time.
 
-    model        KimiModel: .config, .prefill(ids, cache, seq), .decode(ids, cache, seqs)
-    cache        LatentCache used by nobody else
-    max_batch    requests that run at once
-    eos_ids      ids that end every request without ignore_eos
-    max_context  prompt and output together; default and upper limit: what model and cache can hold
+    model          KimiModel: .config, .prefill(ids, cache, seq), .decode(ids, cache, seqs)
+    cache          LatentCache used by nobody else
+    max_batch      requests that run at once
+    eos_ids        ids that end every request without ignore_eos
+    max_context    prompt and output together; default and upper limit: what model and cache can hold
+    check_weights  called after each forward pass; raises if its weights could not be read
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Engine:
         max_batch: int,
         eos_ids: Collection[int],
         max_context: int | None = None,
+        check_weights: Callable[[], None] = lambda: None,
     ) -> None:
         if max_batch < 1:
             raise RequestError(f"engine: max_batch must be at least 1 (got {max_batch})")
@@ -109,6 +111,7 @@ class Engine:
         self.max_batch = max_batch
         self._model = model
         self._cache = cache
+        self._check_weights = check_weights
         self._ids = itertools.count()
         self._waiting: deque[_Request] = deque()
         self._running: list[_Request] = []
@@ -215,6 +218,7 @@ class Engine:
             self._cache.reserve(request.seq, request.cached_tokens)
             ids = torch.tensor(request.prompt_ids, dtype=torch.int64)
             logits = self._model.prefill(ids, self._cache, request.seq)
+            self._check_weights()
             self._waiting.remove(request)
             self._running.append(request)
             output = self._choose(request, logits)
@@ -230,6 +234,7 @@ class Engine:
                 undo.callback(self._end, request)
             ids = torch.tensor([r.output_ids[-1] for r in batch], dtype=torch.int64)
             logits = self._model.decode(ids, self._cache, [r.seq for r in batch])
+            self._check_weights()
             outputs = [self._choose(r, logits[row]) for row, r in enumerate(batch)]
             undo.pop_all()
         elapsed = time.perf_counter() - started

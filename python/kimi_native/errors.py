@@ -29,5 +29,9 @@ class MemoryPlanError(KimiNativeError, MemoryError):
     """The model would not fit; the message names the setting that would make it fit."""
 
 
+class MemoryPlanWarning(UserWarning):
+    """The model runs, but its weights do not all stay in memory; the message says what that costs."""
+
+
 class NonFiniteLogitsError(KimiNativeError, ArithmeticError):
     """A forward pass produced NaN or infinite logits; no token is sampled from them."""

@@ -7,6 +7,7 @@ so what is asked at once, from one thread or several, is computed in one batch; 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -20,6 +21,7 @@ from kimi_native.chat.types import Event, Message
 from kimi_native.engine import Engine
 from kimi_native.errors import ConfigError, RequestError
 from kimi_native.generation import Generation, PlainOutput, Run
+from kimi_native.progress_bar import Progress
 from kimi_native.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -46,8 +48,9 @@ def load(
     dtype: str = "bfloat16",
     dense: str = "bf16",
     isa: str | None = None,
+    prefetch: bool = True,
     ignore_config_keys: Sequence[str] = (),
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Model:
     """Opens a checkpoint folder as published; nothing is converted on disk.
 
@@ -57,18 +60,18 @@ def load(
     dtype               activations and cache: "bfloat16" or "float32"
     dense               dense matrices: "bf16" as published, or "int8" (smaller, not exact)
     isa                 kernel tier, such as "avx2" (default: the best here); process-wide
+    prefetch            read the weights into memory now, at the speed of the disk, if all of them fit; else each is
+                        read when it is first used
     ignore_config_keys  config.json keys to accept although this package does not know them
     progress            called with (bytes done, bytes in all) while loading
 
     Raises ConfigError, ModelFormatError, TokenizerError, MemoryPlanError, RequestError for an argument, RuntimeError
-    for a tier this machine lacks, OSError for a file.
+    for a tier this machine lacks, OSError for a file; then, and when interrupted, threads and isa are as before. Warns
+    with MemoryPlanWarning if the weights do not all fit into memory.
     """
     _check_count("max_context", max_context)
     _check_count("max_batch", max_batch)
     _check_count("threads", threads)
-    import torch
-
-    from kimi_native import ops
     from kimi_native.cache import PAGE_SIZE, LatentCache
     from kimi_native.config import load_config
     from kimi_native.loader import DTYPES, load_model
@@ -76,38 +79,57 @@ def load(
     from kimi_native.tokenizer import load_tokenizer
 
     started = time.perf_counter()
-    if threads is not None:
-        ops.set_num_threads(threads)
-        torch.set_num_threads(threads)
-    if isa is not None:
-        ops.force_isa(isa)
     ignored = tuple(ignore_config_keys)
-    if max_context is None:
-        max_context = default_context(load_config(path, ignore_keys=ignored))
-    network, checkpoint = load_model(
-        path,
-        max_context=max_context,
-        max_batch=max_batch,
-        dtype=dtype,
-        dense=dense,
-        ignore_config_keys=ignored,
-        progress=progress,
-    )
-    config = checkpoint.config
+    config = load_config(path, ignore_keys=ignored)
     tokenizer = load_tokenizer(path, vocab_size=config.vocab_size)
-    # Every sequence may leave a part of its last page empty.
-    pages = max_batch * -(-max_context // PAGE_SIZE)
-    cache = LatentCache(config, max_tokens=pages * PAGE_SIZE, dtype=DTYPES[dtype])
-    return Model(
-        RecordedModel(network, cache),
-        cache,
-        tokenizer,
-        generation_config=checkpoint.generation_config,
-        chat_format=detect_format(config, tokenizer),
-        max_context=max_context,
-        max_batch=max_batch,
-        load_s=time.perf_counter() - started,
-    )
+    chat_format = detect_format(config, tokenizer)
+    if max_context is None:
+        max_context = default_context(config)
+    with _machine_settings(threads, isa):
+        network, checkpoint = load_model(
+            path,
+            max_context=max_context,
+            max_batch=max_batch,
+            dtype=dtype,
+            dense=dense,
+            prefetch=prefetch,
+            ignore_config_keys=ignored,
+            progress=progress,
+        )
+        # Every sequence may leave a part of its last page empty.
+        pages = max_batch * -(-max_context // PAGE_SIZE)
+        cache = LatentCache(config, max_tokens=pages * PAGE_SIZE, dtype=DTYPES[dtype])
+        return Model(
+            RecordedModel(network, cache),
+            cache,
+            tokenizer,
+            generation_config=checkpoint.generation_config,
+            chat_format=chat_format,
+            max_context=max_context,
+            max_batch=max_batch,
+            check_weights=checkpoint.check_readable,
+            load_s=time.perf_counter() - started,
+        )
+
+
+@contextlib.contextmanager
+def _machine_settings(threads: int | None, isa: str | None) -> Iterator[None]:
+    """Sets what is process-wide; what fails or is interrupted inside leaves it as it was."""
+    import torch
+
+    from kimi_native import ops
+
+    with contextlib.ExitStack() as undo:
+        if threads is not None:
+            undo.callback(ops.set_num_threads, ops.num_threads())
+            undo.callback(torch.set_num_threads, torch.get_num_threads())
+            ops.set_num_threads(threads)
+            torch.set_num_threads(threads)
+        if isa is not None:
+            undo.callback(ops.force_isa, ops.active_isa())
+            ops.force_isa(isa)
+        yield
+        undo.pop_all()
 
 
 def _check_count(name: str, value: object) -> None:
@@ -149,6 +171,8 @@ class Model:
     network      KimiModel
     cache        LatentCache, used by this Model alone
     chat_format  one of chat.template.FORMATS, or None: then only raw prompts and ids are answered
+
+    Besides what each method names, an answer ends with ModelFormatError if a weight file was truncated meanwhile.
     """
 
     def __init__(
@@ -161,6 +185,7 @@ class Model:
         chat_format: str | None,
         max_context: int | None = None,
         max_batch: int = DEFAULT_BATCH,
+        check_weights: Callable[[], None] = lambda: None,
         load_s: float = 0.0,
     ) -> None:
         self.tokenizer = tokenizer
@@ -170,7 +195,12 @@ class Model:
         self.load_s = load_s
         self.eos_ids = end_ids(network.config, generation_config, tokenizer)
         self._engine = Engine(
-            network, cache, max_batch=max_batch, eos_ids=self.eos_ids, max_context=max_context
+            network,
+            cache,
+            max_batch=max_batch,
+            eos_ids=self.eos_ids,
+            max_context=max_context,
+            check_weights=check_weights,
         )
         self._lock = threading.Lock()  # held for one engine step at a time
         self._runs: dict[int, Run] = {}

@@ -317,8 +317,10 @@ class Trunk(nn.Module):
 
     def __init__(self, config: KimiConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(1, 1, device="meta")
-        self.embed_tokens.weight = _empty(config.vocab_size, config.hidden_size)
+        # Not nn.Embedding(...), which would load torch's symbolic shapes to fill a tensor without storage (0.6 s).
+        self.embed_tokens = nn.Embedding.from_pretrained(
+            _empty(config.vocab_size, config.hidden_size)
+        )
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

@@ -11,15 +11,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from kimi_native.cache import PAGE_SIZE
-from kimi_native.checkpoint import Checkpoint
+from kimi_native.checkpoint import Checkpoint, StoredMatrices
 from kimi_native.config import KimiConfig
 from kimi_native.errors import MemoryPlanError
 from kimi_native.machine import available_memory
-from kimi_native.safetensors_file import TensorInfo
+from kimi_native.safetensors_file import DTYPE_BYTES, TensorInfo
 from kimi_native.tensor_table import (
-    FORM_SUFFIXES,
-    Matrix,
-    expected_matrices,
+    expected_others,
     numel_of,
     share_of_token,
 )
@@ -70,6 +68,11 @@ class MemoryPlan:
     @property
     def fits(self) -> bool:
         return self.needed_bytes <= self.available_bytes
+
+    @property
+    def mapped_fits(self) -> bool:
+        """Whether the mapped weights can stay in memory beside what is needed."""
+        return self.needed_bytes + self.mapped_bytes <= self.available_bytes
 
     def check(self) -> None:
         """Raises MemoryPlanError, naming needed and available bytes and what would make it fit, unless it fits."""
@@ -169,21 +172,12 @@ class _Weights:
         self.scratch = {"bf16": 0, "int8": 0}  # the largest temporary of one conversion
         self._mapped = {"bf16": 0, "int8": 0}
         self._touched = {"bf16": 0, "int8": 0}  # mapped bytes per decoded token
-        matrices = list(expected_matrices(self.config))
-        mixed = {
-            _layer(m.name)
-            for m in matrices
-            if ".mlp.experts." in m.name and checkpoint.forms[m.name] != "int4"
-        }
-        seen: set[str] = set()
-        for matrix in matrices:
-            parts = [matrix.name + s for s in FORM_SUFFIXES[checkpoint.forms[matrix.name]]]
-            seen.update(parts)
-            infos = [checkpoint.tensors[p] for p in parts]
-            self._add_matrix(matrix, infos, _layer(matrix.name) in mixed)
-        for name, info in checkpoint.tensors.items():
-            if name not in seen:
-                self._add_other(name, info)
+        experts = [s for s in checkpoint.stored if _is_expert(s)]
+        mixed = {_layer(s.names[0]) for s in experts if s.form != "int4"}
+        for s in checkpoint.stored:
+            self._add_matrices(s, _is_expert(s) and _layer(s.names[0]) in mixed)
+        for name in expected_others(self.config):
+            self._add_other(name, checkpoint.tensors[name])
         c = self.config
         heads = c.num_attention_heads * c.num_hidden_layers
         self.key_half = heads * c.qk_nope_head_dim * c.kv_lora_rank * 2
@@ -191,17 +185,17 @@ class _Weights:
     def mapped(self, dense: str) -> tuple[int, int]:
         return self._mapped[dense], self._touched[dense]
 
-    def _add_matrix(self, matrix: Matrix, infos: list[TensorInfo], mixed: bool) -> None:
-        expert = ".mlp.experts." in matrix.name
-        stored = sum(i.nbytes for i in infos)
+    def _add_matrices(self, group: StoredMatrices, mixed: bool) -> None:
+        """mixed: experts of a layer whose experts are not all INT4."""
+        expert = _is_expert(group)
         for dense in ("bf16", "int8"):
-            copied, scratch = _conversion(matrix, infos[0], dense, expert, mixed)
-            self.copied[dense] += copied
+            copied, scratch = _conversion(group, dense, mixed)
+            self.copied[dense] += copied * len(group.names)
             self.scratch[dense] = max(self.scratch[dense], scratch)
             if not copied:
-                self._mapped[dense] += stored
-                # Dividing per matrix rounds down by less than a byte each.
-                touched = share_of_token(self.config, stored) if expert else stored
+                self._mapped[dense] += group.nbytes
+                # Dividing per layer rounds down by less than a byte each.
+                touched = share_of_token(self.config, group.nbytes) if expert else group.nbytes
                 self._touched[dense] += touched
 
     def _add_other(self, name: str, info: TensorInfo) -> None:
@@ -217,24 +211,28 @@ class _Weights:
                 self._touched[dense] += info.nbytes // info.shape[0] if row_only else info.nbytes
 
 
+def _is_expert(group: StoredMatrices) -> bool:
+    return ".mlp.experts." in group.names[0]
+
+
 def _layer(name: str) -> str:
     return name.partition(".mlp.")[0]
 
 
-def _conversion(
-    matrix: Matrix, info: TensorInfo, dense: str, expert: bool, mixed: bool
-) -> tuple[int, int]:
+def _conversion(group: StoredMatrices, dense: str, mixed: bool) -> tuple[int, int]:
     """Bytes of the loader's copy of one matrix and of its temporaries; zeros if it is used in place."""
-    numel = matrix.out_features * matrix.in_features
-    absorbed = matrix.name.endswith(".kv_b_proj")
-    if info.dtype == "I32":
-        return (numel * 2, 0) if absorbed or (expert and mixed) else (0, 0)
+    dtype = group.dtype
+    numel = group.out_features * group.in_features
+    absorbed = group.names[0].endswith(".kv_b_proj")
+    if group.form == "int4":
+        return (numel * 2, 0) if absorbed or mixed else (0, 0)
     # F16 and F32 are converted back once, to see that nothing was lost.
-    scratch = info.nbytes if info.dtype in ("F16", "F32") else 0
-    if dense == "int8" and not expert and not absorbed and matrix.in_features % INT8_GROUP == 0:
-        by_way_of_bf16 = 0 if info.dtype == "BF16" else numel * 2
+    scratch = numel * DTYPE_BYTES[dtype] if dtype in ("F16", "F32") else 0
+    in_groups = group.in_features % INT8_GROUP == 0
+    if dense == "int8" and in_groups and not absorbed and not _is_expert(group):
+        by_way_of_bf16 = 0 if dtype == "BF16" else numel * 2
         return numel + numel // INT8_GROUP * 2, scratch + by_way_of_bf16
-    return (0, 0) if info.dtype == "BF16" else (numel * 2, scratch)
+    return (0, 0) if dtype == "BF16" else (numel * 2, scratch)
 
 
 # ---- items ----------------------------------------------------------------------------------------------------------
@@ -286,12 +284,12 @@ def _prefill_bytes(c: KimiConfig, s: Settings) -> int:
 
 
 def _notes(plan: MemoryPlan) -> tuple[str, ...]:
-    left = max(plan.available_bytes - plan.needed_bytes, 0)
-    if plan.mapped_bytes <= left:
+    if plan.mapped_fits:
         return ()
+    left = max(plan.available_bytes - plan.needed_bytes, 0)
     return (
         f"the mapped weights ({bytes_text(plan.mapped_bytes)}) exceed the memory left for them "
-        f"({bytes_text(left)}): what does not stay cached is read from disk again, up to "
+        f"({bytes_text(left)}): they are not read ahead, and what does not stay cached is read from disk again, up to "
         f"{bytes_text(plan.mapped_bytes_per_token)} per decoded token",
     )
 

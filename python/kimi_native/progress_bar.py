@@ -1,4 +1,4 @@
-"""The progress display of commands that write many bytes."""
+"""The progress display of commands that read or write many bytes."""
 
 from __future__ import annotations
 

@@ -30,13 +30,16 @@ class QuantizationConfig:
     group_size: int
     ignore: tuple[str, ...] = ()
     _exact: frozenset[str] = field(init=False, repr=False, compare=False)
-    _patterns: tuple[re.Pattern[str], ...] = field(init=False, repr=False, compare=False)
+    _pattern: re.Pattern[str] | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         expressions = [i[3:] for i in self.ignore if i.startswith("re:")]
         exact = {i.removeprefix(p) for i in self.ignore for p in ("", *TEXT_PREFIXES)}
         object.__setattr__(self, "_exact", frozenset(exact))
-        object.__setattr__(self, "_patterns", _compile_patterns(expressions))
+        _compile_patterns(expressions)  # each by itself, for its errors
+        # One match a name instead of one a pattern: a model has 70,000 matrices.
+        alternatives = "|".join(f"(?:{e})" for e in expressions)
+        object.__setattr__(self, "_pattern", re.compile(alternatives) if expressions else None)
 
     def is_ignored(self, module_name: str) -> bool:
         """Whether the ignore list names the module (tensor name without its last part)."""
@@ -54,7 +57,9 @@ class QuantizationConfig:
         return not self.is_ignored(module_name)
 
     def _matches(self, name: str) -> bool:
-        return name in self._exact or any(p.match(name) for p in self._patterns)
+        if name in self._exact:
+            return True
+        return self._pattern is not None and self._pattern.match(name) is not None
 
 
 _PATTERN_TOKEN = re.compile(

@@ -57,6 +57,14 @@ class Matrix(NamedTuple):
     in_features: int
 
 
+class Matrices(NamedTuple):
+    """Linear modules that are alike: a single one, or one projection of all routed experts of a layer."""
+
+    names: list[str]
+    out_features: int
+    in_features: int
+
+
 def numel_of(shape: Iterable[int]) -> int:
     product = 1
     for size in shape:
@@ -66,6 +74,13 @@ def numel_of(shape: Iterable[int]) -> int:
 
 def expected_matrices(config: KimiConfig) -> Iterator[Matrix]:
     """Every Linear module of the model that a quantization scheme could store, in layer order."""
+    for names, out, in_ in expected_groups(config):
+        for name in names:
+            yield Matrix(name, out, in_)
+
+
+def expected_groups(config: KimiConfig) -> Iterator[Matrices]:
+    """The same, the experts of a layer together: some two thousand groups for K2's 70,000 matrices."""
     c, prefix = config, config.tensor_prefix
     h, heads = c.hidden_size, c.num_attention_heads
     attention = [
@@ -81,26 +96,23 @@ def expected_matrices(config: KimiConfig) -> Iterator[Matrix]:
     for i in range(c.num_hidden_layers):
         layer = f"{prefix}model.layers.{i}."
         for name, out, in_ in attention:
-            yield Matrix(f"{layer}self_attn.{name}", out, in_)
+            yield Matrices([f"{layer}self_attn.{name}"], out, in_)
         if not c.is_moe_layer(i):
-            yield from _mlp(f"{layer}mlp.", h, c.intermediate_size)
+            yield from _mlps([f"{layer}mlp."], h, c.intermediate_size)
             continue
         if c.n_shared_experts:
-            yield from _mlp(
-                f"{layer}mlp.shared_experts.", h, c.moe_intermediate_size * c.n_shared_experts
-            )
-        for e in range(c.n_routed_experts or 0):
-            yield from _mlp(f"{layer}mlp.experts.{e}.", h, c.moe_intermediate_size)
+            width = c.moe_intermediate_size * c.n_shared_experts
+            yield from _mlps([f"{layer}mlp.shared_experts."], h, width)
+        experts = [f"{layer}mlp.experts.{e}." for e in range(c.n_routed_experts or 0)]
+        yield from _mlps(experts, h, c.moe_intermediate_size)
     if not c.tie_word_embeddings:
-        yield Matrix(f"{prefix}lm_head", c.vocab_size, h)
+        yield Matrices([f"{prefix}lm_head"], c.vocab_size, h)
 
 
-def _mlp(prefix: str, hidden: int, width: int) -> tuple[Matrix, Matrix, Matrix]:
-    return (
-        Matrix(prefix + "gate_proj", width, hidden),
-        Matrix(prefix + "up_proj", width, hidden),
-        Matrix(prefix + "down_proj", hidden, width),
-    )
+def _mlps(prefixes: list[str], hidden: int, width: int) -> Iterator[Matrices]:
+    yield Matrices([p + "gate_proj" for p in prefixes], width, hidden)
+    yield Matrices([p + "up_proj" for p in prefixes], width, hidden)
+    yield Matrices([p + "down_proj" for p in prefixes], hidden, width)
 
 
 def expected_others(config: KimiConfig) -> dict[str, Expected]:
@@ -131,8 +143,8 @@ def expected_others(config: KimiConfig) -> dict[str, Expected]:
     return tensors
 
 
-def matrix_tensors(matrix: Matrix, form: str) -> dict[str, Expected]:
-    """The tensors that store one matrix.
+def matrix_tensors(matrix: Matrix, form: str) -> list[tuple[str, Expected]]:
+    """The tensors that store one matrix, by what their names have after the matrix's.
 
     form  "plain": weight · "int4": weight_packed, weight_scale, weight_shape · "fp8": weight, weight_scale_inv
 
@@ -140,22 +152,22 @@ def matrix_tensors(matrix: Matrix, form: str) -> dict[str, Expected]:
     """
     name, out, in_ = matrix
     if form == "plain":
-        return {name + ".weight": Expected((out, in_), PLAIN_DTYPES)}
+        return [(".weight", Expected((out, in_), PLAIN_DTYPES))]
     if form == "fp8":
         blocks = (-(-out // FP8_BLOCK), -(-in_ // FP8_BLOCK))
-        return {
-            name + ".weight": Expected((out, in_), ("F8_E4M3",)),
-            name + ".weight_scale_inv": Expected(blocks, ("F32",)),
-        }
+        return [
+            (".weight", Expected((out, in_), ("F8_E4M3",))),
+            (".weight_scale_inv", Expected(blocks, ("F32",))),
+        ]
     if in_ % INT4_GROUP:
         raise ConfigError(
             f"{name}: INT4 needs in_features that are a multiple of {INT4_GROUP} (got {in_})"
         )
-    return {
-        name + ".weight_packed": Expected((out, in_ // 8), ("I32",)),
-        name + ".weight_scale": Expected((out, in_ // INT4_GROUP), ("BF16",)),
-        name + ".weight_shape": Expected((2,), ("I32", "I64")),
-    }
+    return [
+        (".weight_packed", Expected((out, in_ // 8), ("I32",))),
+        (".weight_scale", Expected((out, in_ // INT4_GROUP), ("BF16",))),
+        (".weight_shape", Expected((2,), ("I32", "I64"))),
+    ]
 
 
 def configured_form(config: KimiConfig, module_name: str) -> str:
@@ -172,15 +184,14 @@ def expected_tensors(config: KimiConfig) -> dict[str, Expected]:
     Raises ConfigError if a matrix cannot be stored as the config says.
     """
     tensors = expected_others(config)
-    shared: dict[tuple[int, int, str], list[tuple[str, Expected]]] = {}  # the same for each expert
-    for matrix in expected_matrices(config):
-        form = configured_form(config, matrix.name)
-        key = (matrix.out_features, matrix.in_features, form)
-        if key not in shared:
-            parts = matrix_tensors(matrix, form)
-            shared[key] = [(name[len(matrix.name) :], e) for name, e in parts.items()]
-        for suffix, expected in shared[key]:
-            tensors[matrix.name + suffix] = expected
+    for names, out, in_ in expected_groups(config):
+        parts: dict[str, list[tuple[str, Expected]]] = {}  # the same for each expert
+        for name in names:
+            form = configured_form(config, name)
+            if form not in parts:
+                parts[form] = matrix_tensors(Matrix(name, out, in_), form)
+            for suffix, expected in parts[form]:
+                tensors[name + suffix] = expected
     return tensors
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +53,8 @@ class Int4Weight:
 class Int4ExpertWeights:
     """The same projection of every expert: one pointer per expert, so each may live in its own mapped file.
 
-    weights  one Int4Weight per expert, all of one shape
+    weights                          one Int4Weight per expert, all of one shape
+    packed_pointers, scale_pointers  [experts] int64, addresses of their tensors
     """
 
     def __init__(self, weights: list[Int4Weight]) -> None:
@@ -59,16 +62,45 @@ class Int4ExpertWeights:
         shapes = {(w.out_features, w.in_features) for w in weights}
         require(len(shapes) == 1, f"Int4ExpertWeights: experts must share one shape (got {shapes})")
         self.weights = weights
-        self.out_features, self.in_features = shapes.pop()
-        self.packed_pointers = torch.tensor(
-            [w.weight_packed.data_ptr() for w in weights], dtype=torch.int64
-        )
-        self.scale_pointers = torch.tensor(
-            [w.weight_scale.data_ptr() for w in weights], dtype=torch.int64
+        out_features, in_features = shapes.pop()
+        self._point(
+            [w.weight_packed.data_ptr() for w in weights],
+            [w.weight_scale.data_ptr() for w in weights],
+            out_features,
+            in_features,
         )
 
+    @classmethod
+    def at(
+        cls,
+        packed: list[int],
+        scale: list[int],
+        out_features: int,
+        in_features: int,
+        make_weights: Callable[[], list[Int4Weight]],
+    ) -> Int4ExpertWeights:
+        """Weights whose addresses are known and checked: K2's 69,120 experts' matrices without a tensor for each.
+
+        make_weights  called if somebody asks for `weights`; must keep the memory at the addresses alive
+        """
+        self = cls.__new__(cls)
+        self._make_weights = make_weights
+        self._point(packed, scale, out_features, in_features)
+        return self
+
+    def _point(
+        self, packed: list[int], scale: list[int], out_features: int, in_features: int
+    ) -> None:
+        self.out_features, self.in_features = out_features, in_features
+        self.packed_pointers = torch.tensor(packed, dtype=torch.int64)
+        self.scale_pointers = torch.tensor(scale, dtype=torch.int64)
+
+    @functools.cached_property
+    def weights(self) -> list[Int4Weight]:
+        return self._make_weights()
+
     def __len__(self) -> int:
-        return len(self.weights)
+        return self.packed_pointers.shape[0]
 
 
 @dataclass(frozen=True)

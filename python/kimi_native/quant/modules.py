@@ -35,12 +35,10 @@ class Int4Experts(nn.Module):
     """The routed experts in INT4, all of a layer's hit experts in two native calls."""
 
     def __init__(
-        self, gate: list[Int4Weight], up: list[Int4Weight], down: list[Int4Weight]
+        self, gate: Int4ExpertWeights, up: Int4ExpertWeights, down: Int4ExpertWeights
     ) -> None:
         super().__init__()
-        self.gate = Int4ExpertWeights(gate)
-        self.up = Int4ExpertWeights(up)
-        self.down = Int4ExpertWeights(down)
+        self.gate, self.up, self.down = gate, up, down
 
     def forward(self, x: Tensor, dispatch: MoeDispatch) -> Tensor:
         """x [tokens, hidden] to the outputs of all dispatched rows, [tokens * topk, hidden] float32."""

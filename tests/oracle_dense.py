@@ -55,15 +55,32 @@ def bound_rms_norm(y: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
     return 1.01 * relative * y.abs() + TINY
 
 
-def mla_expected(
-    q, cache, page_table, seq_lens, *, kv_lora_rank, softmax_scale
-) -> tuple[Tensor, Tensor]:
-    """float64 result and error bound of mla_decode, one head and one full softmax at a time.
+def mla_terms(length: int, width: int, *, isa: str, cache_dtype: torch.dtype) -> tuple[int, int]:
+    """Roundings (units of U) in a score, of its absolute sum, and in the sums over tokens, as mla_decode orders them.
 
-    An error d in a score is a factor exp(d) on its probability. Per token: the scaled query and the dot (dot_terms),
-    the subtraction of the maximum (U |s - max|) and exp itself (2 ulp = 4 U). Common factors (the maximum, rescaling)
-    meet numerator and denominator alike. The sums over tokens: at most 512 in sequence within a chunk, a rescaling
-    per 64 tokens, two roundings per chunk in the end.
+    Vector tiers: four partial sums a score, by column mod 4, added up after every 288 columns (generic: 144); the
+    scaled query. At most 512 tokens in sequence, a rescaling of two roundings per 64. A multiply-add rounds once, in
+    the generic tier twice. Matrix tiles (amx, bf16 cache): a product of 32 columns or tokens sums its even and its odd
+    terms in chains of 16, adds the two, then adds to the tile; high and low limb are added, and a score is scaled. The
+    limbs are within 2**-17 of the query or the weight: 128 U. The sum of the weights is at most 512 additions.
+    """
+    tokens = min(length, 512)
+    if isa == "amx" and cache_dtype == torch.bfloat16:
+        score = 16 + 1 + math.ceil(width / 32) + 2 + 128
+        return score, max(16 + 1 + 16 + 1 + 128, tokens)
+    rounds, segment = (2, 144) if isa == "generic" else (1, 288)
+    score = rounds * math.ceil(min(width, segment) / 4) + 2 + math.ceil(width / segment) - 1 + 1
+    return score, rounds * tokens + 2 * 8
+
+
+def mla_expected(
+    q, cache, page_table, seq_lens, *, kv_lora_rank, softmax_scale, isa
+) -> tuple[Tensor, Tensor]:
+    """float64 result and error bound of mla_decode in a tier, one head and one full softmax at a time.
+
+    An error d in a score is a factor exp(d) on its probability. Per token: the score (mla_terms), the subtraction of
+    the maximum (U |s - max|) and exp itself (2 ulp = 4 U). Common factors (the maximum, rescaling) meet numerator and
+    denominator alike. The sums over tokens: mla_terms within a chunk of 512, two roundings per chunk in the end.
     """
     batch, heads, width = q.shape
     page_size = cache.shape[1]
@@ -76,6 +93,7 @@ def mla_expected(
             continue
         keys = torch.cat(rows)[:length].double()
         values = keys[:, :kv_lora_rank]
+        score_terms, sum_terms = mla_terms(length, width, isa=isa, cache_dtype=cache.dtype)
         for h in range(heads):
             query = q[b, h].double()
             scores = keys @ query * softmax_scale
@@ -83,8 +101,8 @@ def mla_expected(
             p = weight / weight.sum()
             out[b, h] = p @ values
             absolute = keys.abs() @ query.abs() * abs(softmax_scale)
-            off = (dot_terms(width) + 1) * U * absolute + U * (scores.max() - scores) + 4 * U
-            sums = (2 * min(length, 512) + 2 * 8 + 2 * math.ceil(length / 512) + 6) * U
+            off = score_terms * U * absolute + U * (scores.max() - scores) + 4 * U
+            sums = (sum_terms + 2 * math.ceil(length / 512) + 6) * U
             spread = p @ values.abs() + out[b, h].abs()
             bound[b, h] = (p * off) @ values.abs() + (p @ off) * out[b, h].abs() + sums * spread
     bound = 1.01 * bound

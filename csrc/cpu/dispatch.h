@@ -24,7 +24,7 @@ struct Bf16GemmTile {
 
 // One task of mla_decode: a block of heads of one sequence over one chunk of its tokens. The result
 // is unnormalized: out = sum of exp(score - max) * value, sum = sum of exp(score - max).
-static constexpr int kMlaTileTokens = 64;
+static constexpr int kMlaChunkTokens = 512;  // the longest chunk
 struct MlaDecodeChunk {
   const void* q;  // first head of the block
   const void* cache;
@@ -33,12 +33,10 @@ struct MlaDecodeChunk {
   int64_t heads, latent, width;  // width: latent + rope
   int64_t page_size, begin, end;
   float softmax_scale;
-  float* packed;   // scratch: heads * (width rounded up to 16)
-  float* scores;   // scratch: heads * kMlaTileTokens
-  float* rescale;  // scratch: heads
-  float* out;      // [heads, latent rounded up to 16]
-  float* max;      // [heads]
-  float* sum;      // [heads]
+  void* scratch;  // mla_decode_scratch_bytes, 64-byte aligned
+  float* out;     // [heads, latent rounded up to 16]
+  float* max;     // [heads]
+  float* sum;     // [heads]
 };
 
 // The last step of mla_decode for one row of the result: its chunks, `chunk_stride` floats apart.
@@ -75,11 +73,12 @@ struct Kernels {
                           const float* weights, int64_t topk, const void* shared, void* out,
                           DType out_dtype, int64_t hidden);
 
-  // dot_kernel.h: the number of packed vectors (tokens, heads) that share a register tile.
+  // dot_kernel.h: the number of packed vectors (tokens) that share a register tile.
   int dot_vectors;
   // bf16_gemm_kernel.h
   void (*bf16_gemm_tile)(const Bf16GemmTile&);
   // mla_decode_kernel.h
+  int64_t (*mla_decode_scratch_bytes)(int64_t heads, int64_t latent, int64_t width, DType cache);
   void (*mla_decode_chunk)(const MlaDecodeChunk&);
   void (*mla_decode_combine)(const MlaDecodeRow&);
 

@@ -49,6 +49,7 @@ const Kernels table = {
     .moe_combine_row = moe_combine_row,
     .dot_vectors = kDotVectors,
     .bf16_gemm_tile = bf16_gemm_tile,
+    .mla_decode_scratch_bytes = mla_decode_scratch_bytes,
     .mla_decode_chunk = mla_decode_chunk,
     .mla_decode_combine = mla_decode_combine,
     .int4_prepare = int4_prepare,

@@ -1,4 +1,4 @@
-// Splits attention over (sequence x chunk of kChunkTokens tokens x block of heads), then adds up
+// Splits attention over (sequence x chunk of kMlaChunkTokens tokens x block of heads), then adds up
 // each row's chunks in ascending order. Chunks are cut at fixed token positions, so a row's bits
 // depend neither on the threads nor on its neighbours.
 #include <algorithm>
@@ -15,11 +15,10 @@ namespace kn::cpu {
 namespace {
 
 constexpr const char* kOp = "mla_decode";
-constexpr int64_t kChunkTokens = 512;       // 8 tiles: the partial result is 1/9 of the cache read
-constexpr int64_t kBlockBytes = 320 << 10;  // q, scores and sums of a block: leaves L2 for a tile
-constexpr int64_t kRoundBytes = 64 << 20;   // partial results kept at once, over several sequences
-constexpr int64_t kTasksPerThread = 4;
-constexpr int64_t kHeadStep = 6;  // the register tiles of every tier divide it
+constexpr int64_t kMaxTaskHeads = 64;      // their queries and sums take 280 KB of L2
+constexpr int64_t kRoundBytes = 64 << 20;  // partial results kept at once, over several sequences
+constexpr int64_t kHeadStep = 8;           // tiles of every tier are full
+constexpr int64_t kTaskHeads = 4;  // what a task does once, for any number of heads, costs as much
 constexpr int64_t kCombineRows = 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -27,14 +26,14 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 int64_t mul(int64_t a, int64_t b) { return checked_mul(kOp, a, b); }
 
 int64_t num_chunks(const MlaDecodeArgs& a, int64_t b) {
-  return ceil_div(a.seq_lens[b], kChunkTokens);
+  return ceil_div(a.seq_lens[b], kMlaChunkTokens);
 }
 
 struct Plan {
-  int64_t width16, latent16;  // rounded up to 16
+  int64_t latent16;  // rounded up to 16
   int64_t heads_per_task, head_blocks;
-  int64_t thread_floats, chunk_floats;  // scratch of a thread; one chunk of all heads
-  int64_t round_chunks;                 // the most chunks in a round
+  int64_t thread_bytes, chunk_floats;  // scratch of a thread; one chunk of all heads
+  int64_t round_chunks;                // the most chunks in a round
   int64_t offsets_bytes, bytes;
 };
 
@@ -75,10 +74,23 @@ int64_t round_end(const MlaDecodeArgs& a, const Plan& p, int64_t begin, int64_t&
   return b;
 }
 
+// Heads of a task: the split that is done first if all threads are equally fast.
+int64_t choose_heads_per_task(int64_t heads, int64_t chunks) {
+  int64_t best = 0, best_cost = 0;
+  const int64_t fewest = ceil_div(heads, kMaxTaskHeads);
+  const int64_t most = std::min(ceil_div(heads, kHeadStep), fewest + num_threads());
+  for (int64_t blocks = fewest; blocks <= most; ++blocks) {
+    const int64_t each = round_up(ceil_div(heads, blocks), kHeadStep);
+    const int64_t tasks = chunks * ceil_div(heads, each);
+    const int64_t cost = ceil_div(tasks, num_threads()) * (each + kTaskHeads);
+    if (best == 0 || cost < best_cost) best = each, best_cost = cost;
+  }
+  return std::min(best, heads);
+}
+
 Plan plan(const MlaDecodeArgs& a) {
   check_sizes(a);
   Plan p;
-  p.width16 = round_up(a.kv_lora_rank + a.qk_rope_head_dim, 16);
   p.latent16 = round_up(a.kv_lora_rank, 16);
   p.chunk_floats = mul(a.heads, p.latent16) + 2 * round_up(a.heads, 16);
   p.round_chunks = 0;
@@ -87,17 +99,13 @@ Plan plan(const MlaDecodeArgs& a) {
     b = round_end(a, p, b, chunks);
     p.round_chunks = std::max(p.round_chunks, chunks);
   }
-  const int64_t head_floats = p.width16 + p.latent16 + kMlaTileTokens;
-  const int64_t threads = num_threads();
-  const int64_t wanted_tasks = threads == 1 ? 1 : threads * kTasksPerThread;
-  const int64_t blocks = std::max(ceil_div(wanted_tasks, std::max<int64_t>(all_chunks, 1)),
-                                  ceil_div(mul(a.heads, head_floats * 4), kBlockBytes));
-  p.heads_per_task = std::min(a.heads, round_up(ceil_div(a.heads, blocks), kHeadStep));
+  p.heads_per_task = choose_heads_per_task(a.heads, std::max<int64_t>(all_chunks, 1));
   p.head_blocks = ceil_div(a.heads, p.heads_per_task);
-  p.thread_floats =
-      mul(p.heads_per_task, p.width16 + kMlaTileTokens) + round_up(p.heads_per_task, 16);
+  p.thread_bytes = kernels().mla_decode_scratch_bytes(
+      p.heads_per_task, a.kv_lora_rank, a.kv_lora_rank + a.qk_rope_head_dim, a.cache_dtype);
+  p.thread_bytes = round_up(p.thread_bytes, 64);
   p.offsets_bytes = round_up((a.batch + 1) * 8, 64);
-  p.bytes = mul(threads, p.thread_floats * 4);
+  p.bytes = mul(num_threads(), p.thread_bytes);
   KN_REQUIRE(
       !__builtin_add_overflow(p.bytes, p.offsets_bytes, &p.bytes) &&
           !__builtin_add_overflow(p.bytes, mul(p.round_chunks, p.chunk_floats * 4), &p.bytes),
@@ -130,7 +138,7 @@ struct Round {
   const Kernels& k;
   int64_t begin, end;
   int64_t* offsets;
-  float* scratch;   // thread_floats for each thread
+  char* scratch;    // thread_bytes for each thread
   float* partials;  // chunk_floats for each chunk: sums of values, maxima, sums of weights
 
   int64_t chunks() const { return offsets[end - begin]; }
@@ -151,12 +159,10 @@ struct Round {
     c.latent = a.kv_lora_rank;
     c.width = width;
     c.page_size = a.page_size;
-    c.begin = chunk * kChunkTokens;
-    c.end = std::min<int64_t>(c.begin + kChunkTokens, a.seq_lens[b]);
+    c.begin = chunk * kMlaChunkTokens;
+    c.end = std::min<int64_t>(c.begin + kMlaChunkTokens, a.seq_lens[b]);
     c.softmax_scale = a.softmax_scale;
-    c.packed = scratch + thread * p.thread_floats;
-    c.scores = c.packed + p.heads_per_task * p.width16;
-    c.rescale = c.scores + p.heads_per_task * kMlaTileTokens;
+    c.scratch = scratch + thread * p.thread_bytes;
     c.out = to + head * p.latent16;
     c.max = to + a.heads * p.latent16 + head;
     c.sum = c.max + round_up(a.heads, 16);
@@ -206,8 +212,8 @@ void mla_decode(const MlaDecodeArgs& a) {
   check_buffers(a, p);
   char* at = (char*)a.workspace;
   int64_t* offsets = (int64_t*)at;
-  float* scratch = (float*)(at + p.offsets_bytes);
-  float* partials = scratch + num_threads() * p.thread_floats;
+  char* scratch = at + p.offsets_bytes;
+  float* partials = (float*)(scratch + num_threads() * p.thread_bytes);
   const Kernels& k = kernels();
   for (int64_t b = 0, chunks; b < a.batch;) {
     const int64_t end = round_end(a, p, b, chunks);

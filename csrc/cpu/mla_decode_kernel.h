@@ -1,16 +1,12 @@
 // mla_decode, one task: a block of heads of one sequence over one chunk of its tokens, 64 tokens (a
 // tile) at a time, with the running maximum of online softmax.
 //
-//   scores  dot_kernel.h     cache rows x heads, over latent + rope    S[head][64]
-//   softmax per head         m' = max(m, S), P = exp(S - m'), l = l exp(m - m') + sum P
-//   values  64 tokens x 6 heads x 4 vectors of latent columns:
-//                  P[head][token] splat * cache[token][16 columns] -> O[head][columns]
+//   scores   S[token][head]     mla_decode_tiles_kernel.h
+//   softmax  lanes are heads    m' = max(m, S), P = exp(S - m'), l = l exp(m - m') + sum P
+//   values   O[head][column]    mla_decode_tiles_kernel.h
 //
-// The cache is read in its own dtype, widened in registers, once from memory: the second product
-// finds the tile in L2. Bytes: chunk * (latent + rope) of cache. FLOPs: 2 * heads * chunk * (2 *
-// latent + rope), 121 a byte for 64 heads and bf16. Every output sums its tokens in ascending
-// order, one accumulator per output, so neither the number of heads nor their split shows in the
-// bits.
+// Bytes: chunk * (latent + rope) of cache. FLOPs: 2 * heads * chunk * (2 * latent + rope), 121 a
+// byte for 64 heads and bf16.
 //
 // Source: online softmax, arXiv 1805.02867; absorbed attention, arXiv 2405.04434, section 2.1.
 #pragma once
@@ -19,165 +15,102 @@
 
 namespace kn::cpu::KN_ISA {
 
-// Heads x vectors of columns that accumulate in registers.
-#if KN_TIER >= 2
-static constexpr int kValueHeads = 6, kValueVectors = 4;
-#elif KN_TIER == 1
-static constexpr int kValueHeads = 6, kValueVectors = 1;
-#else
-static constexpr int kValueHeads = 2, kValueVectors = 1;
-#endif
-static constexpr int kTile = kMlaTileTokens;
+KN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+KN_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// The row of each token of a tile; `n` tokens from `first` on. Only used page ids are read. Repeats
-// the last row up to a whole register tile of the scores.
+// The cache row of a token. Only used page ids are read.
 template <typename T>
-static void find_rows(const MlaDecodeChunk& a, int64_t first, int n, const T** rows) {
-  for (int t = 0; t < n; ++t) {
-    const int64_t page = a.page_table[(first + t) / a.page_size];
-    rows[t] = (const T*)a.cache + (page * a.page_size + (first + t) % a.page_size) * a.width;
-  }
-  for (int t = n; t < kTile && t % kDotRows; ++t) rows[t] = rows[n - 1];
+KN_INLINE const T* cache_row(const MlaDecodeChunk& a, int64_t token) {
+  const int64_t page = a.page_table[token / a.page_size];
+  return (const T*)a.cache + (page * a.page_size + token % a.page_size) * a.width;
 }
 
-// scores[head][token]; -inf for the tokens a tile lacks. The next tile is fetched meanwhile, at the
-// address of the first of every kDotRows tokens (rows of a page follow each other).
+}  // namespace kn::cpu::KN_ISA
+
+#include "cpu/mla_decode_tiles_kernel.h"
+#if KN_TIER == 3
+#include "cpu/mla_decode_amx_kernel.h"
+#endif
+
+namespace kn::cpu::KN_ISA {
+
+static int64_t mla_decode_scratch_bytes(int64_t heads, int64_t latent, int64_t width,
+                                        DType cache_dtype) {
+#if KN_TIER == 3
+  if (cache_dtype == DType::kBf16) return amx_scratch_bytes(heads, latent, width);
+#else
+  (void)latent, (void)cache_dtype;
+#endif
+  const int64_t q = round_up(heads, 4) * round_up(width, 4), heads16 = round_up16(heads);
+  return 4 * (round_up16(q) + kWideFloats + (kTile + 3) * heads16);
+}
+
 template <typename T>
-static void mla_scores(const MlaDecodeChunk& a, const T* const* rows, int n,
-                       const T* const* next_rows, int next_n) {
-  const int64_t packed_width = round_up16(a.width);
-  for (int64_t h = 0; h < a.heads; h += kDotVectors) {
-    const int vectors = int(a.heads - h < kDotVectors ? a.heads - h : kDotVectors);
-    const float* packed = a.packed + h * packed_width;
-    for (int t = 0; t < n; t += kDotRows) {
-      const bool fetch = h == 0 && t + kDotRows <= next_n;
-      const Prefetch prefetch = {fetch ? (const char*)next_rows[t] : (const char*)packed,
-                                 fetch ? int64_t(kDotRows * 16 * sizeof(T)) : 0};
-      dot_tile_of(vectors, rows + t, packed, a.width, prefetch, a.scores + h * kTile + t, kTile);
-    }
-  }
-  for (int64_t h = 0; h < a.heads; ++h)
-    for (int t = n; t < kTile; ++t) a.scores[h * kTile + t] = -__builtin_inff();
+static void start_tiles(const MlaDecodeChunk& a, MlaTile<T>& m) {
+  m.heads = a.heads, m.heads16 = round_up16(a.heads), m.latent = a.latent, m.width = a.width;
+  float* q = (float*)a.scratch;
+  m.q = q;
+  m.wide = q + round_up16(round_up(a.heads, 4) * round_up(a.width, 4));
+  m.scores = m.wide + kWideFloats;
+  m.max = m.scores + kTile * m.heads16;
+  m.sum = m.max + m.heads16;
+  m.rescale = m.sum + m.heads16;
+  m.out = a.out;
+  if (a.q_dtype == DType::kBf16)
+    pack_queries((const bf16*)a.q, a.heads, a.width, a.softmax_scale, q);
+  else
+    pack_queries((const float*)a.q, a.heads, a.width, a.softmax_scale, q);
+  // Finite, so that a tile of -inf scores (q . row overflowed) leaves no NaN behind.
+  for (int64_t h = 0; h < m.heads16; ++h) m.max[h] = -__FLT_MAX__, m.sum[h] = 0;
+  for (int64_t i = 0; i < kTile * m.heads16; i += 16) store(m.scores + i, zero_f32());
+  for (int64_t i = 0; i < a.heads * round_up16(a.latent); i += 16) store(m.out + i, zero_f32());
 }
 
 // Scores to probabilities under the new maximum, in place; rescale[head] = exp(old - new maximum).
-// A NaN score may be missed by the maximum, but its own probability, hence the sum, is NaN.
-static void mla_softmax(const MlaDecodeChunk& a) {
-  constexpr int kVectors = kTile / 16;
-  for (int64_t h = 0; h < a.heads; ++h) {
-    float* row = a.scores + h * kTile;
-    f32x16 s[kVectors], largest = splat(a.max[h]), sum = zero_f32();
-    for (int i = 0; i < kVectors; ++i) {
-      s[i] = load(row + i * 16);
-      largest = max(largest, s[i]);
-    }
-    const float new_max = max_lanes(largest);
-    for (int i = 0; i < kVectors; ++i) {
-      const f32x16 p = exp_f32(sub(s[i], splat(new_max)));
-      store(row + i * 16, p);
+// A NaN score is missed by the maximum, but its own probability, hence the sum, is NaN.
+template <typename T>
+static void mla_softmax(const MlaTile<T>& m) {
+  for (int64_t h = 0; h < m.heads16; h += 16) {
+    float* scores = m.scores + h;
+    const f32x16 old = load(m.max + h);
+    f32x16 largest = old, sum = zero_f32();
+    for (int t = 0; t < m.tokens; ++t) largest = max(load(scores + t * m.heads16), largest);
+    for (int t = 0; t < m.tokens; ++t) {
+      const f32x16 p = exp_f32(sub(load(scores + t * m.heads16), largest));
+      store(scores + t * m.heads16, p);
       sum = add(sum, p);
     }
-    a.rescale[h] = exp_f32(a.max[h] - new_max);
-    a.sum[h] = a.sum[h] * a.rescale[h] + sum_lanes(sum);
-    a.max[h] = new_max;
+    const f32x16 rescale = exp_f32(sub(old, largest));
+    store(m.rescale + h, rescale);
+    store(m.sum + h, add(mul(load(m.sum + h), rescale), sum));
+    store(m.max + h, largest);
   }
-}
-
-// O[h][column ..] = O * rescale + sum over tokens of P[h][token] * row[token][column ..]
-template <int H, int C, typename T>
-static void value_tile(const MlaDecodeChunk& a, int64_t h, int64_t column, int lanes,
-                       const T* const* rows, int n) {
-  const int64_t stride = round_up16(a.latent);
-  const float* p = a.scores + h * kTile;
-  float* out = a.out + h * stride + column;
-  f32x16 acc[H][C];
-#pragma GCC unroll 8
-  for (int i = 0; i < H; ++i)
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c)
-      acc[i][c] = mul(load(out + i * stride + c * 16), splat(a.rescale[h + i]));
-  for (int t = 0; t < n; ++t) {
-    const T* row = rows[t] + column;
-    f32x16 v[C];
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) v[c] = lanes == 16 ? load(row + c * 16) : load(row, lanes);
-#pragma GCC unroll 8
-    for (int i = 0; i < H; ++i) {
-      const f32x16 weight = splat(p[i * kTile + t]);
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) acc[i][c] = fma(weight, v[c], acc[i][c]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < H; ++i)
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) store(out + i * stride + c * 16, acc[i][c]);
-}
-
-template <int C, int H = kValueHeads, typename T>
-KN_INLINE void value_tile_of(int heads, const MlaDecodeChunk& a, int64_t h, int64_t column,
-                             int lanes, const T* const* rows, int n) {
-  if constexpr (H > 1)
-    if (heads < H) return value_tile_of<C, H - 1>(heads, a, h, column, lanes, rows, n);
-  value_tile<H, C>(a, h, column, lanes, rows, n);
-}
-
-// A strip of columns stays in L1 while every head passes over it.
-template <typename T>
-static void mla_values(const MlaDecodeChunk& a, const T* const* rows, int n) {
-  for (int64_t column = 0; column < a.latent;) {
-    const int64_t left = a.latent - column;
-    const bool wide = left >= kValueVectors * 16;
-    for (int64_t h = 0; h < a.heads; h += kValueHeads) {
-      const int heads = int(a.heads - h < kValueHeads ? a.heads - h : kValueHeads);
-      if (wide)
-        value_tile_of<kValueVectors>(heads, a, h, column, 16, rows, n);
-      else
-        value_tile_of<1>(heads, a, h, column, left < 16 ? int(left) : 16, rows, n);
-    }
-    column += wide ? kValueVectors * 16 : 16;
-  }
-}
-
-// The queries come with the softmax scale applied, so scores need no further product.
-template <typename Q>
-static void mla_pack_heads(const MlaDecodeChunk& a) {
-  const int64_t width16 = round_up16(a.width);
-  for (int64_t h = 0; h < a.heads; h += kDotVectors) {
-    const int vectors = int(a.heads - h < kDotVectors ? a.heads - h : kDotVectors);
-    pack_vectors((const Q*)a.q + h * a.width, a.width, vectors, a.width, a.packed + h * width16);
-  }
-  const f32x16 scale = splat(a.softmax_scale);
-  for (int64_t i = 0; i < a.heads * width16; i += 16)
-    store(a.packed + i, mul(load(a.packed + i), scale));
 }
 
 template <typename T>
 static void mla_decode_typed_chunk(const MlaDecodeChunk& a) {
-  const T* rows[2][kTile];
-  int n = int(a.end - a.begin < kTile ? a.end - a.begin : kTile);
-  find_rows(a, a.begin, n, rows[0]);
-  int current = 0;
+  MlaTile<T> m;
+  start_tiles(a, m);
+  const auto find_next_rows = [&](int64_t first) {
+    m.next_tokens = int(a.end - first < kTile ? a.end - first : kTile);
+    for (int t = 0; t < m.next_tokens; ++t) m.next_rows[t] = cache_row<T>(a, first + t);
+  };
+  find_next_rows(a.begin);
   for (int64_t first = a.begin; first < a.end; first += kTile) {
-    const int64_t left = a.end - first - n;
-    const int next_n = int(left < kTile ? left : kTile);
-    if (next_n > 0) find_rows(a, first + n, next_n, rows[!current]);
-    mla_scores(a, rows[current], n, rows[!current], next_n);
-    mla_softmax(a);
-    mla_values(a, rows[current], n);
-    current = !current;
-    n = next_n;
+    m.tokens = m.next_tokens;
+    __builtin_memcpy(m.rows, m.next_rows, sizeof m.rows);
+    find_next_rows(first + m.tokens);
+    mla_scores(m);
+    mla_softmax(m);
+    mla_values(m);
   }
+  for (int64_t h = 0; h < a.heads; ++h) a.max[h] = m.max[h], a.sum[h] = m.sum[h];
 }
 
 static void mla_decode_chunk(const MlaDecodeChunk& a) {
-  if (a.q_dtype == DType::kBf16)
-    mla_pack_heads<bf16>(a);
-  else
-    mla_pack_heads<float>(a);
-  // Finite, so that a tile of -inf scores (q . row overflowed) leaves no NaN behind.
-  for (int64_t h = 0; h < a.heads; ++h) a.max[h] = -__FLT_MAX__, a.sum[h] = 0;
-  for (int64_t i = 0; i < a.heads * round_up16(a.latent); i += 16) store(a.out + i, zero_f32());
+#if KN_TIER == 3
+  if (a.cache_dtype == DType::kBf16) return mla_decode_amx_chunk(a);
+#endif
   if (a.cache_dtype == DType::kBf16)
     mla_decode_typed_chunk<bf16>(a);
   else

@@ -3,9 +3,10 @@
 //   tdpbf16ps  C[16][16] fp32  += A[16][32] bf16 * B[16][16][2] bf16    B: pairs of the inner index
 //   tdpbusd    C[16][16] int32 += A[16][64] u8   * B[16][16][4] s8      B: quadruples of it
 //
-// 16 cycles each; the tdpbf16ps sum of a pair is rounded once, then added to C, to nearest even,
-// subnormals as zero. An element of C depends on its row of A and column of B alone. Tile numbers
-// are literals: the compiler's tile intrinsics are macros.
+// 16 cycles each; tdpbf16ps sums the even and the odd terms of the inner index in two chains of 16
+// fused multiply-adds, adds the two and then C, each rounded to nearest even, subnormals as zero.
+// An element of C depends on its row of A and column of B alone. Tile numbers are literals: the
+// compiler's tile intrinsics are macros.
 #pragma once
 #include <immintrin.h>
 

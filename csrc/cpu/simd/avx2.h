@@ -113,6 +113,25 @@ KN_INLINE void store_sum_lanes4(float* p, f32x16 a, f32x16 b, f32x16 c, f32x16 d
   _mm_storeu_ps(p, _mm_movelh_ps(ab4, cd4));
 }
 
+// Four floats, four times.
+KN_INLINE f32x16 splat4(const float* p) {
+  const __m256 v = _mm256_broadcast_ps((const __m128*)p);
+  return {v, v};
+}
+// Lane 4 i + j is the sum of the four lanes 4 j .. 4 j + 3 of register i: (0 + 2) + (1 + 3).
+KN_INLINE __m256 sum_quads(__m256 a, __m256 b, __m256 c, __m256 d) {
+  const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+  const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+  return _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+}
+KN_INLINE f32x16 sum_quads(f32x16 a, f32x16 b, f32x16 c, f32x16 d) {
+  const __m256 lo = sum_quads(a.lo, b.lo, c.lo, d.lo), hi = sum_quads(a.hi, b.hi, c.hi, d.hi);
+  __m128 r0 = _mm256_castps256_ps128(lo), r1 = _mm256_extractf128_ps(lo, 1);
+  __m128 r2 = _mm256_castps256_ps128(hi), r3 = _mm256_extractf128_ps(hi, 1);
+  _MM_TRANSPOSE4_PS(r0, r1, r2, r3);
+  return {_mm256_set_m128(r1, r0), _mm256_set_m128(r3, r2)};
+}
+
 // The first n of 16 lanes from memory, the rest zero; and only the first n to memory.
 KN_INLINE f32x16 load(const float* p, int n) {
   float t[16] = {};

@@ -73,6 +73,18 @@ KN_INLINE void store_sum_lanes4(float* p, f32x16 a, f32x16 b, f32x16 c, f32x16 d
   _mm_storeu_ps(p, _mm512_castps512_ps128(_mm512_permutexvar_ps(first_of_each, s)));
 }
 
+// Four floats, four times.
+KN_INLINE f32x16 splat4(const float* p) { return {_mm512_broadcast_f32x4(_mm_loadu_ps(p))}; }
+// Lane 4 i + j is the sum of the four lanes 4 j .. 4 j + 3 of register i: (0 + 2) + (1 + 3).
+KN_INLINE f32x16 sum_quads(f32x16 a, f32x16 b, f32x16 c, f32x16 d) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
+  const __m512 s = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  const __m512i transposed =
+      _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return {_mm512_permutexvar_ps(transposed, s)};
+}
+
 // The first n of 16 lanes from memory, the rest zero; and only the first n to memory.
 KN_INLINE __mmask16 first(int n) { return __mmask16((1u << n) - 1); }
 KN_INLINE f32x16 load(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }

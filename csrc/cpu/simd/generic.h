@@ -117,6 +117,24 @@ KN_INLINE void store_sum_lanes4(float* p, f32x16 a, f32x16 b, f32x16 c, f32x16 d
   p[3] = sum_lanes(d);
 }
 
+// Four floats, four times.
+KN_INLINE f32x16 splat4(const float* p) {
+  f32x16 r;
+  for (int i = 0; i < 16; ++i) r.v[i] = p[i % 4];
+  return r;
+}
+// Lane 4 i + j is the sum of the four lanes 4 j .. 4 j + 3 of register i: (0 + 2) + (1 + 3).
+KN_INLINE f32x16 sum_quads(f32x16 a, f32x16 b, f32x16 c, f32x16 d) {
+  f32x16 r;
+  for (int j = 0; j < 4; ++j) {
+    const auto sum = [j](const f32x16& x) {
+      return (x.v[4 * j] + x.v[4 * j + 2]) + (x.v[4 * j + 1] + x.v[4 * j + 3]);
+    };
+    r.v[j] = sum(a), r.v[4 + j] = sum(b), r.v[8 + j] = sum(c), r.v[12 + j] = sum(d);
+  }
+  return r;
+}
+
 // The first n of 16 lanes from memory, the rest zero; and only the first n to memory.
 KN_INLINE f32x16 load(const float* p, int n) {
   float t[16] = {};

@@ -3,9 +3,10 @@
 //   tdpbf16ps  C[16][16] fp32  += A[16][32] bf16 * B[16][16][2] bf16    B: pairs of the inner index
 //   tdpbusd    C[16][16] int32 += A[16][64] u8   * B[16][16][4] s8      B: quadruples of it
 //
-// 16 cycles each; the tdpbf16ps sum of a pair is rounded once, then added to C, to nearest even,
-// subnormals as zero. An element of C depends on its row of A and column of B alone. Tile numbers
-// are literals: the compiler's tile intrinsics are macros.
+// 16 cycles each. An element of C depends on its row of A and column of B alone. tdpbf16ps adds up
+// the products of the even and of the odd inner indices by multiply-add, 16 each in ascending order
+// from zero, then both sums, then C; it rounds to nearest even and takes subnormals for zero. Tile
+// numbers are literals: the compiler's tile intrinsics are macros.
 #pragma once
 #include <immintrin.h>
 

@@ -201,6 +201,17 @@ def test_recorded_model_has_the_bits_of_the_model(tiny):
     assert [s.length for s in ours] == [s.length for s in theirs]
 
 
+def test_recorded_model_works_inside_inference_mode(tiny):
+    cache = LatentCache(tiny.config, max_tokens=1024)
+    recorded = RecordedModel(tiny, cache)
+    ours, theirs = prompts(tiny, cache, (5,)), prompts(tiny, cache, (5,))
+    for inside in (True, False, True):
+        with torch.inference_mode(inside):
+            ids = torch.tensor([3])
+            expected = tiny.decode(ids, cache, theirs)
+            assert_same_bits(recorded.decode(ids, cache, ours), expected)
+
+
 def test_recorded_model_runs_larger_batches_as_they_are(tiny):
     cache = LatentCache(tiny.config, max_tokens=64 * (MAX_RECORDED_BATCH + 1) * 2)
     recorded = RecordedModel(tiny, cache)

@@ -1,6 +1,7 @@
-// Splits y = x Wt over (head x block of weight rows x block of tokens). Neighbouring tasks share
-// weight rows, so that several blocks of tokens read them from memory once. No split changes the
-// order of any sum.
+// Splits y = x Wt. All tokens are packed first, in groups of at most a register tile; then tasks
+// of (head x block of weight rows x block of groups) follow each other so that neighbours share
+// weight rows, and several blocks of tokens read them from memory once. Many tokens are worked off
+// in passes, so that their packed copy stays small. No split changes the order of any sum.
 #include <algorithm>
 
 #include "core/error.h"
@@ -13,23 +14,17 @@ namespace kn::cpu {
 namespace {
 
 constexpr const char* kOp = "bf16_gemm";
-constexpr int64_t kPackedBytes = 512 << 10;  // tokens of a task as fp32: half of a 1 MB L2
-constexpr int64_t kWeightBytes = 2 << 20;    // weights of a task: packing its tokens costs < 2 %
-constexpr int64_t kTasksPerThread = 8;       // a core that loses time takes fewer of them
-constexpr int64_t kRowStep = 16;             // rows of one store
+constexpr int64_t kPassBytes = 16 << 20;   // packed tokens of a pass, all heads
+constexpr int64_t kWeightBytes = 2 << 20;  // weights of a task
+constexpr int64_t kTasksPerThread = 8;     // a core that loses time takes fewer of them
+constexpr int64_t kRowStep = 32;           // rows that a tile takes at once
+constexpr int64_t kPackAlone = 64 << 10;   // entries packed faster than a thread wakes
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 int64_t mul(int64_t a, int64_t b) { return checked_mul(kOp, a, b); }
 
-struct Plan {
-  int64_t tokens_per_task, rows_per_task;
-  int64_t token_blocks, row_blocks;
-  int64_t thread_floats;  // packed tokens and one strip of sums
-};
-
-// Checks every size relation and decides the split.
-Plan plan(const Bf16GemmArgs& a, const Kernels& k) {
+void check_sizes(const Bf16GemmArgs& a) {
   KN_REQUIRE(a.tokens >= 0 && a.heads >= 1 && a.out >= 1 && a.in >= 1,
              "bf16_gemm: need tokens >= 0 and heads, out, in >= 1 (got tokens=", a.tokens,
              ", heads=", a.heads, ", out=", a.out, ", in=", a.in, ")");
@@ -46,24 +41,95 @@ Plan plan(const Bf16GemmArgs& a, const Kernels& k) {
   mul(mul(mul(a.tokens, a.heads), a.out), 256);
   mul(mul(std::max<int64_t>(a.tokens, 1), a.y_token_stride), 256);
   mul(mul(a.heads, a.y_head_stride), 256);
-  const int64_t width = round_up(a.in, 16);
-  const int64_t tile = k.dot_vectors;
-  const int64_t fit = std::max(tile, kPackedBytes / (width * 4) / tile * tile);
+  mul(mul(a.heads, a.in), 1 << 16);
+}
+
+struct Plan {
+  int64_t group;                          // tokens packed side by side
+  int64_t group_bytes;                    // of one of them, packed
+  int64_t tokens_per_pass, groups;        // of a pass
+  int64_t groups_per_task, group_blocks;  // the split of a pass
+  int64_t rows_per_task, row_blocks;
+  int64_t packed_bytes, scratch_bytes;  // of the workspace; scratch per thread
+};
+
+Plan plan(const Bf16GemmArgs& a, const Kernels& k) {
+  check_sizes(a);
   const int64_t tokens = std::max<int64_t>(a.tokens, 1);
   Plan p;
-  // Blocks of nearly equal size, in whole register tiles.
-  p.tokens_per_task = std::min(tokens, round_up(ceil_div(tokens, ceil_div(tokens, fit)), tile));
-  p.token_blocks = ceil_div(tokens, p.tokens_per_task);
+  // Groups, passes and blocks of nearly equal size.
+  p.group = ceil_div(tokens, ceil_div(tokens, k.bf16_gemm_tokens));
+  p.group_bytes = round_up(k.bf16_gemm_packed_bytes(p.group, a.in, a.x_dtype), 64);
+  const int64_t all = ceil_div(tokens, p.group);
+  const int64_t fit = std::clamp<int64_t>(kPassBytes / mul(a.heads, p.group_bytes), 1, all);
+  p.groups = ceil_div(all, ceil_div(all, fit));
+  p.tokens_per_pass = p.groups * p.group;
+  const int64_t shared = std::clamp<int64_t>(
+      std::min(k.bf16_gemm_task_bytes / p.group_bytes, k.bf16_gemm_task_tokens / p.group), 1,
+      p.groups);
+  p.groups_per_task = ceil_div(p.groups, ceil_div(p.groups, shared));
+  p.group_blocks = ceil_div(p.groups, p.groups_per_task);
   const int64_t wanted_blocks =
-      ceil_div(kTasksPerThread * num_threads(), mul(a.heads, p.token_blocks));
+      ceil_div(kTasksPerThread * num_threads(), mul(a.heads, p.group_blocks));
   const int64_t rows = std::min(kWeightBytes / (2 * a.in), ceil_div(a.out, wanted_blocks));
   p.rows_per_task = std::max(kRowStep, round_up(rows, kRowStep));
   p.row_blocks = ceil_div(a.out, p.rows_per_task);
-  p.thread_floats = p.tokens_per_task * (width + 16);
+  p.packed_bytes = mul(mul(a.heads, p.groups), p.group_bytes);
+  p.scratch_bytes = round_up(k.bf16_gemm_scratch, 64);
   return p;
 }
 
-int64_t workspace_bytes(const Plan& p) { return mul(num_threads(), p.thread_floats * 4); }
+int64_t workspace_bytes(const Plan& p) { return p.packed_bytes + num_threads() * p.scratch_bytes; }
+
+// Packs tokens `first` .. of all heads: [head][group].
+void pack_pass(const Bf16GemmArgs& a, const Kernels& k, const Plan& p, int64_t first,
+               int64_t tokens) {
+  const int64_t groups = ceil_div(tokens, p.group);
+  const auto pack = [&](int64_t task) {
+    const int64_t head = task / groups, token = task % groups * p.group;
+    const int64_t at = (first + token) * a.x_token_stride + head * a.x_head_stride;
+    k.bf16_gemm_pack(
+        {.x = (const char*)a.x + at * dtype_bytes(a.x_dtype),
+         .x_token_stride = a.x_token_stride,
+         .x_dtype = a.x_dtype,
+         .tokens = std::min(p.group, tokens - token),
+         .group = p.group,
+         .in = a.in,
+         .packed = (char*)a.workspace + (head * p.groups + task % groups) * p.group_bytes});
+  };
+  const int64_t tasks = a.heads * groups;
+  if (tokens * a.heads * a.in > kPackAlone)
+    parallel_for(tasks, [&](int64_t task, int) { pack(task); });
+  else
+    for (int64_t task = 0; task < tasks; ++task) pack(task);
+}
+
+void multiply_pass(const Bf16GemmArgs& a, const Kernels& k, const Plan& p, int64_t first,
+                   int64_t tokens) {
+  const int64_t block = p.groups_per_task * p.group, blocks = ceil_div(tokens, block);
+  parallel_for(a.heads * p.row_blocks * blocks, [&](int64_t task, int thread) {
+    const int64_t token = task % blocks * block;
+    const int64_t row = task / blocks % p.row_blocks * p.rows_per_task;
+    const int64_t head = task / blocks / p.row_blocks;
+    const int64_t at = (first + token) * a.y_token_stride + head * a.y_head_stride + row;
+    const bf16* weight = a.weight + head * a.weight_head_stride;
+    char* scratch = (char*)a.workspace + p.packed_bytes + thread * p.scratch_bytes;
+    k.bf16_gemm_tile(
+        {.packed = (const char*)a.workspace + (head * p.groups + token / p.group) * p.group_bytes,
+         .weight = weight + row * a.in,
+         .weight_end = weight + a.out * a.in,
+         .y = (char*)a.y + at * dtype_bytes(a.y_dtype),
+         .y_token_stride = a.y_token_stride,
+         .x_dtype = a.x_dtype,
+         .y_dtype = a.y_dtype,
+         .tokens = std::min(block, tokens - token),
+         .group = p.group,
+         .group_bytes = p.group_bytes,
+         .rows = std::min(p.rows_per_task, a.out - row),
+         .in = a.in,
+         .scratch = (float*)scratch});
+  });
+}
 
 }  // namespace
 
@@ -81,30 +147,11 @@ void bf16_gemm(const Bf16GemmArgs& a) {
       a.workspace && uintptr_t(a.workspace) % 64 == 0 && a.workspace_bytes >= workspace_bytes(p),
       "bf16_gemm: workspace must be 64-byte aligned and hold ", workspace_bytes(p), " bytes (got ",
       a.workspace_bytes, " at ", a.workspace, ")");
-  parallel_for(a.heads * p.row_blocks * p.token_blocks, [&](int64_t task, int thread) {
-    const int64_t token = task % p.token_blocks * p.tokens_per_task;
-    const int64_t row = task / p.token_blocks % p.row_blocks * p.rows_per_task;
-    const int64_t head = task / p.token_blocks / p.row_blocks;
-    const bf16* weight = a.weight + head * a.weight_head_stride;
-    float* scratch = (float*)a.workspace + thread * p.thread_floats;
-    Bf16GemmTile tile;
-    tile.x = (const char*)a.x +
-             (token * a.x_token_stride + head * a.x_head_stride) * dtype_bytes(a.x_dtype);
-    tile.x_token_stride = a.x_token_stride;
-    tile.weight = weight + row * a.in;
-    tile.weight_end = weight + a.out * a.in;
-    tile.y = (char*)a.y +
-             (token * a.y_token_stride + head * a.y_head_stride + row) * dtype_bytes(a.y_dtype);
-    tile.y_token_stride = a.y_token_stride;
-    tile.x_dtype = a.x_dtype;
-    tile.y_dtype = a.y_dtype;
-    tile.tokens = std::min(p.tokens_per_task, a.tokens - token);
-    tile.rows = std::min(p.rows_per_task, a.out - row);
-    tile.in = a.in;
-    tile.packed = scratch;
-    tile.sums = scratch + p.tokens_per_task * round_up(a.in, 16);
-    k.bf16_gemm_tile(tile);
-  });
+  for (int64_t first = 0; first < a.tokens; first += p.tokens_per_pass) {
+    const int64_t tokens = std::min(p.tokens_per_pass, a.tokens - first);
+    pack_pass(a, k, p, first, tokens);
+    multiply_pass(a, k, p, first, tokens);
+  }
 }
 
 }  // namespace kn::cpu

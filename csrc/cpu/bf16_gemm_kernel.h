@@ -1,76 +1,252 @@
-// bf16_gemm, one task: a block of tokens times a block of weight rows. The tokens are packed to
-// fp32 once; then kDotRows weight rows at a time meet every group of kDotVectors tokens, so a
-// weight is read from memory once per block of tokens and widened once per group.
+// bf16_gemm by fp32 multiply-add, one task: a block of tokens times a block of weight rows.
 //
-//             tokens of the block: packed, in L2
-//   weight    [group 0] [group 1] ...       tile: dot_kernel.h
-//   rows |    rows from memory, next ones prefetched past the current ones
-//        v
+//   x packed, fp32, per group of V tokens     every output owns one accumulator of 16 lanes: lane j
+//     [in / 32][V][even 16 | odd 16]          sums columns 2j and 2j + 1 of every 32, ascending;
+//   weight rows, bf16, in place               the lanes are then summed as a fixed tree (sum_lanes)
+//     even = pair << 16, odd = pair & mask
 //
-// Bytes: 2 * rows * in of weights. FLOPs: 2 * tokens * rows * in. Compute-bound from about 10
-// tokens on. No integer or bf16 dot instructions: on cores without AMX they are no faster than fp32
-// FMA.
+// Per step of 32 columns: R row loads, 2V packed loads, 2RV multiply-adds, 2R instructions that
+// widen. How the rows are read depends on whether the packed tokens fit L1:
+//
+//   gemm_stream   they do: one row after the other, the order that memory gives fastest
+//   gemm_blocks   16 rows at a time, fetched in that order into L2 while the 16 before are at work
+//                 there: per group, a piece of columns whose x stays in L1, two rows after two;
+//                 between pieces the accumulators wait in scratch, which does not show in the bits
+//
+// Bytes: 2 * rows * in of weights. FLOPs: 2 * tokens * rows * in.
 #pragma once
-#include "cpu/dot_kernel.h"
 
 namespace kn::cpu::KN_ISA {
 
-static void bf16_gemm_pack(const Bf16GemmTile& a) {
-  const int64_t width = round_up16(a.in);
-  for (int64_t t = 0; t < a.tokens; t += kDotVectors) {
-    const int vectors = int(a.tokens - t < kDotVectors ? a.tokens - t : kDotVectors);
-    if (a.x_dtype == DType::kBf16)
-      pack_vectors((const bf16*)a.x + t * a.x_token_stride, a.x_token_stride, vectors, a.in,
-                   a.packed + t * width);
-    else
-      pack_vectors((const float*)a.x + t * a.x_token_stride, a.x_token_stride, vectors, a.in,
-                   a.packed + t * width);
+// Most tokens of a group and rows of a tile: accumulators fill the registers.
+#if KN_TIER >= 2
+static constexpr int kGemmTokens = 12, kGemmRows = 2;  // 24 of 32 zmm
+#elif KN_TIER == 1
+static constexpr int kGemmTokens = 3, kGemmRows = 2;  // 12 of 16 ymm
+#else
+static constexpr int kGemmTokens = 2, kGemmRows = 1;
+#endif
+// Packed tokens that stay in L1 beside a row; beside the accumulators of 16 rows. Two tokens are
+// streamed in any case: what a longer x costs is less than what fetching blocks does.
+static constexpr int64_t kStreamX = 32 << 10, kBlockX = 16 << 10;
+static constexpr int64_t kStreamTokens = 2;
+
+// Packed tokens of a task: half of a 1 MB L2.
+static constexpr int64_t kGemmTaskTokens = 256, kGemmTaskBytes = 512 << 10;
+
+// Scratch of a task: accumulators of 16 rows and one group.
+static constexpr int64_t kBf16GemmScratch = 16 * kGemmTokens * 64;
+
+KN_INLINE int64_t round_up32(int64_t n) { return (n + 31) / 32 * 32; }
+
+static int64_t bf16_gemm_packed_bytes(int64_t tokens, int64_t in, DType) {
+  return tokens * round_up32(in) * 4;
+}
+
+template <typename T>
+static void gemm_pack(const Bf16GemmPack& a) {
+  const int64_t whole = a.in / 32 * 32;
+  for (int64_t v = 0; v < a.tokens; ++v) {
+    const T* row = (const T*)a.x + v * a.x_token_stride;
+    float* to = (float*)a.packed + v * 32;
+    for (int64_t k = 0; k < whole; k += 32) {
+      store(to + k * a.tokens, load_even(row + k));
+      store(to + k * a.tokens + 16, load_odd(row + k));
+    }
+    if (whole == a.in) continue;
+    T rest[32] = {};
+    for (int64_t k = whole; k < a.in; ++k) rest[k - whole] = row[k];
+    store(to + whole * a.tokens, load_even(rest));
+    store(to + whole * a.tokens + 16, load_odd(rest));
   }
 }
 
-// sums[t][r] for kDotRows weight rows from `first` on. Past the last row its pointer repeats: the
-// surplus sums are never stored.
-static void bf16_gemm_rows(const Bf16GemmTile& a, int64_t first, float* sums) {
-  const int64_t width = round_up16(a.in);
-  const bf16* rows[kDotRows];
-  for (int r = 0; r < kDotRows; ++r)
-    rows[r] = a.weight + (first + r < a.rows ? first + r : a.rows - 1) * a.in;
-  // Fetch at the pace of use, far enough ahead that a whole tile of rows has arrived before it is
-  // needed, and 16 KB cover latency * bandwidth (100 ns * 30 GB/s = 3 KB) with room for jitter.
-  const int64_t tile = kDotRows * a.in;
-  const bf16* ahead = a.weight + first * a.in + (tile > 8192 ? tile : 8192);
-  for (int64_t t = 0; t < a.tokens; t += kDotVectors) {
-    const int vectors = int(a.tokens - t < kDotVectors ? a.tokens - t : kDotVectors);
-    const bool fetch = t == 0 && ahead + tile <= a.weight_end;
-    const Prefetch prefetch = {fetch ? (const char*)ahead : (const char*)a.packed,
-                               fetch ? kDotRows * 32 : 0};
-    dot_tile_of(vectors, rows, a.packed + t * width, a.in, prefetch, sums + t * 16, 16);
-  }
+static void bf16_gemm_pack(const Bf16GemmPack& a) {
+  if (a.x_dtype == DType::kBf16)
+    gemm_pack<bf16>(a);
+  else
+    gemm_pack<float>(a);
 }
 
+// Weights to fetch while a tile works: two lines per step of 32 columns, `step` bytes further each
+// time. Step 64 thus touches every line twice, step 0 keeps touching two that are there already.
+struct Fetch {
+  const char* next;
+  int64_t step;
+};
+
+// One step of 32 columns, of which `columns` exist.
+template <int R, int V>
+KN_INLINE void gemm_step(const bf16* const (&row)[R], const float* x, f32x16 (&acc)[V][R],
+                         int columns) {
+#pragma GCC unroll 2
+  for (int odd = 0; odd < 2; ++odd) {
+    f32x16 w[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      if (columns == 32)
+        w[r] = odd ? load_odd(row[r]) : load_even(row[r]);
+      else
+        w[r] = odd ? load_odd(row[r], columns) : load_even(row[r], columns);
+    }
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      const f32x16 t = load(x + v * 32 + odd * 16);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) acc[v][r] = fma(w[r], t, acc[v][r]);
+    }
+  }
+}
+#if KN_TIER == 1
+// The same, one half of the lanes after the other: widened rows then take half the registers.
+template <int R, int V>
+KN_INLINE void gemm_step(const bf16* const (&row)[R], const float* x, f32x16 (&acc)[V][R]) {
+#pragma GCC unroll 4
+  for (int part = 0; part < 4; ++part) {
+    const int half = part / 2, odd = part % 2;
+    __m256 w[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+      w[r] = odd ? load8_odd(row[r] + half * 16) : load8_even(row[r] + half * 16);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const __m256 t = load8(x + v * 32 + odd * 16 + half * 8);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        __m256& sum = half ? acc[v][r].hi : acc[v][r].lo;
+        sum = _mm256_fmadd_ps(w[r], t, sum);
+      }
+    }
+  }
+}
+#else
+template <int R, int V>
+KN_INLINE void gemm_step(const bf16* const (&row)[R], const float* x, f32x16 (&acc)[V][R]) {
+  gemm_step<R, V>(row, x, acc, 32);
+}
+#endif
+
+// Adds `columns` columns of R rows times a group of V tokens to sums[v][r][16 lanes], or starts
+// them.
+template <int R, int V>
+static void gemm_piece(const bf16* const* rows, const float* x, int64_t columns, bool start,
+                       Fetch& fetch, float* sums) {
+  const bf16* row[R];
+  for (int r = 0; r < R; ++r) row[r] = rows[r];
+  f32x16 acc[V][R];
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) acc[v][r] = start ? zero_f32() : load(sums + v * 256 + r * 16);
+  const char* next = fetch.next;
+  for (int64_t k = 0; k + 32 <= columns; k += 32) {
+    __builtin_prefetch(next, 0, R == 1 && V == 1 ? 3 : 2);  // one token needs the line at once
+    if (R > 1) __builtin_prefetch(next + 64, 0, 2);
+    next += fetch.step;
+    gemm_step<R, V>(row, x, acc);
+    for (int r = 0; r < R; ++r) row[r] += 32;
+    x += V * 32;
+  }
+  if (columns % 32) gemm_step<R, V>(row, x, acc, int(columns % 32));
+  fetch.next = next;
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) store(sums + v * 256 + r * 16, acc[v][r]);
+}
+
+// gemm_piece for a number of tokens known only at run time.
+template <int R, int V = kGemmTokens>
+KN_INLINE void gemm_piece_of(int64_t tokens, const bf16* const* rows, const float* x,
+                             int64_t columns, bool start, Fetch& fetch, float* sums) {
+  if constexpr (V > 1)
+    if (tokens < V) return gemm_piece_of<R, V - 1>(tokens, rows, x, columns, start, fetch, sums);
+  gemm_piece<R, V>(rows, x, columns, start, fetch, sums);
+}
+
+// Columns of a piece of x: `bytes` of packed tokens, in whole steps, pieces of nearly equal size.
+static int64_t piece_columns(int64_t in, int64_t tokens, int64_t bytes) {
+  const int64_t width = round_up32(in);
+  const int64_t pieces = (width * tokens * 4 + bytes - 1) / bytes;
+  return round_up32((in + pieces - 1) / pieces);
+}
+
+// Outputs `first` .. of 16 rows for `tokens` tokens from `token` on.
 template <typename Y>
-static void bf16_gemm_store(const Bf16GemmTile& a, int64_t first) {
+static void gemm_store(const Bf16GemmTile& a, int64_t first, int64_t token, int64_t tokens,
+                       const float* sums) {
   const int n = int(a.rows - first < 16 ? a.rows - first : 16);
-  for (int64_t t = 0; t < a.tokens; ++t) {
-    Y* y = (Y*)a.y + t * a.y_token_stride + first;
-    const f32x16 sums = load(a.sums + t * 16);
+  for (int64_t t = 0; t < tokens; ++t) {
+    Y* y = (Y*)a.y + (token + t) * a.y_token_stride + first;
+    const f32x16 row_sums = sum_lanes16(sums + t * 256);
     if (n == 16)
-      store(y, sums);
+      store(y, row_sums);
     else
-      store(y, sums, n);
+      store(y, row_sums, n);
+  }
+}
+static void gemm_store(const Bf16GemmTile& a, int64_t first, int64_t token, int64_t tokens,
+                       const float* sums) {
+  if (a.y_dtype == DType::kBf16)
+    gemm_store<bf16>(a, first, token, tokens, sums);
+  else
+    gemm_store<float>(a, first, token, tokens, sums);
+}
+
+static void gemm_stream(const Bf16GemmTile& a) {
+  // How far ahead of its use a row is fetched: measured best, to L1 and to L2.
+  const int64_t ahead = a.tokens == 1 ? 1536 : 4096;
+  for (int64_t first = 0; first < a.rows; first += 16) {
+    for (int64_t r = first; r < a.rows && r < first + 16; ++r) {
+      const bf16* row = a.weight + r * a.in;
+      const bool inside = row + ahead + a.in <= a.weight_end;
+      Fetch fetch = {(const char*)(inside ? row + ahead : row), inside ? 64 : 0};
+      gemm_piece_of<1>(a.tokens, &row, (const float*)a.packed, a.in, true, fetch,
+                       a.scratch + (r - first) * 16);
+    }
+    gemm_store(a, first, 0, a.tokens, a.scratch);
+  }
+}
+
+// 16 rows for one group; the last tile may repeat a row, whose sums are not stored.
+static void gemm_block(const Bf16GemmTile& a, int64_t first, const float* x, int64_t tokens,
+                       Fetch& fetch) {
+  const int64_t columns = piece_columns(a.in, tokens, kBlockX);
+  for (int64_t k = 0; k < a.in; k += columns) {
+    const int64_t here = a.in - k < columns ? a.in - k : columns;
+    for (int64_t r = 0; r < 16 && first + r < a.rows; r += kGemmRows) {
+      const bf16* rows[kGemmRows];
+      for (int64_t i = 0; i < kGemmRows; ++i)
+        rows[i] = a.weight + (first + r + i < a.rows ? first + r + i : a.rows - 1) * a.in + k;
+      gemm_piece_of<kGemmRows>(tokens, rows, x + k * tokens, here, k == 0, fetch,
+                               a.scratch + r * 16);
+    }
+  }
+}
+
+// The next 16 rows are fetched during the first two groups of these, or during the only one.
+static void gemm_blocks(const Bf16GemmTile& a) {
+  const int64_t step = a.tokens > a.group ? 64 : 128;
+  for (int64_t first = 0; first < a.rows; first += 16) {
+    const bf16* ahead = a.weight + (first + 16) * a.in;
+    const bool inside = ahead + 16 * a.in <= a.weight_end;
+    Fetch fetch = {(const char*)(inside ? ahead : a.weight + first * a.in), inside ? step : 0};
+    for (int64_t t = 0; t < a.tokens; t += a.group) {
+      const int64_t tokens = a.tokens - t < a.group ? a.tokens - t : a.group;
+      if (t == 2 * a.group) fetch.step = 0;
+      const char* x = (const char*)a.packed + t / a.group * a.group_bytes;
+      gemm_block(a, first, (const float*)x, tokens, fetch);
+      gemm_store(a, first, t, tokens, a.scratch);
+    }
   }
 }
 
 static void bf16_gemm_tile(const Bf16GemmTile& a) {
-  bf16_gemm_pack(a);
-  for (int64_t first = 0; first < a.rows; first += 16) {
-    for (int r = 0; r < 16 && first + r < a.rows; r += kDotRows)
-      bf16_gemm_rows(a, first + r, a.sums + r);
-    if (a.y_dtype == DType::kBf16)
-      bf16_gemm_store<bf16>(a, first);
-    else
-      bf16_gemm_store<float>(a, first);
-  }
+  const bool one_group = a.tokens <= a.group;
+  if (one_group && (a.tokens <= kStreamTokens || a.tokens * a.in * 4 <= kStreamX))
+    gemm_stream(a);
+  else
+    gemm_blocks(a);
 }
 
 }  // namespace kn::cpu::KN_ISA

@@ -9,17 +9,26 @@
 
 namespace kn::cpu {
 
+// One group of tokens of bf16_gemm, to be packed into the order its tiles read: at most
+// bf16_gemm_tokens of them, bf16_gemm_packed_bytes in all.
+struct Bf16GemmPack {
+  const void* x;
+  int64_t x_token_stride;
+  DType x_dtype;
+  int64_t tokens, group, in;  // a last group may have fewer tokens than the others
+  void* packed;
+};
+
 // One task of bf16_gemm: tokens x rows of one head.
 struct Bf16GemmTile {
-  const void* x;           // first token of the block
-  const bf16* weight;      // first row of the block, rows of `in` contiguous
-  const bf16* weight_end;  // of the head's matrix: nothing is prefetched past it
+  const void* packed;  // groups of `group` tokens, the last one may be smaller, each `group_bytes`
+  const bf16* weight;  // first row of the block, rows of `in` contiguous
+  const bf16* weight_end;  // of the head's matrix: nothing is read or prefetched past it
   void* y;                 // first output of the block
-  int64_t x_token_stride, y_token_stride;
+  int64_t y_token_stride;
   DType x_dtype, y_dtype;
-  int64_t tokens, rows, in;
-  float* packed;  // scratch: tokens * (in rounded up to 16)
-  float* sums;    // scratch: tokens * 16
+  int64_t tokens, group, group_bytes, rows, in;
+  float* scratch;  // bf16_gemm_scratch bytes
 };
 
 // One task of mla_decode: a block of heads of one sequence over one chunk of its tokens. The result
@@ -73,9 +82,13 @@ struct Kernels {
                           const float* weights, int64_t topk, const void* shared, void* out,
                           DType out_dtype, int64_t hidden);
 
-  // dot_kernel.h: the number of packed vectors (tokens) that share a register tile.
-  int dot_vectors;
   // bf16_gemm_kernel.h
+  int64_t bf16_gemm_tokens;       // most tokens of a group
+  int64_t bf16_gemm_task_tokens;  // most tokens of a task, and bytes of them when packed
+  int64_t bf16_gemm_task_bytes;
+  int64_t bf16_gemm_scratch;  // bytes
+  int64_t (*bf16_gemm_packed_bytes)(int64_t tokens, int64_t in, DType x_dtype);
+  void (*bf16_gemm_pack)(const Bf16GemmPack&);
   void (*bf16_gemm_tile)(const Bf16GemmTile&);
   // mla_decode_kernel.h
   int64_t (*mla_decode_scratch_bytes)(int64_t heads, int64_t latent, int64_t width, DType cache);

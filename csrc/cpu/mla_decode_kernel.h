@@ -10,13 +10,19 @@
 //
 // Source: online softmax, arXiv 1805.02867; absorbed attention, arXiv 2405.04434, section 2.1.
 #pragma once
-#include "cpu/dot_kernel.h"
 #include "cpu/exp_kernel.h"
 
 namespace kn::cpu::KN_ISA {
 
 KN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 KN_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+KN_INLINE int64_t round_up16(int64_t n) { return round_up(n, 16); }
+
+// What to fetch during a tile; `step` 0 keeps touching one line that is there already.
+struct Prefetch {
+  const char* ahead;
+  int64_t step;
+};
 
 // The cache row of a token. Only used page ids are read.
 template <typename T>

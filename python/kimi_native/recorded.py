@@ -32,6 +32,8 @@ class RecordedModel:
         """See KimiModel.prefill."""
         return self._model.prefill(ids, cache, seq)
 
+    # Under inference_mode torch shows a recording its composite operations whole, views and copies alike.
+    @torch.inference_mode(mode=False)
     @torch.no_grad()
     def decode(self, ids: Tensor, cache: LatentCache, seqs: list[CachedSequence]) -> Tensor:
         """See KimiModel.decode. The logits are overwritten by the next step of as many sequences."""

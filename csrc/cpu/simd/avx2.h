@@ -154,4 +154,45 @@ KN_INLINE void store(bf16* p, f32x16 a, int n) {
   std::memcpy(p, t, n * sizeof(bf16));
 }
 
+// The numbers at the even (odd) places of 32; of the first n of them, the rest zero. load8_: of 16.
+KN_INLINE __m256 load8_even(const bf16* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i*)p), 16));
+}
+KN_INLINE __m256 load8_odd(const bf16* p) {
+  return _mm256_castsi256_ps(
+      _mm256_and_si256(_mm256_loadu_si256((const __m256i*)p), _mm256_set1_epi32(int(0xffff0000))));
+}
+KN_INLINE f32x16 load_even(const bf16* p) { return {load8_even(p), load8_even(p + 16)}; }
+KN_INLINE f32x16 load_odd(const bf16* p) { return {load8_odd(p), load8_odd(p + 16)}; }
+KN_INLINE f32x16 load_even(const bf16* p, int n) {
+  bf16 t[32] = {};
+  std::memcpy(t, p, n * sizeof(bf16));
+  return load_even(t);
+}
+KN_INLINE f32x16 load_odd(const bf16* p, int n) {
+  bf16 t[32] = {};
+  std::memcpy(t, p, n * sizeof(bf16));
+  return load_odd(t);
+}
+template <int kSelect>
+KN_INLINE __m256 every_second(const float* p) {
+  const __m256 mixed = _mm256_shuffle_ps(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8), kSelect);
+  return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(mixed), 0xd8));
+}
+KN_INLINE f32x16 load_even(const float* p) {
+  return {every_second<0x88>(p), every_second<0x88>(p + 16)};
+}
+KN_INLINE f32x16 load_odd(const float* p) {
+  return {every_second<0xdd>(p), every_second<0xdd>(p + 16)};
+}
+
+// sum_lanes of 16 registers, `p` and the next at 64 bytes: lane i is the sum of register i.
+KN_INLINE f32x16 sum_lanes16(const float* p) {
+  float sums[16];
+  for (int i = 0; i < 16; i += 4)
+    store_sum_lanes4(sums + i, load(p + i * 16), load(p + i * 16 + 16), load(p + i * 16 + 32),
+                     load(p + i * 16 + 48));
+  return load(sums);
+}
+
 }  // namespace kn::cpu::KN_ISA

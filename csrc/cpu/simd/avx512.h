@@ -97,4 +97,56 @@ KN_INLINE void store(bf16* p, f32x16 a, int n) {
   _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtepi32_epi16(bf16_bits(a.v)));
 }
 
+// The numbers at the even (odd) places of 32; of the first n of them, the rest zero. For bf16 that
+// is a shift (a mask) of a pair, half of what widening them in order takes.
+KN_INLINE f32x16 even_places(__m512i pairs) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))};
+}
+KN_INLINE f32x16 odd_places(__m512i pairs) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))))};
+}
+KN_INLINE __m512i load_pairs(const bf16* p, int n) {
+  return _mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << n) - 1), p);
+}
+KN_INLINE f32x16 load_even(const bf16* p) { return even_places(_mm512_loadu_si512(p)); }
+KN_INLINE f32x16 load_odd(const bf16* p) { return odd_places(_mm512_loadu_si512(p)); }
+KN_INLINE f32x16 load_even(const bf16* p, int n) { return even_places(load_pairs(p, n)); }
+KN_INLINE f32x16 load_odd(const bf16* p, int n) { return odd_places(load_pairs(p, n)); }
+KN_INLINE f32x16 every_second(const float* p, int from) {
+  const __m512i twice =
+      _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i places = _mm512_add_epi32(twice, _mm512_set1_epi32(from));
+  return {_mm512_permutex2var_ps(_mm512_loadu_ps(p), places, _mm512_loadu_ps(p + 16))};
+}
+KN_INLINE f32x16 load_even(const float* p) { return every_second(p, 0); }
+KN_INLINE f32x16 load_odd(const float* p) { return every_second(p, 1); }
+
+// sum_lanes of 16 registers, `p` and the next at 64 bytes: lane i is the sum of register i. Each
+// step adds the halves (quarters, pairs, ...) of two registers at once: a blend, a shuffle and an
+// addition, whose operands may come in either order. The registers enter in bit-reversed order and
+// so leave in order.
+KN_INLINE __m512 add_halves(__m512 a, __m512 b) {
+  return _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4(a, b, 0x4e));
+}
+KN_INLINE __m512 add_quarters(__m512 a, __m512 b) {
+  const __m512i crossed =
+      _mm512_setr_epi32(4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27);
+  return _mm512_add_ps(_mm512_mask_blend_ps(0xf0f0, a, b), _mm512_permutex2var_ps(a, crossed, b));
+}
+KN_INLINE __m512 add_pairs(__m512 a, __m512 b) {
+  return _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, a, b), _mm512_shuffle_ps(a, b, 0x4e));
+}
+KN_INLINE __m512 add_neighbours(__m512 a, __m512 b) {
+  return _mm512_add_ps(_mm512_mask_blend_ps(0xaaaa, a, b),
+                       _mm512_permute_ps(_mm512_mask_blend_ps(0x5555, a, b), 0xb1));
+}
+KN_INLINE f32x16 sum_lanes16(const float* p) {
+  const auto four = [p](int a, int b, int c, int d) {
+    return add_quarters(add_halves(load(p + a * 16).v, load(p + b * 16).v),
+                        add_halves(load(p + c * 16).v, load(p + d * 16).v));
+  };
+  return {add_neighbours(add_pairs(four(0, 8, 4, 12), four(2, 10, 6, 14)),
+                         add_pairs(four(1, 9, 5, 13), four(3, 11, 7, 15)))};
+}
+
 }  // namespace kn::cpu::KN_ISA

@@ -157,4 +157,39 @@ KN_INLINE void store(bf16* p, f32x16 a, int n) {
   std::memcpy(p, t, n * sizeof(bf16));
 }
 
+// The numbers at the even (odd) places of 32; of the first n of them, the rest zero.
+KN_INLINE f32x16 every_second(const float* p, int from) {
+  f32x16 r;
+  for (int i = 0; i < 16; ++i) r.v[i] = p[2 * i + from];
+  return r;
+}
+KN_INLINE f32x16 every_second(const bf16* p, int from) {
+  f32x16 r;
+  for (int i = 0; i < 16; ++i) {
+    uint16_t bits;
+    std::memcpy(&bits, p + 2 * i + from, sizeof bits);
+    const uint32_t u = uint32_t(bits) << 16;
+    std::memcpy(&r.v[i], &u, 4);
+  }
+  return r;
+}
+KN_INLINE f32x16 every_second(const bf16* p, int n, int from) {
+  bf16 t[32] = {};
+  std::memcpy(t, p, n * sizeof(bf16));
+  return every_second(t, from);
+}
+KN_INLINE f32x16 load_even(const float* p) { return every_second(p, 0); }
+KN_INLINE f32x16 load_odd(const float* p) { return every_second(p, 1); }
+KN_INLINE f32x16 load_even(const bf16* p) { return every_second(p, 0); }
+KN_INLINE f32x16 load_odd(const bf16* p) { return every_second(p, 1); }
+KN_INLINE f32x16 load_even(const bf16* p, int n) { return every_second(p, n, 0); }
+KN_INLINE f32x16 load_odd(const bf16* p, int n) { return every_second(p, n, 1); }
+
+// sum_lanes of 16 registers, `p` and the next at 64 bytes: lane i is the sum of register i.
+KN_INLINE f32x16 sum_lanes16(const float* p) {
+  f32x16 r;
+  for (int i = 0; i < 16; ++i) r.v[i] = sum_lanes(load(p + i * 16));
+  return r;
+}
+
 }  // namespace kn::cpu::KN_ISA

@@ -36,7 +36,7 @@ def measure(
     max_context  of the model; a prompt fills it, so that memory reaches its peak
     dtype, dense, prefetch  as of load()
 
-    Row: before_weights_s (tokenizer, headers, plan, mapping) and weights_s, together load_s; gb_per_s of the weights; of
+    Row: before_weights_s (tokenizer, headers, plan, mapping), weights_s and load_s; gb_per_s of the weights; of
     the first and second token their seconds, minor and major page faults; peak_bytes resident, private_bytes of it that
     no file backs, and what the plan says of both (plan_bytes, plan_private_bytes).
 

@@ -285,6 +285,26 @@ def test_e2e_of_the_command_makes_a_model_itself(capsys, one_thread):
     ]
 
 
+@pytest.mark.parametrize("options", [[], ["--cold", "--no-prefetch"]], ids=str)
+def test_load_measures_a_folder_against_its_plan(folder, options):
+    """In a process of its own: the peak of this one is that of its other tests."""
+    command = [sys.executable, "-m", "kimi_native", "bench", "load", str(folder), "--json"]
+    result = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
+    (row,) = json_lines(result.stdout)
+    assert (row["page_cache"], row["prefetch"]) == (
+        ("cold", False) if options else ("as it was", True)
+    )
+    assert 0 < row["before_weights_s"] <= row["load_s"]
+    assert 0 < row["private_bytes"] < row["peak_bytes"] <= row["plan_bytes"]
+    assert row["private_bytes"] <= row["plan_private_bytes"]
+    assert row["first_token"]["minor_faults"] >= row["second_token"]["minor_faults"]
+
+
+def test_load_refuses_a_context_that_no_prompt_can_fill(folder, capsys):
+    assert cli.main(["bench", "load", str(folder), "--max-context", "63"]) == 1
+    assert "max_context must be at least 64 (got 63)" in capsys.readouterr().err
+
+
 def test_e2e_of_several_folders_runs_each_in_its_own_process(folder, capfd):
     options = ["--quick", "--threads", "1", "--new-tokens", "2", "--depths", "1"]
     assert cli.main(["bench", "e2e", str(folder), str(folder), *options]) == 0

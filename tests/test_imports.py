@@ -23,7 +23,7 @@ FILES = {"safetensors_file", "tensor_table", "json_file", "mapped_file", "gc_pau
 PTQ = {"quant.ptq_plan", "quant.ptq_tensors", "quant.ptq_state"}
 WRITING = {"checkpoint_writer", "folder_names", "progress_bar"}
 RUN = {"engine", "generation", "model", "recorded", "cache", "loader", "ops"}
-BENCH = {"bench.native", "bench.rows", "bench.load", "bench.e2e"}
+BENCH = {"bench.native", "bench.rows", "bench.load", "bench.loading", "bench.e2e"}
 MODULES: dict[str, tuple[set[str], set[str]]] = {
     # commands
     "__init__": ({"generate", "generation", "sampling", "chat.types"}, set()),
@@ -111,10 +111,14 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "quant.ptq_state": ({"checkpoint_writer", "folder_names", "json_file"}, set()),
     # benchmarks: other engines appear here and nowhere else, each import guarded
     "bench": (set(), set()),
-    "bench.command": ({"ops", "make_checkpoint", *BENCH, "bench.peers", "bench.plot"}, set()),
+    "bench.command": (
+        {"ops", "make_checkpoint", "terminal", *BENCH, "bench.peers", "bench.plot"},
+        set(),
+    ),
     "bench.native": (set(), set()),
     "bench.rows": ({"bench.native"}, set()),
     "bench.load": (set(), set()),
+    "bench.loading": ({"bench.load", "checkpoint", "generate", "plan"}, set()),
     "bench.e2e": ({"bench.rows", "bench.load", "sampling", "weights", "plan", *RUN}, {"torch"}),
     "bench.plot": ({"bench.rows"}, {"matplotlib"}),
     "bench.turns": ({"bench.rows"}, set()),

@@ -297,7 +297,7 @@ MACHINES = {
             f"{GROUP}/a/memory.current": "300",
             f"{GROUP}/a/memory.stat": "anon 100\ninactive_file 120\nactive_file 80\n",
         },
-        820,
+        900,
     ),
     "v2, the parent is tighter": (
         {
@@ -330,11 +330,11 @@ MACHINES = {
             "proc/self/cgroup": "12:cpu,cpuacct:/x\n5:memory:/docker/1\n1:name=systemd:/\n",
             f"{V1}/docker/1/memory.limit_in_bytes": "3000",
             f"{V1}/docker/1/memory.usage_in_bytes": "1500",
-            f"{V1}/docker/1/memory.stat": "total_inactive_file 500\n",
+            f"{V1}/docker/1/memory.stat": "active_file 7\ntotal_inactive_file 500\ntotal_active_file 100\n",
             f"{V1}/memory.limit_in_bytes": "9223372036854771712",
             f"{V1}/memory.usage_in_bytes": "999",
         },
-        2000,
+        2100,
     ),
 }  # fmt: skip
 

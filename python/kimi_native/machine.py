@@ -24,9 +24,11 @@ def available_memory(root: str | Path = "/") -> int:
         limit = _number(folder / ("memory.limit_in_bytes" if is_v1 else "memory.max"))
         usage = _number(folder / ("memory.usage_in_bytes" if is_v1 else "memory.current"))
         if limit is not None and usage is not None:
-            # File cache that can be dropped is no usage.
-            droppable = _stat(folder, "total_inactive_file" if is_v1 else "inactive_file")
-            left.append(limit - max(usage - droppable, 0))
+            # File cache is no usage: the system drops it when memory is asked for, as MemAvailable counts it too. A
+            # model that was loaded before lies there, in the active part since it was used.
+            prefix = "total_" if is_v1 else ""
+            cache = sum(_stat(folder, f"{prefix}{part}_file") for part in ("active", "inactive"))
+            left.append(limit - max(usage - cache, 0))
     return max(min(left), 0)
 
 

@@ -18,7 +18,7 @@ DEFAULT_DEPTHS = "1,512,4096"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verbs limits, kernels, e2e, peers and plot; each sets `bench_run`."""
+    """Adds the verbs limits, kernels, e2e, load, peers and plot; each sets `bench_run`."""
     verbs = parser.add_subparsers(dest="bench_verb", required=True, metavar="VERB")
 
     def verb(name: str, run: Callable[[argparse.Namespace], int], help: str) -> Any:
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kernels.add_argument("--time-budget", metavar="S", help="seconds for one case (0.3)")
     kernels.add_argument("--pages", choices=("4k", "2m"), help="pages under the weights (2m)")
     _add_e2e(measured(verb("e2e", _e2e, "time whole models: prefill, decode, memory, growth")))
+    _add_load(verb("load", _load, "time loading, page faults and memory of a folder"))
     _add_peers(measured(verb("peers", _peers, "time other engines and ours in one run")))
     plot = verb("plot", _plot, "draw percent of limit by token count")
     plot.add_argument("rows", metavar="ROWS.json", help="what --json printed")
@@ -59,6 +60,18 @@ def _add_e2e(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--depths", metavar="N,...", help=f"tokens before ({DEFAULT_DEPTHS})")
     parser.add_argument("--dtype", default="bfloat16", metavar="NAME", help="as of load()")
     parser.add_argument("--dense", default="bf16", metavar="NAME", help="as of load()")
+
+
+def _add_load(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="checkpoint folder")
+    parser.add_argument("--cold", action="store_true", help="drop its files from the cache first")
+    parser.add_argument(
+        "--no-prefetch", dest="prefetch", action="store_false", help="as of generate"
+    )
+    parser.add_argument("--max-context", type=int, default=2048, metavar="N", help="tokens (2048)")
+    parser.add_argument("--dtype", default="bfloat16", metavar="NAME", help="as of load()")
+    parser.add_argument("--dense", default="bf16", metavar="NAME", help="as of load()")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_peers(parser: argparse.ArgumentParser) -> None:
@@ -182,7 +195,20 @@ def _e2e_folders(args: argparse.Namespace) -> int:
     return 0
 
 
-# ---- peers, plot ----------------------------------------------------------------------------------------------------
+# ---- load, peers, plot ----------------------------------------------------------------------------------------------
+
+
+def _load(args: argparse.Namespace) -> int:
+    from kimi_native.bench.loading import measure
+    from kimi_native.terminal import print_json, print_table, rows_of
+
+    options = ("cold", "prefetch", "max_context", "dtype", "dense")
+    row = measure(args.folder, **{name: getattr(args, name) for name in options})
+    if args.json:
+        print_json(row)
+    else:
+        print_table(f"load {args.folder}", list(rows_of(row)))
+    return 0
 
 
 def _peers(args: argparse.Namespace) -> int:

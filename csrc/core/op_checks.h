@@ -149,4 +149,17 @@ inline void check_op(const Int4GemmArgs& a) {
   checked_mul(op, a.tokens, checked_mul(op, a.out, 8));
 }
 
+template <typename Args>
+void check_grouped_op(const char* op, const Args& a) {
+  check_gemm_dtype(op, "x", a.x_dtype);
+  check_gemm_dtype(op, "y", a.y_dtype);
+  check_grouped_matrix(op, a.out, a.in, a.group_size);
+  checked_mul(op, a.x_rows, checked_mul(op, a.in, 8));
+  checked_mul(op, a.rows, checked_mul(op, a.out, 8));
+  checked_mul(op, a.experts, 64);
+}
+
+inline void check_op(const Int4GroupedGemmArgs& a) { check_grouped_op("int4_grouped_gemm", a); }
+inline void check_op(const Int4GroupedSwigluArgs& a) { check_grouped_op("int4_grouped_swiglu", a); }
+
 }  // namespace kn

@@ -37,6 +37,8 @@ const char* run(const void* args, void* stream) {
 const std::map<std::string, CudaOp> ops = {
     {"int4_pack", run<Int4PackArgs, int4_pack>},
     {"int4_gemm", run<Int4GemmArgs, int4_gemm>},
+    {"int4_grouped_gemm", run<Int4GroupedGemmArgs, int4_grouped_gemm>},
+    {"int4_grouped_swiglu", run<Int4GroupedSwigluArgs, int4_grouped_swiglu>},
     {"moe_route", run<MoeRouteArgs, moe_route>},
     {"moe_dispatch", run<MoeDispatchArgs, moe_dispatch>},
     {"moe_combine", run<MoeCombineArgs, moe_combine>},
@@ -54,6 +56,9 @@ const char* workspace_bytes(const void* args, void* bytes) {
 
 const std::map<std::string, CudaOp> workspaces = {
     {"int4_gemm", workspace_bytes<Int4GemmArgs, int4_gemm_workspace_bytes>},
+    {"int4_grouped_gemm", workspace_bytes<Int4GroupedGemmArgs, int4_grouped_gemm_workspace_bytes>},
+    {"int4_grouped_swiglu",
+     workspace_bytes<Int4GroupedSwigluArgs, int4_grouped_swiglu_workspace_bytes>},
 };
 
 CudaOp find_in(const std::map<std::string, CudaOp>& all, const char* name) {

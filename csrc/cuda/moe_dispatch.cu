@@ -44,22 +44,6 @@ __device__ __forceinline__ void each_row(const MoeDispatchArgs& a, const Dispatc
   }
 }
 
-// The sum of the values of all threads before this one. `partial`: one word for each warp.
-__device__ int32_t exclusive_scan(int32_t value, SharedPtr<int32_t> partial) {
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  int32_t inclusive = value;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int32_t before = __shfl_up_sync(kAllLanes, inclusive, step);
-    if (lane >= step) inclusive += before;
-  }
-  if (lane == 31) partial[warp] = inclusive;
-  __syncthreads();
-  int32_t start = 0;
-  for (int w = 0; w < warp; ++w) start += partial[w];
-  return start + inclusive - value;
-}
-
 // counts[segment][expert] becomes the first row of that expert in that segment.
 __device__ void turn_counts_into_rows(const MoeDispatchArgs& a, const DispatchPlan& plan,
                                       SharedPtr<int32_t> counts, SharedPtr<int32_t> partial) {

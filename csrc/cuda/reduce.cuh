@@ -26,4 +26,20 @@ __device__ __forceinline__ T block_sum(T x, SharedPtr<T> partial) {
   return sum;
 }
 
+// The sum of the values of all threads before this one. `partial`: one word for each warp.
+__device__ __forceinline__ int32_t exclusive_scan(int32_t value, SharedPtr<int32_t> partial) {
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+  int32_t inclusive = value;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int32_t before = __shfl_up_sync(kAllLanes, inclusive, step);
+    if (lane >= step) inclusive += before;
+  }
+  if (lane == 31) partial[warp] = inclusive;
+  __syncthreads();
+  int32_t start = 0;
+  for (int w = 0; w < warp; ++w) start += partial[w];
+  return start + inclusive - value;
+}
+
 }  // namespace kn::cuda

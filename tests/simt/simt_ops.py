@@ -62,18 +62,28 @@ def run_op(
     name: str, *, schedule: Schedule = SCHEDULES[0], flush: str = "end", **fields: object
 ) -> None:
     """Calls kn::cuda::NAME. Tensors are copied in, and back when the op has run; the same tensor given twice is one
-    buffer. dtypes are given as torch dtypes. Scratch, if not given, is what the op asks for, and starts as NaN."""
+    buffer. A list of tensors (or of addresses) becomes an array of pointers; dtypes are given as torch dtypes. Scratch,
+    if not given, is what the op asks for, and starts as NaN."""
     args = args_type(name)()
     buffers: dict[int, tuple[Span, int]] = {}
     if not gpu.ON_GPU:
         use(schedule)
     with gpu.device_memory() if gpu.ON_GPU else memory(flush) as m:
+
+        def place(tensor: torch.Tensor, field: str) -> int:
+            span = Span.of(tensor)
+            if span.address not in buffers:
+                buffers[span.address] = (span, m.allocate(span.nbytes, field))
+            return buffers[span.address][1]
+
+        tables = []  # of pointers; alive until the op has run
         for field, value in fields.items():
+            if isinstance(value, list):
+                each = [t if isinstance(t, int) else place(t, field) for t in value]
+                tables.append(torch.tensor(each, dtype=torch.int64))
+                value = tables[-1]
             if isinstance(value, torch.Tensor):
-                span = Span.of(value)
-                if span.address not in buffers:
-                    buffers[span.address] = (span, m.allocate(span.nbytes, field))
-                value = buffers[span.address][1]
+                value = place(value, field)
             setattr(args, field, DTYPE_CODE.get(value, value))
         needed = workspace_bytes(name, args)
         scratch = b""

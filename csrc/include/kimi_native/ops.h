@@ -241,9 +241,14 @@ struct Int4PackArgs {
 };
 void int4_pack(const Int4PackArgs&, void* stream);
 
-// weight_packed and weight_scale are tiles and tile_scales of int4_pack.
+// Weights and scales are tiles and tile_scales of int4_pack; arrays of pointers are on the device
+// too.
 int64_t int4_gemm_workspace_bytes(const Int4GemmArgs&);
 void int4_gemm(const Int4GemmArgs&, void* stream);
+int64_t int4_grouped_gemm_workspace_bytes(const Int4GroupedGemmArgs&);
+void int4_grouped_gemm(const Int4GroupedGemmArgs&, void* stream);
+int64_t int4_grouped_swiglu_workspace_bytes(const Int4GroupedSwigluArgs&);
+void int4_grouped_swiglu(const Int4GroupedSwigluArgs&, void* stream);
 
 void moe_route(const MoeRouteArgs&, void* stream);
 void moe_dispatch(const MoeDispatchArgs&, void* stream);

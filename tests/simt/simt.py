@@ -64,8 +64,11 @@ class Buffers(ctypes.Structure):
 
 
 @cache
-def library(path: str | None = None) -> ctypes.CDLL:
-    lib = ctypes.CDLL(path or str(build(os.environ.get("KIMI_NATIVE_SIMT_SANITIZE", ""))))
+def library() -> ctypes.CDLL:
+    """The shim with all kernels. KIMI_NATIVE_SIMT_SANITIZE: for -fsanitize; KIMI_NATIVE_SIMT_DEFINES: macros to set."""
+    sanitize = os.environ.get("KIMI_NATIVE_SIMT_SANITIZE", "")
+    defines = tuple(os.environ.get("KIMI_NATIVE_SIMT_DEFINES", "").split())
+    lib = ctypes.CDLL(str(build(sanitize, defines)))
     lib.kn_simt_options.argtypes = [ctypes.c_uint64, *[ctypes.c_int] * 3]
     lib.kn_simt_allocate.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_char_p]
     lib.kn_simt_allocate.restype = ctypes.c_void_p

@@ -55,7 +55,7 @@ static void gemm_pack(const Bf16GemmPack& a) {
     }
     if (whole == a.in) continue;
     T rest[32] = {};
-    for (int64_t k = whole; k < a.in; ++k) rest[k - whole] = row[k];
+    std::memcpy(rest, row + whole, (a.in - whole) * sizeof(T));  // rows may be unaligned
     store(to + whole * a.tokens, load_even(rest));
     store(to + whole * a.tokens + 16, load_odd(rest));
   }

@@ -160,7 +160,7 @@ KN_INLINE void store(bf16* p, f32x16 a, int n) {
 // The numbers at the even (odd) places of 32; of the first n of them, the rest zero.
 KN_INLINE f32x16 every_second(const float* p, int from) {
   f32x16 r;
-  for (int i = 0; i < 16; ++i) r.v[i] = p[2 * i + from];
+  for (int i = 0; i < 16; ++i) std::memcpy(&r.v[i], p + 2 * i + from, sizeof r.v[i]);
   return r;
 }
 KN_INLINE f32x16 every_second(const bf16* p, int from) {

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "python" / "kimi_native"
 CHAT = {"chat.types", "chat.template", "chat.parser"}
 QUANT = {"quant.int4", "quant.int8", "quant.fp8", "quant.modules"}
 FORMATS = {"quant.groups", "checks", "weights"}
-FILES = {"safetensors_file", "tensor_table", "json_file", "mapped_file", "gc_pause"}
+FILES = {"safetensors_file", "tensor_table", "json_file", "model_file", "mapped_file", "gc_pause"}
 PTQ = {"quant.ptq_plan", "quant.ptq_tensors", "quant.ptq_state"}
 WRITING = {"checkpoint_writer", "folder_names", "progress_bar"}
 RUN = {"engine", "generation", "model", "recorded", "cache", "loader", "ops"}
@@ -44,8 +44,8 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch"},
     ),
     "generation": ({"engine", "sampling", "tokenizer", *CHAT}, set()),
-    "tokenizer": ({"tokenizer_formats"}, {"tiktoken", "tokenizers"}),
-    "tokenizer_formats": (set(), {"tiktoken", "tokenizers"}),
+    "tokenizer": ({"tokenizer_formats", "model_file"}, {"tiktoken", "tokenizers"}),
+    "tokenizer_formats": ({"model_file"}, {"tiktoken", "tokenizers"}),
     "chat": (CHAT, set()),
     "chat.types": (set(), set()),
     "chat.template": ({"chat.types", "tokenizer", "config"}, {"jinja2"}),
@@ -58,10 +58,14 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "recorded": ({"model", "ops", "cache", "config"}, {"torch"}),
     "cache": ({"config"}, {"torch"}),
     # files
-    "config": ({"config_keys", "quantization", "json_file", "folder_names"}, set()),
+    "config": (
+        {"config_keys", "quantization", "json_file", "model_file", "folder_names"},
+        set(),
+    ),
     "config_keys": ({"quantization", "json_file"}, set()),
     "quantization": ({"json_file"}, set()),
     "json_file": (set(), set()),
+    "model_file": (set(), set()),
     "gc_pause": (set(), set()),
     "mapped_file": ({"_native"}, {"numpy"}),
     "read_ahead": ({"mapped_file"}, set()),

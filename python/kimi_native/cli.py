@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kimi_native import __version__
 from kimi_native.errors import KimiNativeError, MemoryPlanWarning, RequestError
 from kimi_native.progress_bar import progress_bar
 from kimi_native.terminal import note as _note
@@ -82,6 +81,10 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         prog="kimi-native",
         description="Kimi K2 and its family, run from the checkpoint as published.",
     )
+    if "--version" in argv:
+        from kimi_native import __version__
+    else:  # looking it up takes as long as all the rest of the parser
+        __version__ = ""
     parser.add_argument("--version", action="version", version=f"kimi-native {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
@@ -484,7 +487,3 @@ def _bench(args: argparse.Namespace) -> int:
     from kimi_native.bench import command
 
     return command.run(args)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -133,6 +133,20 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         help="print the answer as it comes; on a terminal also the reasoning, dimmed",
     )
     output.add_argument("--json", action="store_true", help="print everything as JSON")
+    _add_sampling(parser)
+    machine = parser.add_argument_group("model and machine")
+    _add_settings(machine)
+    machine.add_argument("--threads", type=int, metavar="N", help="default: the cores there are")
+    machine.add_argument("--isa", metavar="NAME", help="kernel tier (default: the best here)")
+    machine.add_argument(
+        "--no-prefetch",
+        dest="prefetch",
+        action="store_false",
+        help="read each weight when it is first used, not all of them while loading",
+    )
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group(
         "sampling (default: the checkpoint's generation_config.json)"
     )
@@ -151,16 +165,6 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--seed", type=int, metavar="N", help="same seed, same answer")
     sampling.add_argument(
         "--stop", action="append", metavar="TEXT", help="ends the answer; may be repeated"
-    )
-    machine = parser.add_argument_group("model and machine")
-    _add_settings(machine)
-    machine.add_argument("--threads", type=int, metavar="N", help="default: the cores there are")
-    machine.add_argument("--isa", metavar="NAME", help="kernel tier (default: the best here)")
-    machine.add_argument(
-        "--no-prefetch",
-        dest="prefetch",
-        action="store_false",
-        help="read each weight when it is first used, not all of them while loading",
     )
 
 

@@ -53,7 +53,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "chat.arguments": ({"chat.function_schema"}, set()),
     "chat.function_schema": ({"chat.docstrings"}, set()),
     "chat.docstrings": (set(), set()),
-    "chat.template": ({"chat.types", "tokenizer", "config"}, {"jinja2"}),
+    "chat.template": ({"chat.types", "chat.tool", "tokenizer", "config"}, {"jinja2"}),
     "chat.parser": ({"chat.types", "chat.template", "tokenizer"}, set()),
     # ids in, ids out
     "engine": ({"model", "cache", "config", "sampling"}, {"torch", "numpy"}),

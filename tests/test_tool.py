@@ -221,9 +221,9 @@ REFUSED = [
     (untyped, "tool: untyped: parameter 'x' must have a type hint (got none)"),
     (later, "tool: later must be a plain function (got async)"),
     (lambda: 1, "tool: name must be letters, digits, '_', '-' and '.' (got '<lambda>')"),
-    (print, "tool: must be a Python function (got <built-in function print>)"),
-    (Point, "tool: must be a Python function (got <class"),
-    (7, "tool: must be a Python function (got 7)"),
+    (print, "tool: must be a Tool, an object or a Python function (got <built-in function print>)"),
+    (Point, "tool: must be a Tool, an object or a Python function (got <class"),
+    (7, "tool: must be a Tool, an object or a Python function (got 7)"),
 ]
 
 
@@ -432,7 +432,10 @@ def test_as_tools_takes_tools_dicts_and_functions():
         ("get_weather", "tools: must be a list (got str)"),
         (Tool("f", None, None), "tools: must be a list (got Tool)"),
         (get_weather, "tools: must be a list (got function)"),
-        (["get_weather"], "tool: must be a Python function (got 'get_weather')"),
+        (
+            ["get_weather"],
+            "tool: must be a Tool, an object or a Python function (got 'get_weather')",
+        ),
     ],
     ids=str,
 )

@@ -59,7 +59,9 @@ class Tool:
         See function_schema for the types. Raises RequestError, naming the parameter, on what it cannot declare.
         """
         if not (inspect.isfunction(function) or inspect.ismethod(function)):
-            raise RequestError(f"tool: must be a Python function (got {function!r})")
+            raise RequestError(
+                f"tool: must be a Tool, an object or a Python function (got {function!r})"
+            )
         if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
             raise RequestError(f"tool: {function.__name__} must be a plain function (got async)")
         description = parse_docstring(function.__doc__).description
@@ -106,27 +108,47 @@ class Tool:
         return values if self.function is None else keyword_arguments(self.function, values, where)
 
 
-def as_tools(
-    tools: Iterable[Tool | Mapping[str, Any] | Callable[..., Any]] | None,
-) -> tuple[Tool, ...]:
+ToolLike = Tool | Mapping[str, Any] | Callable[..., Any]
+
+
+def as_tools(tools: Iterable[ToolLike] | None) -> tuple[Tool, ...]:
     """Tools given as Tool, OpenAI-shaped dict or Python function. Raises RequestError if two have the same name."""
-    if tools is None:
-        return ()
-    if isinstance(tools, str | Mapping | Tool) or not isinstance(tools, Iterable):
-        raise RequestError(f"tools: must be a list (got {type(tools).__name__})")
-    converted = tuple(_as_tool(tool) for tool in tools)
-    check_names([tool.name for tool in converted])
+    converted = tuple(
+        Tool.from_dict(tool) if isinstance(tool, Mapping) else _as_tool(tool)
+        for tool in _as_list(tools)
+    )
+    _check_names([tool.name for tool in converted])
     return converted
 
 
-def _as_tool(tool: Tool | Mapping[str, Any] | Callable[..., Any]) -> Tool:
-    if isinstance(tool, Tool):
-        return tool
-    return Tool.from_dict(tool) if isinstance(tool, Mapping) else Tool.from_function(tool)
+def declarations(tools: Iterable[ToolLike] | None) -> list[dict[str, Any]]:
+    """What the model is told of the tools. A dict stays as it is, whatever kind of tool it declares.
+
+    Raises RequestError as as_tools does, but for the content of dicts.
+    """
+    declared = [
+        dict(tool) if isinstance(tool, Mapping) else _as_tool(tool).declaration
+        for tool in _as_list(tools)
+    ]
+    functions = [tool.get("function") for tool in declared]
+    names = [function.get("name") for function in functions if isinstance(function, Mapping)]
+    _check_names([name for name in names if isinstance(name, str)])
+    return declared
 
 
-def check_names(names: Sequence[str]) -> None:
-    """Raises RequestError if a tool's name is there twice."""
+def _as_list(tools: Iterable[ToolLike] | None) -> list[ToolLike]:
+    if tools is None:
+        return []
+    if isinstance(tools, str | Mapping | Tool) or not isinstance(tools, Iterable):
+        raise RequestError(f"tools: must be a list (got {type(tools).__name__})")
+    return list(tools)
+
+
+def _as_tool(tool: Tool | Callable[..., Any]) -> Tool:
+    return tool if isinstance(tool, Tool) else Tool.from_function(tool)
+
+
+def _check_names(names: Sequence[str]) -> None:
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise RequestError(f"tools: names must differ (got {twice[0]!r} twice)")

@@ -435,8 +435,8 @@ def test_imports_checker_sees_a_forbidden_include(path, source):
 
 MAX_LINES = 500
 LONGER = {
-    "python/kimi_native/ops.py": 650
-}  # thirteen ops, most of it docstrings and argument lists
+    "python/kimi_native/ops.py": 670
+}  # fourteen ops, most of it docstrings and argument lists
 
 
 def test_imports_files_stay_short():

@@ -65,16 +65,19 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "gc_pause": (set(), set()),
     "mapped_file": ({"_native"}, {"numpy"}),
     "read_ahead": ({"mapped_file"}, set()),
+    "huge_pages": (set(), {"torch"}),
     "safetensors_file": ({"json_file", "mapped_file"}, {"torch", "numpy"}),
     "tensor_table": ({"config", "quantization", "safetensors_file"}, set()),
     "folder_names": (set(), set()),
     "checkpoint": ({"config", "quantization", "folder_names", *FILES}, {"torch"}),
     "plan": (
-        {"checkpoint", "config", "quantization", "cache", "machine", "units", *FILES},
+        {"checkpoint", "config", "quantization", "cache", "machine", "units", *FILES}
+        | {"huge_pages"},
         {"torch"},
     ),
     "loader": (
         {"model", "config", "checkpoint", "plan", "weights", "read_ahead", "progress_bar"}
+        | {"huge_pages"}
         | {*QUANT, *FILES},
         {"torch"},
     ),
@@ -93,7 +96,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "quant.int4": (FORMATS, {"torch"}),
     "quant.int8": (FORMATS, {"torch"}),
     "quant.fp8": (FORMATS, {"torch"}),
-    "quant.modules": ({"ops", "weights"}, {"torch"}),
+    "quant.modules": ({"ops", "weights", "quant.int8"}, {"torch"}),
     # one checkpoint into another
     "quant.ptq": (
         {"__init__", "checkpoint", "checkpoint_writer", "folder_names", *PTQ},

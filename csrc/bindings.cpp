@@ -202,6 +202,11 @@ Int8GemmArgs int8_gemm(Address x, Address weight, Address weight_scale, Address 
           0};
 }
 
+Int4QuantizeArgs int4_quantize(Address w, Address weight_packed, Address weight_scale, int64_t out,
+                               int64_t in, int32_t group_size) {
+  return {Pointer{w}, Pointer{weight_packed}, Pointer{weight_scale}, out, in, group_size};
+}
+
 MlaDecodeArgs mla_decode(Address q, Address cache, Address page_table, Address seq_lens,
                          Address out, int32_t q_dtype, int32_t cache_dtype, int64_t batch,
                          int64_t heads, int64_t kv_lora_rank, int64_t qk_rope_head_dim,
@@ -285,6 +290,7 @@ void bind_ops(py::module_& m) {
          cpu::int4_grouped_swiglu_workspace_bytes);
   def_op(m, "bf16_gemm", bf16_gemm, cpu::bf16_gemm, cpu::bf16_gemm_workspace_bytes);
   def_op(m, "int8_gemm", int8_gemm, cpu::int8_gemm, cpu::int8_gemm_workspace_bytes);
+  def_op(m, "int4_quantize", int4_quantize, cpu::int4_quantize);
   def_op(m, "mla_decode", mla_decode, cpu::mla_decode, cpu::mla_decode_workspace_bytes);
   def_op(m, "rms_norm", rms_norm, cpu::rms_norm);
   def_op(m, "add_rms_norm", add_rms_norm, cpu::add_rms_norm);

@@ -464,14 +464,14 @@ def test_plan_passes_settings_on(folder):
         "--dtype",
         "float32",
         "--dense",
-        "int8",
+        "int4",
     ]
     assert run(*argv) == 0
     assert folder.asked[1] == {
         "max_context": 100,
         "max_batch": 3,
         "dtype": "float32",
-        "dense": "int8",
+        "dense": "int4",
     }
 
 

@@ -74,16 +74,19 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "gc_pause": (set(), set()),
     "mapped_file": ({"_native"}, {"numpy"}),
     "read_ahead": ({"mapped_file"}, set()),
+    "huge_pages": (set(), {"torch"}),
     "safetensors_file": ({"json_file", "mapped_file"}, {"torch", "numpy"}),
     "tensor_table": ({"config", "quantization", "safetensors_file"}, set()),
     "folder_names": (set(), set()),
     "checkpoint": ({"config", "quantization", "folder_names", *FILES}, {"torch"}),
     "plan": (
-        {"checkpoint", "config", "quantization", "cache", "machine", "units", *FILES},
+        {"checkpoint", "config", "quantization", "cache", "machine", "units", *FILES}
+        | {"huge_pages"},
         {"torch"},
     ),
     "loader": (
         {"model", "config", "checkpoint", "plan", "weights", "read_ahead", "progress_bar"}
+        | {"huge_pages"}
         | {*QUANT, *FILES},
         {"torch"},
     ),
@@ -102,7 +105,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "quant.int4": (FORMATS, {"torch"}),
     "quant.int8": (FORMATS, {"torch"}),
     "quant.fp8": (FORMATS, {"torch"}),
-    "quant.modules": ({"ops", "weights"}, {"torch"}),
+    "quant.modules": ({"ops", "weights", "quant.int8"}, {"torch"}),
     # one checkpoint into another
     "quant.ptq": (
         {"__init__", "checkpoint", "checkpoint_writer", "folder_names", *PTQ},
@@ -444,8 +447,8 @@ def test_imports_checker_sees_a_forbidden_include(path, source):
 
 MAX_LINES = 500
 LONGER = {
-    "python/kimi_native/ops.py": 650
-}  # thirteen ops, most of it docstrings and argument lists
+    "python/kimi_native/ops.py": 670
+}  # fourteen ops, most of it docstrings and argument lists
 
 
 def test_imports_files_stay_short():

@@ -149,6 +149,15 @@ inline void check_op(const Int4GemmArgs& a) {
   checked_mul(op, a.tokens, checked_mul(op, a.out, 8));
 }
 
+inline void check_op(const Int4QuantizeArgs& a) {
+  constexpr const char* op = "int4_quantize";
+  KN_REQUIRE(a.out >= 0, op, ": out must be at least 0 (got ", a.out, ")");
+  check_grouped_matrix(op, a.out, a.in, a.group_size);
+  KN_REQUIRE(a.out == 0 || (a.w && a.weight_packed && a.weight_scale), op,
+             ": w, weight_packed and weight_scale must not be null (got ", (const void*)a.w, ", ",
+             (const void*)a.weight_packed, ", ", (const void*)a.weight_scale, ")");
+}
+
 template <typename Args>
 void check_grouped_op(const char* op, const Args& a) {
   check_gemm_dtype(op, "x", a.x_dtype);

@@ -181,9 +181,9 @@ def _add_settings(parser: Any) -> None:
     )
     parser.add_argument(
         "--dense",
-        choices=("bf16", "int8"),
+        choices=("bf16", "int8", "int4"),
         default="bf16",
-        help="dense matrices: as published, or 8 bits",
+        help="dense matrices: as published, or rounded to 8 or 4 bits",
     )
     _add_ignored_keys(parser)
 

@@ -59,7 +59,8 @@ def load(
     max_batch           requests computed at once; the cache holds max_batch full contexts
     threads             threads of the kernels (default: the cores this process may use); process-wide
     dtype               activations and cache: "bfloat16" or "float32"
-    dense               dense matrices: "bf16" as published, or "int8" (smaller, not exact)
+    dense               dense matrices: "bf16" as published, or rounded while loading to "int8" or "int4": fewer bytes
+                        to read per token, not exact
     isa                 kernel tier, such as "avx2" (default: the best here); process-wide
     prefetch            read the weights into memory now, at the speed of the disk, if all of them fit; else each is
                         read when it is first used

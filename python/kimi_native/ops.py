@@ -44,6 +44,7 @@ __all__ = [
     "int4_gemm",
     "int4_grouped_gemm",
     "int4_grouped_swiglu",
+    "int4_quantize",
     "int8_gemm",
     "mla_decode",
     "moe_combine",
@@ -410,6 +411,41 @@ def int8_gemm(x: Tensor, weight: Int8Weight, *, out_dtype: torch.dtype | None = 
         return reference.int8_gemm(x, weight.weight, weight.weight_scale, out_dtype=out_dtype)
     parts = (weight.weight, weight.weight_scale)
     return _group_gemm("int8_gemm", x, *parts, weight.out_features, weight.in_features, out_dtype)
+
+
+def int4_quantize(w: Tensor, *, out: Int4Weight | None = None) -> Int4Weight:
+    """A BF16 matrix to INT4 in the checkpoint's layout: the bits of quant.int4.quantize(w), in one pass over w.
+
+    w        [out, in]  bf16, finite, in a multiple of 32
+    out      an Int4Weight of that shape, written; default: a new one
+    returns  Int4Weight; per 32 weights scale = bf16(max|w| / 7), at least 2**-126, and q = w / scale to the nearest
+             integer, halves to even, in -7 .. 7
+
+    Raises ValueError on a shape or on NaN or infinity, TypeError on a dtype. Reference: reference.int4_quantize.
+    """
+    op = "int4_quantize"
+    check_tensor(op, "w", w, (None, None), torch.bfloat16)
+    rows, columns = w.shape
+    require(
+        columns > 0 and columns % GROUP_SIZE == 0,
+        f"{op}: in must be a positive multiple of {GROUP_SIZE} (got {columns})",
+    )
+    if out is None:
+        packed = empty((rows, columns // 8), torch.int32)
+        out = Int4Weight(packed, empty((rows, columns // GROUP_SIZE), torch.bfloat16))
+    require(
+        (out.out_features, out.in_features) == (rows, columns),
+        f"{op}: out must be {[rows, columns]} (got {[out.out_features, out.in_features]})",
+    )
+    if active_backend() == "reference":
+        for written, part in zip(
+            (out.weight_packed, out.weight_scale), reference.int4_quantize(w), strict=True
+        ):
+            written.copy_(part)
+        return out
+    parts = (w, out.weight_packed, out.weight_scale)
+    _native.cpu.int4_quantize(*(t.data_ptr() for t in parts), rows, columns, GROUP_SIZE)
+    return out
 
 
 # ---- attention and norms --------------------------------------------------------------------------------------------

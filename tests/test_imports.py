@@ -105,6 +105,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "quant.int4": (FORMATS, {"torch"}),
     "quant.int8": (FORMATS, {"torch"}),
     "quant.fp8": (FORMATS, {"torch"}),
+    "quant.tiles": ({"_native", "native", "weights"}, {"torch"}),
     "quant.modules": ({"ops", "weights", "quant.int8"}, {"torch"}),
     # one checkpoint into another
     "quant.ptq": (

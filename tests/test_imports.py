@@ -17,7 +17,7 @@ PACKAGE = ROOT / "python" / "kimi_native"
 
 # module: (modules of this package it may import, packages outside the standard library). `errors` is open to all.
 TOOLS = {"chat.tool", "chat.function_schema", "chat.arguments", "chat.docstrings"}
-CHAT = {"chat.types", "chat.template", "chat.parser", *TOOLS}
+CHAT = {"chat.types", "chat.template", "chat.parser", "chat.typescript", *TOOLS}
 QUANT = {"quant.int4", "quant.int8", "quant.fp8", "quant.modules"}
 FORMATS = {"quant.groups", "checks", "weights"}
 FILES = {"safetensors_file", "tensor_table", "json_file", "mapped_file", "gc_pause"}
@@ -53,7 +53,11 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "chat.arguments": ({"chat.function_schema"}, set()),
     "chat.function_schema": ({"chat.docstrings"}, set()),
     "chat.docstrings": (set(), set()),
-    "chat.template": ({"chat.types", "chat.tool", "tokenizer", "config"}, {"jinja2"}),
+    "chat.typescript": (set(), set()),
+    "chat.template": (
+        {"chat.types", "chat.tool", "chat.typescript", "tokenizer", "config"},
+        {"jinja2"},
+    ),
     "chat.parser": ({"chat.types", "chat.template", "tokenizer"}, set()),
     # ids in, ids out
     "engine": ({"model", "cache", "config", "sampling"}, {"torch", "numpy"}),

@@ -311,9 +311,10 @@ class Model:
         self._engine.check(ids)
         if raw_prompt or self.chat_format is None:
             return Run(ids, params, PlainOutput(self.tokenizer))
-        return Run(
-            ids, params, OutputParser(self.tokenizer, format=self.chat_format, prompt_ids=ids)
+        parser = OutputParser(
+            self.tokenizer, format=self.chat_format, prompt_ids=ids, tools=options.get("tools")
         )
+        return Run(ids, params, parser)
 
     def _prompt_ids(self, prompt: Prompt, raw_prompt: bool, options: dict[str, Any]) -> list[int]:
         given = {name: value for name, value in options.items() if value is not None}

@@ -35,9 +35,10 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "cli": (
         {"__init__", "generate", "generation", "sampling", "tokenizer", "config", *CHAT}
         | {"checkpoint", "plan", "doctor", "make_checkpoint", "presets"}
-        | {"quant.ptq", "bench.command", "progress_bar", "terminal", "units"},
+        | {"quant.ptq", "bench.command", "chat_cli", "progress_bar", "terminal", "units"},
         {"rich", "torch"},
     ),
+    "chat_cli": ({"chat", "tokenizer", "config", "terminal", *CHAT}, set()),
     "doctor": ({"__init__", "ops", "machine"}, {"torch", "numpy"}),
     # text and events
     "generate": (

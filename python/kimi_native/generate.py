@@ -229,7 +229,7 @@ class Model:
                     or a list of these; a list gives a list of results, each equal to what it would be alone
         raw_prompt  a text is continued without any template; the output is not parsed
         sampling    all parameters (default: the checkpoint's generation_config.json); `overrides` are single fields
-        tools, thinking, keep_thinking   see chat.template.render
+        tools, thinking, keep_thinking   see chat.template.render; of tools also chat.parser.OutputParser
 
         Raises RequestError before any compute for a bad prompt or argument; NonFiniteLogitsError, or TokenizerError for
         an id the tokenizer lacks, when a single prompt fails. In a list such a result has finish_reason "error".

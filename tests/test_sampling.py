@@ -158,7 +158,7 @@ def distributions(vocab: int) -> dict[str, np.ndarray]:
     return {n: x.astype(np.float32) for n, x in rows.items()} | {"float64": normal / 3}
 
 
-@pytest.mark.parametrize("vocab", [1, 2, 7, 300, 4096, 20_000])
+@pytest.mark.parametrize("vocab", [1, 2, 7, 300, 5000])
 @pytest.mark.parametrize("max_sorted", [0, 2048, 10**9])  # the histogram, as it is, the sort
 def test_sample_top_p_keeps_what_a_full_sort_keeps(monkeypatch, vocab, max_sorted):
     monkeypatch.setattr(sampling, "_MAX_SORTED", max_sorted)

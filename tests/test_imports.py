@@ -16,17 +16,18 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "python" / "kimi_native"
 
 # module: (modules of this package it may import, packages outside the standard library). `errors` is open to all.
-CHAT = {"chat.types", "chat.template", "chat.parser"}
+TOOLS = {"chat.tool", "chat.function_schema", "chat.arguments", "chat.docstrings"}
+CHAT = {"chat.types", "chat.template", "chat.parser", *TOOLS}
 QUANT = {"quant.int4", "quant.int8", "quant.fp8", "quant.modules"}
 FORMATS = {"quant.groups", "checks", "weights"}
-FILES = {"safetensors_file", "tensor_table", "json_file", "mapped_file", "gc_pause"}
+FILES = {"safetensors_file", "tensor_table", "json_file", "model_file", "mapped_file", "gc_pause"}
 PTQ = {"quant.ptq_plan", "quant.ptq_tensors", "quant.ptq_state"}
 WRITING = {"checkpoint_writer", "folder_names", "progress_bar"}
 RUN = {"engine", "generation", "model", "recorded", "cache", "loader", "ops"}
 BENCH = {"bench.native", "bench.rows", "bench.load", "bench.loading", "bench.e2e"}
 MODULES: dict[str, tuple[set[str], set[str]]] = {
     # commands
-    "__init__": ({"generate", "generation", "sampling", "chat.types"}, set()),
+    "__init__": ({"generate", "generation", "sampling", "chat.types", "chat.tool"}, set()),
     "__main__": ({"cli"}, set()),
     "terminal": ({"units"}, {"rich"}),
     "units": (set(), set()),
@@ -44,11 +45,15 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch"},
     ),
     "generation": ({"engine", "sampling", "tokenizer", *CHAT}, set()),
-    "tokenizer": ({"tokenizer_formats"}, {"tiktoken", "tokenizers"}),
-    "tokenizer_formats": (set(), {"tiktoken", "tokenizers"}),
+    "tokenizer": ({"tokenizer_formats", "model_file"}, {"tiktoken", "tokenizers"}),
+    "tokenizer_formats": ({"model_file"}, {"tiktoken", "tokenizers"}),
     "chat": (CHAT, set()),
     "chat.types": (set(), set()),
-    "chat.template": ({"chat.types", "tokenizer", "config"}, {"jinja2"}),
+    "chat.tool": (TOOLS, set()),
+    "chat.arguments": ({"chat.function_schema"}, set()),
+    "chat.function_schema": ({"chat.docstrings"}, set()),
+    "chat.docstrings": (set(), set()),
+    "chat.template": ({"chat.types", "chat.tool", "tokenizer", "config"}, {"jinja2"}),
     "chat.parser": ({"chat.types", "chat.template", "tokenizer"}, set()),
     # ids in, ids out
     "engine": ({"model", "cache", "config", "sampling"}, {"torch", "numpy"}),
@@ -58,10 +63,14 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "recorded": ({"model", "ops", "cache", "config"}, {"torch"}),
     "cache": ({"config"}, {"torch"}),
     # files
-    "config": ({"config_keys", "quantization", "json_file", "folder_names"}, set()),
+    "config": (
+        {"config_keys", "quantization", "json_file", "model_file", "folder_names"},
+        set(),
+    ),
     "config_keys": ({"quantization", "json_file"}, set()),
     "quantization": ({"json_file"}, set()),
     "json_file": (set(), set()),
+    "model_file": (set(), set()),
     "gc_pause": (set(), set()),
     "mapped_file": ({"_native"}, {"numpy"}),
     "read_ahead": ({"mapped_file"}, set()),

@@ -113,15 +113,8 @@ def moe_route(
     topk_ids = empty((tokens, topk), torch.int32)
     topk_weights = empty((tokens, topk), torch.float32)
     _native.cpu.moe_route(
-        logits.data_ptr(),
-        pointer(correction_bias),
-        topk_ids.data_ptr(),
-        topk_weights.data_ptr(),
-        tokens,
-        experts,
-        topk,
-        n_group,
-        topk_group,
+        *map(pointer, (logits, correction_bias, topk_ids, topk_weights)),
+        *(tokens, experts, topk, n_group, topk_group),
         _SCORING[scoring],
         _GROUP_SCORE[group_score],
         norm_topk_prob,
@@ -364,6 +357,26 @@ def bf16_gemm(
     if active_backend() == "reference":
         y = reference.bf16_gemm(x, weight, out_dtype=out_dtype)
         return y if out is None else out.copy_(y)
+    _check_bf16_gemm(op, x, weight, out_dtype)
+    per_head = x.dim() == 3
+    shape = (*x.shape[:-1], weight.shape[-2])
+    y = empty(shape, out_dtype) if out is None else out
+    check_rows(op, "out", y, shape, out_dtype)
+    call_with_workspace(
+        op,
+        *map(pointer, (x, weight, y)),
+        *(_DTYPES[x.dtype], _DTYPES[out_dtype]),
+        *(x.shape[0], x.shape[1] if per_head else 1, *weight.shape[-2:]),
+        x.stride(0),
+        x.stride(1) if per_head else 0,
+        weight.stride(0) if per_head else 0,
+        y.stride(0),
+        y.stride(1) if per_head else 0,
+    )
+    return y
+
+
+def _check_bf16_gemm(op: str, x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> None:
     check_dtype(op, "x", x, torch.bfloat16, torch.float32)
     check_dtype(op, "weight", weight, torch.bfloat16)
     if out_dtype not in _DTYPES:
@@ -383,28 +396,6 @@ def bf16_gemm(
     )
     if x.device.type != "cpu" or weight.device.type != "cpu":
         raise RuntimeError(f"{op}: no kernel for device {x.device} in this build (supported: cpu)")
-    per_head = x.dim() == 3
-    shape = (*x.shape[:-1], weight.shape[-2])
-    y = empty(shape, out_dtype) if out is None else out
-    check_rows(op, "out", y, shape, out_dtype)
-    call_with_workspace(
-        op,
-        x.data_ptr(),
-        weight.data_ptr(),
-        y.data_ptr(),
-        _DTYPES[x.dtype],
-        _DTYPES[out_dtype],
-        x.shape[0],
-        x.shape[1] if per_head else 1,
-        weight.shape[-2],
-        weight.shape[-1],
-        x.stride(0),
-        x.stride(1) if per_head else 0,
-        weight.stride(0) if per_head else 0,
-        y.stride(0),
-        y.stride(1) if per_head else 0,
-    )
-    return y
 
 
 def int8_gemm(x: Tensor, weight: Int8Weight, *, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -496,13 +487,8 @@ def mla_decode(
     out = empty((batch, heads, kv_lora_rank), q.dtype)
     call_with_workspace(
         op,
-        q.data_ptr(),
-        cache.data_ptr(),
-        page_table.data_ptr(),
-        seq_lens.data_ptr(),
-        out.data_ptr(),
-        _DTYPES[q.dtype],
-        _DTYPES[cache.dtype],
+        *map(pointer, (q, cache, page_table, seq_lens, out)),
+        *(_DTYPES[q.dtype], _DTYPES[cache.dtype]),
         batch,
         heads,
         kv_lora_rank,
@@ -617,17 +603,8 @@ def rope_append(
         check_tensor(op, name, table, (tokens, rope // 2), torch.float32)
     check_tensor(op, "slots", slots, (tokens,), torch.int64)
     _native.cpu.rope_append(
-        q.data_ptr(),
-        latent.data_ptr(),
-        k_rope.data_ptr(),
-        cos.data_ptr(),
-        sin.data_ptr(),
-        slots.data_ptr(),
-        q_out.data_ptr(),
-        cache.data_ptr(),
-        _DTYPES[q.dtype],
-        _DTYPES[q_out.dtype],
-        _DTYPES[cache.dtype],
+        *map(pointer, (q, latent, k_rope, cos, sin, slots, q_out, cache)),
+        *(_DTYPES[t.dtype] for t in (q, q_out, cache)),
         tokens,
         heads,
         rank,

@@ -262,6 +262,10 @@ void int4_grouped_gemm(const Int4GroupedGemmArgs&, void* stream);
 int64_t int4_grouped_swiglu_workspace_bytes(const Int4GroupedSwigluArgs&);
 void int4_grouped_swiglu(const Int4GroupedSwigluArgs&, void* stream);
 
+// weight and the rows of a bf16 x 16-byte aligned, `in` and weight_head_stride multiples of 8.
+int64_t bf16_gemm_workspace_bytes(const Bf16GemmArgs&);
+void bf16_gemm(const Bf16GemmArgs&, void* stream);
+
 void moe_route(const MoeRouteArgs&, void* stream);
 void moe_dispatch(const MoeDispatchArgs&, void* stream);
 void moe_combine(const MoeCombineArgs&, void* stream);

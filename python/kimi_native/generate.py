@@ -27,8 +27,10 @@ from kimi_native.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from kimi_native.cache import LatentCache
+    from kimi_native.checkpoint import Checkpoint
     from kimi_native.config import KimiConfig
     from kimi_native.model import KimiModel
+    from kimi_native.recorded import RecordedModel
     from kimi_native.tokenizer import Tokenizer
 
 # Context when none is asked for: the published limits (up to 262,144 tokens) would reserve 18 GB of cache a sequence.
@@ -71,13 +73,8 @@ def load(
     for a tier this machine lacks, OSError for a file; then, and when interrupted, threads and isa are as before. Warns
     with MemoryPlanWarning if the weights do not all fit into memory.
     """
-    _check_count("max_context", max_context)
-    _check_count("max_batch", max_batch)
-    _check_count("threads", threads)
-    from kimi_native.cache import PAGE_SIZE, LatentCache
+    _check_counts(max_context=max_context, max_batch=max_batch, threads=threads)
     from kimi_native.config import load_config
-    from kimi_native.loader import DTYPES, load_model
-    from kimi_native.recorded import RecordedModel
     from kimi_native.tokenizer import load_tokenizer
 
     started = time.perf_counter()
@@ -85,33 +82,48 @@ def load(
     config = load_config(path, ignore_keys=ignored)
     tokenizer = load_tokenizer(path, vocab_size=config.vocab_size)
     chat_format = detect_format(config, tokenizer)
-    if max_context is None:
-        max_context = default_context(config)
+    sizes = {"max_context": max_context or default_context(config), "max_batch": max_batch}
+    weights = {"dtype": dtype, "dense": dense, "prefetch": prefetch, "progress": progress}
     with _machine_settings(threads, isa):
-        network, checkpoint = load_model(
-            path,
-            max_context=max_context,
-            max_batch=max_batch,
-            dtype=dtype,
-            dense=dense,
-            prefetch=prefetch,
-            ignore_config_keys=ignored,
-            progress=progress,
-        )
-        # Every sequence may leave a part of its last page empty.
-        pages = max_batch * -(-max_context // PAGE_SIZE)
-        cache = LatentCache(config, max_tokens=pages * PAGE_SIZE, dtype=DTYPES[dtype])
+        network, cache, checkpoint = _load_network(path, **sizes, **weights, ignored=ignored)
         return Model(
-            RecordedModel(network, cache),
+            network,
             cache,
             tokenizer,
             generation_config=checkpoint.generation_config,
             chat_format=chat_format,
-            max_context=max_context,
-            max_batch=max_batch,
+            **sizes,
             check_weights=checkpoint.check_readable,
             load_s=time.perf_counter() - started,
         )
+
+
+def _load_network(
+    path: str | os.PathLike[str],
+    *,
+    max_context: int,
+    max_batch: int,
+    dtype: str,
+    ignored: tuple[str, ...],
+    **weights: Any,
+) -> tuple[RecordedModel, LatentCache, Checkpoint]:
+    """The network over the cache that it decodes with."""
+    from kimi_native.cache import PAGE_SIZE, LatentCache
+    from kimi_native.loader import DTYPES, load_model
+    from kimi_native.recorded import RecordedModel
+
+    network, checkpoint = load_model(
+        path,
+        max_context=max_context,
+        max_batch=max_batch,
+        dtype=dtype,
+        ignore_config_keys=ignored,
+        **weights,
+    )
+    # Every sequence may leave a part of its last page empty.
+    pages = max_batch * -(-max_context // PAGE_SIZE)
+    cache = LatentCache(network.config, max_tokens=pages * PAGE_SIZE, dtype=DTYPES[dtype])
+    return RecordedModel(network, cache), cache, checkpoint
 
 
 @contextlib.contextmanager
@@ -134,11 +146,12 @@ def _machine_settings(threads: int | None, isa: str | None) -> Iterator[None]:
         undo.pop_all()
 
 
-def _check_count(name: str, value: object) -> None:
-    if value is None and name != "max_batch":
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise RequestError(f"load: {name} must be an integer of at least 1 (got {value!r})")
+def _check_counts(**given: object) -> None:
+    for name, value in given.items():
+        if value is None and name != "max_batch":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise RequestError(f"load: {name} must be an integer of at least 1 (got {value!r})")
 
 
 def default_context(config: KimiConfig) -> int:
@@ -230,7 +243,7 @@ class Model:
                     or a list of these; a list gives a list of results, each equal to what it would be alone
         raw_prompt  a text is continued without any template; the output is not parsed
         sampling    all parameters (default: the checkpoint's generation_config.json); `overrides` are single fields
-        tools, thinking, keep_thinking   see chat.template.render
+        tools, thinking, keep_thinking   see chat.template.render; of tools also chat.parser.OutputParser
 
         Raises RequestError before any compute for a bad prompt or argument; NonFiniteLogitsError, or TokenizerError for
         an id the tokenizer lacks, when a single prompt fails. In a list such a result has finish_reason "error".
@@ -312,9 +325,10 @@ class Model:
         self._engine.check(ids)
         if raw_prompt or self.chat_format is None:
             return Run(ids, params, PlainOutput(self.tokenizer))
-        return Run(
-            ids, params, OutputParser(self.tokenizer, format=self.chat_format, prompt_ids=ids)
+        parser = OutputParser(
+            self.tokenizer, format=self.chat_format, prompt_ids=ids, tools=options.get("tools")
         )
+        return Run(ids, params, parser)
 
     def _prompt_ids(self, prompt: Prompt, raw_prompt: bool, options: dict[str, Any]) -> list[int]:
         given = {name: value for name, value in options.items() if value is not None}

@@ -155,6 +155,12 @@ def _device_of(op: str, tensors: _Tensors) -> torch.device:
     return _CPU if device is None else device
 
 
+def int4_tiled_bytes(out_features: int, in_features: int) -> tuple[int, int]:
+    """Bytes of a matrix's tiles and of their scales; see Int4TiledWeight."""
+    sizes = (out_features, in_features)
+    return _native.int4_tiled_bytes(*sizes), _native.int4_tiled_scale_bytes(*sizes)
+
+
 # ---- GPUs ------------------------------------------------------------------------------------------------------------
 
 _cuda_on_host = False

@@ -32,6 +32,7 @@ from kimi_native.native import (  # noqa: F401  the settings, as attributes of t
     cuda_library,
     empty,
     force_isa,
+    int4_tiled_bytes,
     num_threads,
     record,
     set_num_threads,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kimi_native import _native, native
+from kimi_native import ops
 from kimi_native.weights import GROUP_SIZE, Int4TiledWeight, Int4Weight
 
 
@@ -15,9 +15,8 @@ def tile_int4(weight: Int4Weight, device: torch.device | str) -> Int4TiledWeight
     """
     packed, scale = weight.weight_packed.to(device), weight.weight_scale.to(device)
     out, in_ = weight.out_features, weight.in_features
-    sizes = (_native.int4_tiled_bytes(out, in_), _native.int4_tiled_scale_bytes(out, in_))
-    tiles, tile_scales = (_aligned(n, packed.device) for n in sizes)
-    native.call("int4_pack", (packed, scale, tiles, tile_scales), out, in_, GROUP_SIZE)
+    tiles, tile_scales = (_aligned(n, packed.device) for n in ops.int4_tiled_bytes(out, in_))
+    ops.call("int4_pack", (packed, scale, tiles, tile_scales), out, in_, GROUP_SIZE)
     return Int4TiledWeight(tiles, tile_scales, out, in_)
 
 

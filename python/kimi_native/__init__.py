@@ -20,6 +20,7 @@ _EXPORTS = {
         "ToolCallDelta",
         "Usage",
     ),
+    "kimi_native.chat.tool": ("Tool",),
     "kimi_native.errors": (
         "ConfigError",
         "KimiNativeError",

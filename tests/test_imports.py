@@ -23,7 +23,7 @@ FORMATS = {"quant.groups", "checks", "weights"}
 FILES = {"safetensors_file", "tensor_table", "json_file", "mapped_file", "gc_pause"}
 PTQ = {"quant.ptq_plan", "quant.ptq_tensors", "quant.ptq_state"}
 WRITING = {"checkpoint_writer", "folder_names", "progress_bar"}
-RUN = {"engine", "generation", "model", "recorded", "cache", "loader", "ops"}
+RUN = {"engine", "prefixes", "generation", "model", "recorded", "cache", "loader", "ops"}
 BENCH = {"bench.native", "bench.rows", "bench.load", "bench.loading", "bench.e2e"}
 MODULES: dict[str, tuple[set[str], set[str]]] = {
     # commands
@@ -44,7 +44,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         {"checkpoint", "config", "plan", "sampling", "tokenizer", "progress_bar", *CHAT, *RUN},
         {"torch"},
     ),
-    "generation": ({"engine", "sampling", "tokenizer", *CHAT}, set()),
+    "generation": ({"engine", "prefixes", "sampling", "tokenizer", *CHAT}, set()),
     "tokenizer": ({"tokenizer_formats"}, {"tiktoken", "tokenizers"}),
     "tokenizer_formats": (set(), {"tiktoken", "tokenizers"}),
     "chat": (CHAT, set()),
@@ -60,7 +60,8 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "chat.parser": ({"chat.types", "chat.template", "tokenizer"}, set()),
     # ids in, ids out
-    "engine": ({"model", "cache", "config", "sampling"}, {"torch", "numpy"}),
+    "engine": ({"model", "cache", "config", "sampling", "prefixes"}, {"torch", "numpy"}),
+    "prefixes": ({"cache"}, set()),
     "sampling": (set(), {"torch", "numpy"}),
     "model": ({"ops", "attention", "cache", "config"}, {"torch"}),
     "attention": ({"ops"}, {"torch"}),

@@ -7,6 +7,8 @@ import torch
 
 import kimi_native as kn
 from kimi_native.make_checkpoint import make_checkpoint
+from kimi_native.prefixes import KeptPrefix
+from kimi_native.sampling import SamplingParams
 from oracle import assert_same_bits, threads
 
 
@@ -53,3 +55,25 @@ def test_prefill_in_pieces_on_other_threads_gives_the_same_bits(folder):
             actual = prefill_in(network, cache, ids, [33, 34, 170])
         assert_same_bits(actual[0], expected[0])
         assert_same_bits(actual[1], expected[1])
+
+
+def test_requests_with_a_prefix_equal_fresh_ones_to_the_last_bit(folder):
+    """logprobs are the logits' bits; the answers in between are computed by decode and not kept."""
+    options = {"max_context": 1024, "max_batch": 1, "dtype": "float32"}
+    kept, fresh = (kn.load(folder, **options)._engine for _ in range(2))
+    prefix, prompt = KeptPrefix(), [3] * 70
+    params = SamplingParams(seed=5, max_tokens=20, ignore_eos=True, logprobs=3)
+    for turn in range(5):
+        engines = (kept, prefix), (fresh, None)
+        tokens, reused = [], []
+        for engine, handle in engines:
+            request = engine.add(prompt, params, prefix=handle)
+            report = engine.report(request)
+            outputs = []
+            while engine.is_active(request):
+                outputs += [output.token for output in engine.step()]
+            tokens.append(outputs)
+            reused.append(report.reused_tokens)
+        assert tokens[0] == tokens[1]
+        assert reused == [len(prompt) - 33 if turn else 0, 0]
+        prompt = prompt + [t.id for t in tokens[0]] + [turn] * 13

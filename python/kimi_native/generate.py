@@ -346,7 +346,7 @@ class Model:
         self._release()
         with self._lock:
             for run in runs:
-                run.request_id = self._engine.add(run.prompt_ids, run.params)
+                run.request_id = self._engine.add(run.prompt_ids, run.params, prefix=run.prefix)
                 run.report = self._engine.report(run.request_id)
                 self._runs[run.request_id] = run
 

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "python" / "kimi_native"
 
 # module: (modules of this package it may import, packages outside the standard library). `errors` is open to all.
 TOOLS = {"chat.tool", "chat.function_schema", "chat.arguments", "chat.docstrings"}
-CHAT = {"chat.types", "chat.template", "chat.parser", "chat.typescript", *TOOLS}
+CHAT = {"chat.types", "chat.template", "chat.parser", "chat.typescript", "chat.call_ids", *TOOLS}
 QUANT = {"quant.int4", "quant.int8", "quant.fp8", "quant.modules"}
 FORMATS = {"quant.groups", "checks", "weights"}
 FILES = {"safetensors_file", "tensor_table", "json_file", "mapped_file", "gc_pause"}
@@ -35,9 +35,10 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "cli": (
         {"__init__", "generate", "generation", "sampling", "tokenizer", "config", *CHAT}
         | {"checkpoint", "plan", "doctor", "make_checkpoint", "presets"}
-        | {"quant.ptq", "bench.command", "progress_bar", "terminal", "units"},
+        | {"quant.ptq", "bench.command", "chat_cli", "progress_bar", "terminal", "units"},
         {"rich", "torch"},
     ),
+    "chat_cli": ({"chat", "tokenizer", "config", "terminal", *CHAT}, set()),
     "doctor": ({"__init__", "ops", "machine"}, {"torch", "numpy"}),
     # text and events
     "generate": (
@@ -58,7 +59,11 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         {"chat.types", "chat.tool", "chat.typescript", "tokenizer", "config"},
         {"jinja2"},
     ),
-    "chat.parser": ({"chat.types", "chat.template", "tokenizer"}, set()),
+    "chat.call_ids": ({"chat.tool", "tokenizer"}, set()),
+    "chat.parser": (
+        {"chat.types", "chat.template", "chat.tool", "chat.call_ids", "tokenizer"},
+        set(),
+    ),
     # ids in, ids out
     "engine": ({"model", "cache", "config", "sampling", "prefixes"}, {"torch", "numpy"}),
     "prefixes": ({"cache"}, set()),

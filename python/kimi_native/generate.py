@@ -229,7 +229,7 @@ class Model:
                     or a list of these; a list gives a list of results, each equal to what it would be alone
         raw_prompt  a text is continued without any template; the output is not parsed
         sampling    all parameters (default: the checkpoint's generation_config.json); `overrides` are single fields
-        tools, thinking, keep_thinking   see chat.template.render
+        tools, thinking, keep_thinking   see chat.template.render; of tools also chat.parser.OutputParser
 
         Raises RequestError before any compute for a bad prompt or argument; NonFiniteLogitsError, or TokenizerError for
         an id the tokenizer lacks, when a single prompt fails. In a list such a result has finish_reason "error".
@@ -311,9 +311,10 @@ class Model:
         self._engine.check(ids)
         if raw_prompt or self.chat_format is None:
             return Run(ids, params, PlainOutput(self.tokenizer))
-        return Run(
-            ids, params, OutputParser(self.tokenizer, format=self.chat_format, prompt_ids=ids)
+        parser = OutputParser(
+            self.tokenizer, format=self.chat_format, prompt_ids=ids, tools=options.get("tools")
         )
+        return Run(ids, params, parser)
 
     def _prompt_ids(self, prompt: Prompt, raw_prompt: bool, options: dict[str, Any]) -> list[int]:
         given = {name: value for name, value in options.items() if value is not None}

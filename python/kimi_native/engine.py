@@ -18,12 +18,13 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kimi_native.errors import NonFiniteLogitsError, RequestError
+from kimi_native.errors import KimiNativeError, NonFiniteLogitsError, RequestError
 from kimi_native.prefixes import KeptPrefix, PrefixStore
 from kimi_native.sampling import SampledToken, SamplingParams, TokenHistory, sample
 
@@ -61,7 +62,17 @@ class StepOutput(NamedTuple):
     request_id: int
     token: SampledToken | None
     finish_reason: str | None
-    error: NonFiniteLogitsError | None = None
+    error: KimiNativeError | None = None
+
+
+class Guide(Protocol):
+    """What a request may generate next."""
+
+    def allowed(self) -> np.ndarray | None:
+        """[vocab_size] bool, True for at least one id; None: anything. A RequestError ends the request."""
+
+    def push(self, token_id: int) -> None:
+        """Takes the id that was chosen."""
 
 
 def _new_seed() -> int:
@@ -79,6 +90,7 @@ class _Request:
     added: float  # time.perf_counter()
     history: TokenHistory
     prefix: KeptPrefix | None
+    guide: Guide | None
     seq: CachedSequence | None = None
     output_ids: list[int] = field(default_factory=list)
 
@@ -150,10 +162,12 @@ class Engine:
         params: SamplingParams,
         *,
         prefix: KeptPrefix | None = None,
+        guide: Guide | None = None,
     ) -> int:
         """Queues a request and returns its id. Raises RequestError as `check`, before any compute.
 
         prefix  start from the rows an earlier request left there, and leave those of this prompt
+        guide   rules tokens out; used by this request alone
         """
         self.check(prompt_ids)
         room = self.max_context - len(prompt_ids)
@@ -167,6 +181,7 @@ class Engine:
             added=time.perf_counter(),
             history=TokenHistory(prompt_ids),
             prefix=prefix,
+            guide=guide,
         )
         self._waiting.append(request)
         return request.request_id
@@ -287,12 +302,15 @@ class Engine:
                 seed=request.report.seed,
                 position=position,
                 history=request.history,
+                allowed=None if request.guide is None else request.guide.allowed(),
             )
-        except NonFiniteLogitsError as error:
+        except (NonFiniteLogitsError, RequestError) as error:
             self._end(request, failed=True)
             return StepOutput(request.request_id, None, "error", error)
         request.output_ids.append(token.id)
         request.history.append(token.id)
+        if request.guide is not None:
+            request.guide.push(token.id)
         reason = self._finish_reason(request, token.id)
         if reason is not None:
             self._end(request)

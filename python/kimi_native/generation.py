@@ -26,6 +26,7 @@ from kimi_native.sampling import SampledToken, SamplingParams
 
 if TYPE_CHECKING:
     from kimi_native.chat.parser import OutputParser
+    from kimi_native.guide import Guide
     from kimi_native.prefixes import KeptPrefix
     from kimi_native.tokenizer import Tokenizer
 
@@ -141,9 +142,12 @@ class Run:
         prompt_ids: list[int],
         params: SamplingParams,
         output: OutputParser | PlainOutput,
+        *,
+        guide: Guide | None = None,
         prefix: KeptPrefix | None = None,
     ) -> None:
         self.prompt_ids = prompt_ids
+        self.guide = guide
         self.prefix = prefix
         self.params = params
         self.inbox: deque[StepOutput] = deque()

@@ -23,7 +23,18 @@ FORMATS = {"quant.groups", "checks", "weights"}
 FILES = {"safetensors_file", "tensor_table", "json_file", "model_file", "mapped_file", "gc_pause"}
 PTQ = {"quant.ptq_plan", "quant.ptq_tensors", "quant.ptq_state"}
 WRITING = {"checkpoint_writer", "folder_names", "progress_bar"}
-RUN = {"engine", "generation", "model", "recorded", "cache", "loader", "ops"}
+RUN = {
+    "engine",
+    "prefixes",
+    "guide",
+    "schema_grammar",
+    "generation",
+    "model",
+    "recorded",
+    "cache",
+    "loader",
+    "ops",
+}
 BENCH = {"bench.native", "bench.rows", "bench.load", "bench.loading", "bench.e2e"}
 MODULES: dict[str, tuple[set[str], set[str]]] = {
     # commands
@@ -45,7 +56,9 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         {"checkpoint", "config", "plan", "sampling", "tokenizer", "progress_bar", *CHAT, *RUN},
         {"torch"},
     ),
-    "generation": ({"engine", "sampling", "tokenizer", *CHAT}, set()),
+    "generation": ({"engine", "guide", "prefixes", "sampling", "tokenizer", *CHAT}, set()),
+    "guide": ({"schema_grammar", "tokenizer", *CHAT}, {"numpy"}),
+    "schema_grammar": ({"tokenizer", *CHAT}, {"llguidance", "numpy"}),
     "tokenizer": ({"tokenizer_formats", "model_file"}, {"tiktoken", "tokenizers"}),
     "tokenizer_formats": ({"model_file"}, {"tiktoken", "tokenizers"}),
     "chat": (CHAT, set()),
@@ -65,7 +78,8 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         set(),
     ),
     # ids in, ids out
-    "engine": ({"model", "cache", "config", "sampling"}, {"torch", "numpy"}),
+    "engine": ({"model", "cache", "config", "sampling", "prefixes"}, {"torch", "numpy"}),
+    "prefixes": ({"cache"}, set()),
     "sampling": (set(), {"torch", "numpy"}),
     "model": ({"ops", "attention", "cache", "config"}, {"torch"}),
     "attention": ({"ops"}, {"torch"}),

@@ -29,7 +29,6 @@ PLACES = {
 # Ops whose CUDA kernel is not written yet; an op leaves the list with the commit that brings its csrc/cuda/NAME*.cu.
 WITHOUT_CUDA = {
     "int8_gemm",
-    "mla_decode",
 }
 
 

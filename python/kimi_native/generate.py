@@ -127,6 +127,8 @@ def _load_network(
     from kimi_native.recorded import RecordedModel
 
     where = check_device(device, experts)
+    if where.type != "cpu" and dtype != "bfloat16":
+        raise RequestError(f"load: dtype must be bfloat16 on a GPU (got {dtype})")
     network, checkpoint = load_model(
         path,
         max_context=max_context,

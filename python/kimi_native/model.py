@@ -162,7 +162,9 @@ class Attention(nn.Module):
         """One new token per sequence; q . k = (q_nope Wk) . latent + q_rope . k_rope, and Wv after the sum."""
         if self.key_up_t is None or self.value_up is None:
             raise RuntimeError("model: decode needs Attention.absorb(), which the loader calls")
-        query = ops.empty((*q.shape[:2], self.latent + self.rope), torch.float32, q.device)
+        # A GPU's tensor cores take BF16; a CPU loses nothing by keeping what the two products give.
+        dtype = torch.bfloat16 if ops.uses_cuda(q.device) else torch.float32
+        query = ops.empty((*q.shape[:2], self.latent + self.rope), dtype, q.device)
         self._rope_append(q[..., self.nope :], latent, k_rope, step, query[..., self.latent :])
         ops.bf16_gemm(q[..., : self.nope], self.key_up_t, out=query[..., : self.latent])
         attended = ops.mla_decode(

@@ -250,6 +250,8 @@ def record() -> Iterator[Recording]:
     """Record the native ops of this thread inside the with-block; see Recording. Not with the reference backend."""
     if active_backend() == "reference":
         raise RuntimeError("record: the reference backend has nothing to record")
+    if uses_cuda(_CPU):
+        raise RuntimeError("record: CUDA kernels on the host are not recorded")
     recording = Recording()
     recording._native.begin()
     _state.arena = recording._arena

@@ -15,6 +15,7 @@ from kimi_native.quant.tiles import tile_int4, tile_int4_experts, tiled_bytes
 from kimi_native.units import bytes_text
 from kimi_native.weights import MoeDispatch
 
+MLA_WIDTHS = (512, 64)  # of mla_decode's CUDA kernel: kv_lora_rank, qk_rope_head_dim
 WORKING_BYTES = (
     2 << 30
 )  # of a GPU: the context of its driver, scratch, and the activations of one prefill chunk
@@ -62,9 +63,15 @@ def place(
 
     cache_bytes  what the latent cache will take beside them
 
-    Raises RequestError for a module without a CUDA kernel, MemoryPlanError, before anything is copied, if the device
+    Raises RequestError for what has no CUDA kernel, MemoryPlanError, before anything is copied, if the device
     has no room; RuntimeError if there are no CUDA kernels.
     """
+    widths = (model.config.kv_lora_rank, model.config.qk_rope_head_dim)
+    if widths != MLA_WIDTHS:
+        raise RequestError(
+            f"load: kv_lora_rank and qk_rope_head_dim must be {' and '.join(map(str, MLA_WIDTHS))} on a GPU "
+            f"(got {widths[0]} and {widths[1]})"
+        )
     for name, module in model.named_modules():
         if isinstance(module, Int8Linear):
             raise RequestError(f"load: dense=int8 has no CUDA kernel yet (got {name} in 8 bits)")

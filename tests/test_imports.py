@@ -31,6 +31,7 @@ RUN = {
     "generation",
     "model",
     "recorded",
+    "placement",
     "cache",
     "loader",
     "ops",
@@ -83,7 +84,11 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "sampling": (set(), {"torch", "numpy"}),
     "model": ({"ops", "attention", "cache", "config"}, {"torch"}),
     "attention": ({"ops"}, {"torch"}),
-    "recorded": ({"model", "ops", "cache", "config"}, {"torch"}),
+    "recorded": ({"model", "ops", "cache", "config", "placement"}, {"torch"}),
+    "placement": (
+        {"model", "ops", "weights", "units", "quant.modules", "quant.tiles"},
+        {"torch"},
+    ),
     "cache": ({"config"}, {"torch"}),
     # files
     "config": (

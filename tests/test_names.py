@@ -30,7 +30,6 @@ PLACES = {
 WITHOUT_CUDA = {
     "int4_quantize",
     "int8_gemm",
-    "mla_decode",
 }
 
 

@@ -53,6 +53,8 @@ def load(
     threads: int | None = None,
     dtype: str = "bfloat16",
     dense: str = "bf16",
+    device: str = "cpu",
+    experts: str | None = None,
     isa: str | None = None,
     prefetch: bool = True,
     ignore_config_keys: Sequence[str] = (),
@@ -66,6 +68,9 @@ def load(
     dtype               activations and cache: "bfloat16" or "float32"
     dense               dense matrices: "bf16" as published, or rounded while loading to "int8" or "int4": fewer bytes
                         to read per token, not exact
+    device              "cpu", or a GPU: "cuda", "cuda:1", ...
+    experts             "cpu" leaves the routed experts in host memory and on the CPU, beside a GPU (default: with the
+                        rest)
     isa                 kernel tier, such as "avx2" (default: the best here); process-wide
     prefetch            read the weights into memory now, at the speed of the disk, if all of them fit; else each is
                         read when it is first used
@@ -87,8 +92,11 @@ def load(
     chat_format = detect_format(config, tokenizer)
     sizes = {"max_context": max_context or default_context(config), "max_batch": max_batch}
     weights = {"dtype": dtype, "dense": dense, "prefetch": prefetch, "progress": progress}
+    place = {"device": device, "experts": experts}
     with _machine_settings(threads, isa):
-        network, cache, checkpoint = _load_network(path, **sizes, **weights, ignored=ignored)
+        network, cache, checkpoint = _load_network(
+            path, **sizes, **weights, **place, ignored=ignored
+        )
         return Model(
             network,
             cache,
@@ -107,14 +115,20 @@ def _load_network(
     max_context: int,
     max_batch: int,
     dtype: str,
+    device: str,
+    experts: str | None,
     ignored: tuple[str, ...],
     **weights: Any,
 ) -> tuple[RecordedModel, LatentCache, Checkpoint]:
     """The network over the cache that it decodes with."""
     from kimi_native.cache import PAGE_SIZE, LatentCache
     from kimi_native.loader import DTYPES, load_model
+    from kimi_native.placement import check_device, place
     from kimi_native.recorded import RecordedModel
 
+    where = check_device(device, experts)
+    if where.type != "cpu" and dtype != "bfloat16":
+        raise RequestError(f"load: dtype must be bfloat16 on a GPU (got {dtype})")
     network, checkpoint = load_model(
         path,
         max_context=max_context,
@@ -125,7 +139,12 @@ def _load_network(
     )
     # Every sequence may leave a part of its last page empty.
     pages = max_batch * -(-max_context // PAGE_SIZE)
-    cache = LatentCache(network.config, max_tokens=pages * PAGE_SIZE, dtype=DTYPES[dtype])
+    tokens = pages * PAGE_SIZE
+    if where.type != "cpu":
+        nbytes = tokens * network.config.num_hidden_layers * network.config.latent_width
+        cache_bytes = nbytes * DTYPES[dtype].itemsize
+        place(network, where, experts_on_cpu=experts == "cpu", cache_bytes=cache_bytes)
+    cache = LatentCache(network.config, max_tokens=tokens, dtype=DTYPES[dtype], device=where)
     return RecordedModel(network, cache), cache, checkpoint
 
 

@@ -29,6 +29,7 @@ from kimi_native.native import (  # noqa: F401  the settings, as attributes of t
     call,
     call_with_workspace,
     cpu_features,
+    cpu_kernels,
     cuda_library,
     empty,
     force_isa,
@@ -38,6 +39,7 @@ from kimi_native.native import (  # noqa: F401  the settings, as attributes of t
     set_num_threads,
     supported_isas,
     uses_cuda,
+    workspace,
 )
 from kimi_native.weights import (
     GROUP_SIZE,

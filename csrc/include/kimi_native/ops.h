@@ -266,6 +266,15 @@ void int4_grouped_swiglu(const Int4GroupedSwigluArgs&, void* stream);
 int64_t bf16_gemm_workspace_bytes(const Bf16GemmArgs&);
 void bf16_gemm(const Bf16GemmArgs&, void* stream);
 
+// kv_lora_rank 512 and qk_rope_head_dim 64, all bf16, pages of a multiple of 32 tokens; q, cache
+// and out 16-byte aligned. The workspace is enough if sequences share no pages; a larger one than
+// asked for is used. mla_decode is mla_schedule, then mla_decode_scheduled: mla_schedule reads
+// seq_lens alone and leaves its result in the workspace, where it serves all layers of a step.
+int64_t mla_decode_workspace_bytes(const MlaDecodeArgs&);
+void mla_schedule(const MlaDecodeArgs&, void* stream);
+void mla_decode_scheduled(const MlaDecodeArgs&, void* stream);
+void mla_decode(const MlaDecodeArgs&, void* stream);
+
 void moe_route(const MoeRouteArgs&, void* stream);
 void moe_dispatch(const MoeDispatchArgs&, void* stream);
 void moe_combine(const MoeCombineArgs&, void* stream);

@@ -447,7 +447,7 @@ def test_imports_checker_sees_a_forbidden_include(path, source):
 
 MAX_LINES = 500
 LONGER = {
-    "python/kimi_native/ops.py": 670
+    "python/kimi_native/ops.py": 680
 }  # fourteen ops, most of it docstrings and argument lists
 
 

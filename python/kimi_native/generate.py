@@ -50,6 +50,7 @@ def load(
     threads: int | None = None,
     dtype: str = "bfloat16",
     dense: str = "bf16",
+    compute: str = "exact",
     isa: str | None = None,
     prefetch: bool = True,
     ignore_config_keys: Sequence[str] = (),
@@ -63,6 +64,8 @@ def load(
     dtype               activations and cache: "bfloat16" or "float32"
     dense               dense matrices: "bf16" as published, or rounded while loading to "int8" or "int4": fewer bytes
                         to read per token, not exact
+    compute             activations that meet INT4 matrices: "exact", or "int8", rounded to 8 bits per 32: up to twice
+                        as fast on long prompts, not exact (docs/kernels.md, int4_gemm)
     isa                 kernel tier, such as "avx2" (default: the best here); process-wide
     prefetch            read the weights into memory now, at the speed of the disk, if all of them fit; else each is
                         read when it is first used
@@ -83,9 +86,10 @@ def load(
     tokenizer = load_tokenizer(path, vocab_size=config.vocab_size)
     chat_format = detect_format(config, tokenizer)
     sizes = {"max_context": max_context or default_context(config), "max_batch": max_batch}
-    weights = {"dtype": dtype, "dense": dense, "prefetch": prefetch, "progress": progress}
+    weights = {"dtype": dtype, "dense": dense, "compute": compute}
+    reading = {"prefetch": prefetch, "progress": progress, "ignored": ignored}
     with _machine_settings(threads, isa):
-        network, cache, checkpoint = _load_network(path, **sizes, **weights, ignored=ignored)
+        network, cache, checkpoint = _load_network(path, **sizes, **weights, **reading)
         return Model(
             network,
             cache,

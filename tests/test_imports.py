@@ -59,7 +59,8 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "engine": ({"model", "cache", "config", "sampling"}, {"torch", "numpy"}),
     "sampling": (set(), {"torch", "numpy"}),
     "model": ({"ops", "attention", "cache", "config"}, {"torch"}),
-    "attention": ({"ops"}, {"torch"}),
+    "attention": ({"ops", "single_threads"}, {"torch"}),
+    "single_threads": (set(), {"torch"}),
     "recorded": ({"model", "ops", "cache", "config"}, {"torch"}),
     "cache": ({"config"}, {"torch"}),
     # files
@@ -103,7 +104,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "quant": (set(), set()),
     "quant.groups": (FORMATS, {"torch"}),
     "quant.int4": (FORMATS, {"torch"}),
-    "quant.int8": (FORMATS, {"torch"}),
+    "quant.int8": ({"single_threads", *FORMATS}, {"torch"}),
     "quant.fp8": (FORMATS, {"torch"}),
     "quant.modules": ({"ops", "weights", "quant.int8"}, {"torch"}),
     # one checkpoint into another

@@ -7,19 +7,12 @@ call computes one head on one thread, and a pool of such threads shares out the 
 
 from __future__ import annotations
 
-import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kimi_native import ops
-
-_lock = threading.Lock()
-_pool: ThreadPoolExecutor | None = None
-_pool_threads = 0
+from kimi_native.single_threads import single_threads
 
 
 def attend_heads(
@@ -48,7 +41,7 @@ def attend_heads(
             scale=softmax_scale,
         )[0, 0]
 
-    pool = _single_threads(ops.num_threads())
+    pool = single_threads(ops.num_threads())
     for done in [pool.submit(head, h) for h in range(len(query))]:
         done.result()
     return out
@@ -58,41 +51,3 @@ def causal_mask(queries: int, keys: int) -> Tensor:
     """[queries, keys] float32 to add to scores: the last query sees every key, each one before it one less."""
     visible = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
     return torch.zeros(queries, keys).masked_fill_(visible.logical_not_(), -torch.inf)
-
-
-def _single_threads(count: int) -> ThreadPoolExecutor:
-    """`count` threads on which torch uses one thread; kept until another number is asked for."""
-    global _pool, _pool_threads
-    with _lock:
-        if _pool is None or _pool_threads != count:
-            if _pool is not None:
-                _pool.shutdown(wait=False)
-            _pool, _pool_threads = _start(count), count
-        return _pool
-
-
-def _start(count: int) -> ThreadPoolExecutor:
-    before = torch.get_num_threads()
-    started = threading.Barrier(count + 1)
-
-    def prepare() -> None:
-        torch.set_num_threads(1)
-        started.wait()
-
-    pool = ThreadPoolExecutor(count, "kimi-native-attention", prepare)
-    for _ in range(count):  # no thread is idle before all have started, so each call adds one
-        pool.submit(int)
-    started.wait()
-    # What the threads set for themselves is also the default of threads to come: give that back.
-    torch.set_num_threads(before)
-    return pool
-
-
-def _forget() -> None:
-    """A forked child has none of the threads."""
-    global _pool, _lock
-    _pool, _lock = None, threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)

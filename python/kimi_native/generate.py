@@ -64,8 +64,8 @@ def load(
     dtype               activations and cache: "bfloat16" or "float32"
     dense               dense matrices: "bf16" as published, or rounded while loading to "int8" or "int4": fewer bytes
                         to read per token, not exact
-    compute             activations that meet INT4 matrices: "exact", or "int8", rounded to 8 bits per 32: up to twice
-                        as fast on long prompts, not exact (docs/kernels.md, int4_gemm)
+    compute             activations that meet INT4 matrices: "exact", or "int8", rounded to 8 bits per 32: faster on
+                        long prompts, not exact (docs/kernels.md, int4_gemm)
     isa                 kernel tier, such as "avx2" (default: the best here); process-wide
     prefetch            read the weights into memory now, at the speed of the disk, if all of them fit; else each is
                         read when it is first used

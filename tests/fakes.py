@@ -50,6 +50,13 @@ class FakeCache:
         self.free_pages += seq.pages
         seq.pages = []
 
+    def truncate(self, seq: FakeSequence, length: int) -> None:
+        seq.length = min(seq.length, length)
+        kept = -(-seq.length // self.page_size)
+        self.storage[seq.pages[kept:]] = -1
+        self.free_pages += seq.pages[kept:]
+        seq.pages = seq.pages[:kept]
+
     def append(self, seq: FakeSequence, ids: list[int]) -> None:
         for i in ids:
             assert seq.length < len(seq.pages) * self.page_size, "an unreserved token was appended"

@@ -27,7 +27,8 @@ from chat_corpus import (
     one,
     out,
 )
-from kimi_native.chat.parser import OutputParser, ParsedOutput, merge_events, parse, tool_name
+from kimi_native.chat.call_ids import tool_name
+from kimi_native.chat.parser import OutputParser, ParsedOutput, merge_events, parse
 from kimi_native.chat.template import FORMATS, render
 from kimi_native.chat.types import (
     ContentDelta,

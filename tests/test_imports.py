@@ -17,13 +17,24 @@ PACKAGE = ROOT / "python" / "kimi_native"
 
 # module: (modules of this package it may import, packages outside the standard library). `errors` is open to all.
 TOOLS = {"chat.tool", "chat.function_schema", "chat.arguments", "chat.docstrings"}
-CHAT = {"chat.types", "chat.template", "chat.parser", *TOOLS}
+CHAT = {"chat.types", "chat.template", "chat.parser", "chat.typescript", "chat.call_ids", *TOOLS}
 QUANT = {"quant.int4", "quant.int8", "quant.fp8", "quant.modules"}
 FORMATS = {"quant.groups", "checks", "weights"}
 FILES = {"safetensors_file", "tensor_table", "json_file", "model_file", "mapped_file", "gc_pause"}
 PTQ = {"quant.ptq_plan", "quant.ptq_tensors", "quant.ptq_state"}
 WRITING = {"checkpoint_writer", "folder_names", "progress_bar"}
-RUN = {"engine", "generation", "model", "recorded", "cache", "loader", "ops"}
+RUN = {
+    "engine",
+    "prefixes",
+    "guide",
+    "schema_grammar",
+    "generation",
+    "model",
+    "recorded",
+    "cache",
+    "loader",
+    "ops",
+}
 BENCH = {"bench.native", "bench.rows", "bench.load", "bench.loading", "bench.e2e"}
 MODULES: dict[str, tuple[set[str], set[str]]] = {
     # commands
@@ -35,16 +46,19 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "cli": (
         {"__init__", "generate", "generation", "sampling", "tokenizer", "config", *CHAT}
         | {"checkpoint", "plan", "doctor", "make_checkpoint", "presets"}
-        | {"quant.ptq", "bench.command", "progress_bar", "terminal", "units"},
+        | {"quant.ptq", "bench.command", "chat_cli", "progress_bar", "terminal", "units"},
         {"rich", "torch"},
     ),
+    "chat_cli": ({"chat", "tokenizer", "config", "terminal", *CHAT}, set()),
     "doctor": ({"__init__", "ops", "machine"}, {"torch", "numpy"}),
     # text and events
     "generate": (
         {"checkpoint", "config", "plan", "sampling", "tokenizer", "progress_bar", *CHAT, *RUN},
         {"torch"},
     ),
-    "generation": ({"engine", "sampling", "tokenizer", *CHAT}, set()),
+    "generation": ({"engine", "guide", "prefixes", "sampling", "tokenizer", *CHAT}, set()),
+    "guide": ({"schema_grammar", "tokenizer", *CHAT}, {"numpy"}),
+    "schema_grammar": ({"tokenizer", *CHAT}, {"llguidance", "numpy"}),
     "tokenizer": ({"tokenizer_formats", "model_file"}, {"tiktoken", "tokenizers"}),
     "tokenizer_formats": ({"model_file"}, {"tiktoken", "tokenizers"}),
     "chat": (CHAT, set()),
@@ -53,10 +67,19 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "chat.arguments": ({"chat.function_schema"}, set()),
     "chat.function_schema": ({"chat.docstrings"}, set()),
     "chat.docstrings": (set(), set()),
-    "chat.template": ({"chat.types", "chat.tool", "tokenizer", "config"}, {"jinja2"}),
-    "chat.parser": ({"chat.types", "chat.template", "tokenizer"}, set()),
+    "chat.typescript": (set(), set()),
+    "chat.template": (
+        {"chat.types", "chat.tool", "chat.typescript", "tokenizer", "config"},
+        {"jinja2"},
+    ),
+    "chat.call_ids": ({"chat.tool", "tokenizer"}, set()),
+    "chat.parser": (
+        {"chat.types", "chat.template", "chat.tool", "chat.call_ids", "tokenizer"},
+        set(),
+    ),
     # ids in, ids out
-    "engine": ({"model", "cache", "config", "sampling"}, {"torch", "numpy"}),
+    "engine": ({"model", "cache", "config", "sampling", "prefixes"}, {"torch", "numpy"}),
+    "prefixes": ({"cache"}, set()),
     "sampling": (set(), {"torch", "numpy"}),
     "model": ({"ops", "attention", "cache", "config"}, {"torch"}),
     "attention": ({"ops", "single_threads"}, {"torch"}),
@@ -106,6 +129,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "quant.int4": (FORMATS, {"torch"}),
     "quant.int8": ({"single_threads", *FORMATS}, {"torch"}),
     "quant.fp8": (FORMATS, {"torch"}),
+    "quant.tiles": ({"ops", "weights"}, {"torch"}),
     "quant.modules": ({"ops", "weights", "quant.int8"}, {"torch"}),
     # one checkpoint into another
     "quant.ptq": (
@@ -154,7 +178,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch"},
     ),
     # kernels
-    "ops": ({"_native", "native", "reference", "checks", "weights"}, {"torch"}),
+    "ops": ({"native", "reference", "checks", "weights"}, {"torch"}),
     "native": ({"_native", "arena"}, {"torch"}),
     "arena": (set(), {"torch", "numpy"}),
     "torch_ops": ({"ops", "weights"}, {"torch"}),
@@ -292,7 +316,7 @@ def test_imports_text_side_does_without_torch(module):
 def test_imports_few_see_the_native_module():
     """The seam, its base, and the maps that the kernels read."""
     importers = {m for m, (own, _) in MODULES.items() if "_native" in own}
-    assert importers == {"ops", "native", "mapped_file"}
+    assert importers == {"native", "mapped_file"}
     assert [m for m, (own, _) in MODULES.items() if "native" in own] == ["ops"]
 
 

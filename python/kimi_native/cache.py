@@ -89,6 +89,15 @@ class LatentCache:
         seq.pages = []
         seq.length = 0
 
+    def truncate(self, seq: CachedSequence, length: int) -> None:
+        """Forget the tokens from `length` on and give back every page but those of the others. ValueError below 0."""
+        if length < 0:
+            raise ValueError(f"cache: length must be at least 0 (got {length})")
+        seq.length = min(seq.length, length)
+        kept = -(-seq.length // self.page_size)
+        self._free_pages.extend(reversed(seq.pages[kept:]))
+        del seq.pages[kept:]
+
     def slots(self, seq: CachedSequence, start: int, stop: int) -> Tensor:
         """Row numbers, within one layer's flattened pages, of the tokens start .. stop - 1: [stop - start] int64."""
         position = torch.arange(start, stop)

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kimi_native import chat_cli
 from kimi_native.errors import KimiNativeError, MemoryPlanWarning, RequestError
 from kimi_native.progress_bar import progress_bar
 from kimi_native.terminal import note as _note
@@ -97,6 +98,8 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     _add_generate(verb("generate", _generate, "answer one prompt"))
     _add_inspect(verb("inspect", _inspect, "show what a checkpoint holds, from its headers"))
     _add_plan(verb("plan", _plan, "show the memory a model needs; exit 1 if it does not fit"))
+    chat_cli.add_render(verb("render", chat_cli.render, "show a conversation as its prompt"))
+    chat_cli.add_parse(verb("parse", chat_cli.parse, "show what the ids of an answer say"))
     doctor = verb("doctor", _doctor, "show what this machine offers, and check every kernel once")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.add_argument("--quick", action="store_true", help="measure on less memory")

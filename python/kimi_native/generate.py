@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kimi_native.chat.parser import OutputParser
-from kimi_native.chat.template import KeepThinking, detect_format, render
+from kimi_native.chat.template import KeepThinking, detect_format, get_format, render
 from kimi_native.chat.tool import ToolLike
 from kimi_native.chat.types import Event, Message
 from kimi_native.engine import Engine
 from kimi_native.errors import ConfigError, RequestError
 from kimi_native.generation import Generation, PlainOutput, Run
+from kimi_native.guide import UNGUIDED, Guiding, ToolChoice, next_call_index, starts_in_reasoning
+from kimi_native.prefixes import KeptPrefix
 from kimi_native.progress_bar import Progress
 from kimi_native.sampling import SamplingParams
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from kimi_native.config import KimiConfig
     from kimi_native.model import KimiModel
     from kimi_native.recorded import RecordedModel
+    from kimi_native.schema_grammar import GrammarCompiler
     from kimi_native.tokenizer import Tokenizer
 
 # Context when none is asked for: the published limits (up to 262,144 tokens) would reserve 18 GB of cache a sequence.
@@ -224,6 +227,9 @@ class Model:
         self._lock = threading.Lock()  # held for one engine step at a time
         self._runs: dict[int, Run] = {}
         self._abandoned: deque[Run] = deque()
+        self._dropped: deque[KeptPrefix] = deque()
+        self._compiler_lock = threading.Lock()
+        self._compiler: GrammarCompiler | None = None
 
     @property
     def max_context(self) -> int:
@@ -239,6 +245,9 @@ class Model:
         tools: Sequence[ToolLike] | None = None,
         thinking: bool | None = None,
         keep_thinking: KeepThinking | None = None,
+        tool_choice: ToolChoice | None = None,
+        constrain_tools: bool = True,
+        thinking_budget: int | None = None,
         **overrides: Any,
     ) -> Generation | list[Generation]:
         """Answers one prompt, or a list of prompts in one batch.
@@ -247,15 +256,16 @@ class Model:
                     or a list of these; a list gives a list of results, each equal to what it would be alone
         raw_prompt  a text is continued without any template; the output is not parsed
         sampling    all parameters (default: the checkpoint's generation_config.json); `overrides` are single fields
-        tools, thinking, keep_thinking   see chat.template.render
+        tools, thinking, keep_thinking   see chat.template.render; of tools also chat.parser.OutputParser
 
         Raises RequestError before any compute for a bad prompt or argument; NonFiniteLogitsError, or TokenizerError for
         an id the tokenizer lacks, when a single prompt fails. In a list such a result has finish_reason "error".
         """
         params = self._params(sampling, overrides)
         options = {"tools": tools, "thinking": thinking, "keep_thinking": keep_thinking}
+        guiding = Guiding(tools, tool_choice, constrain_tools, thinking_budget)
         prompts = _as_list(prompt)
-        runs = [self._prepare(p, raw_prompt, params, options) for p in prompts or [prompt]]
+        runs = [self._prepare(p, raw_prompt, params, options, guiding) for p in prompts or [prompt]]
         try:
             self._submit(runs)
             pending = runs
@@ -284,6 +294,9 @@ class Model:
         tools: Sequence[ToolLike] | None = None,
         thinking: bool | None = None,
         keep_thinking: KeepThinking | None = None,
+        tool_choice: ToolChoice | None = None,
+        constrain_tools: bool = True,
+        thinking_budget: int | None = None,
         **overrides: Any,
     ) -> Iterator[Event]:
         """Answers one prompt piece by piece: ReasoningDelta, ContentDelta, ToolCallDelta, at the end one Finish.
@@ -293,9 +306,10 @@ class Model:
         """
         params = self._params(sampling, overrides)
         options = {"tools": tools, "thinking": thinking, "keep_thinking": keep_thinking}
+        guiding = Guiding(tools, tool_choice, constrain_tools, thinking_budget)
         if _as_list(prompt) is not None:
             raise RequestError("stream: one prompt at a time (got a list of prompts)")
-        return self._events(self._prepare(prompt, raw_prompt, params, options))
+        return self._events(self._prepare(prompt, raw_prompt, params, options, guiding))
 
     def _events(self, run: Run) -> Iterator[Event]:
         try:
@@ -322,16 +336,46 @@ class Model:
         return sampling.replace(**overrides)
 
     def _prepare(
-        self, prompt: Prompt, raw_prompt: bool, params: SamplingParams, options: dict[str, Any]
+        self,
+        prompt: Prompt,
+        raw_prompt: bool,
+        params: SamplingParams,
+        options: dict[str, Any],
+        guiding: Guiding = UNGUIDED,
+        prefix: KeptPrefix | None = None,
     ) -> Run:
         """Renders and checks one prompt; nothing is computed and nothing is queued."""
         ids = self._prompt_ids(prompt, raw_prompt, options)
         self._engine.check(ids)
+        is_ids = isinstance(prompt, (list, tuple)) and not _is_conversation(prompt)
+        if raw_prompt or is_ids or self.chat_format is None:
+            guiding.check_unused()
         if raw_prompt or self.chat_format is None:
             return Run(ids, params, PlainOutput(self.tokenizer))
-        return Run(
-            ids, params, OutputParser(self.tokenizer, format=self.chat_format, prompt_ids=ids)
+        parser = OutputParser(
+            self.tokenizer, format=self.chat_format, prompt_ids=ids, tools=options.get("tools")
         )
+        guide = None
+        if guiding.is_used and not is_ids:
+            thinks = starts_in_reasoning(get_format(self.chat_format), self.tokenizer, ids)
+            guide = guiding.guide(
+                self.tokenizer,
+                vocab_size=self.config.vocab_size,
+                eos_ids=self.eos_ids,
+                thinks=thinks,
+                first_index=0 if isinstance(prompt, str) else next_call_index(prompt),
+                compiler=self._grammar_compiler,
+            )
+        return Run(ids, params, parser, guide=guide, prefix=prefix)
+
+    def _grammar_compiler(self) -> GrammarCompiler:
+        """Made when a tool is declared first: it reads the whole vocabulary."""
+        with self._compiler_lock:
+            if self._compiler is None:
+                from kimi_native.schema_grammar import GrammarCompiler
+
+                self._compiler = GrammarCompiler(self.tokenizer, self.config.vocab_size)
+            return self._compiler
 
     def _prompt_ids(self, prompt: Prompt, raw_prompt: bool, options: dict[str, Any]) -> list[int]:
         given = {name: value for name, value in options.items() if value is not None}
@@ -364,7 +408,9 @@ class Model:
         self._release()
         with self._lock:
             for run in runs:
-                run.request_id = self._engine.add(run.prompt_ids, run.params)
+                run.request_id = self._engine.add(
+                    run.prompt_ids, run.params, prefix=run.prefix, guide=run.guide
+                )
                 run.report = self._engine.report(run.request_id)
                 self._runs[run.request_id] = run
 
@@ -395,9 +441,16 @@ class Model:
         self._abandoned.append(run)
         self._release()
 
+    def _drop(self, prefix: KeptPrefix) -> None:
+        """Frees what a conversation kept in the cache, at once or after the step being computed."""
+        self._dropped.append(prefix)
+        self._release()
+
     def _release(self) -> None:
-        while self._abandoned and self._lock.acquire(blocking=False):
+        while (self._abandoned or self._dropped) and self._lock.acquire(blocking=False):
             try:
+                while self._dropped:
+                    self._engine.drop(self._dropped.popleft())
                 while self._abandoned:
                     run = self._abandoned.popleft()
                     if self._runs.pop(run.request_id, None) is not None:

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from kimi_native import ops
-from kimi_native.attention import attend_heads, causal_mask
+from kimi_native.attention import attend_heads
 from kimi_native.cache import CachedSequence, LatentCache
 from kimi_native.config import LATENT_NORM_EPS, KimiConfig
 
@@ -98,7 +97,6 @@ class Step:
     cos: Tensor  # [tokens, rope / 2]
     sin: Tensor
     prefix_slots: Tensor | None = None  # prefill: rows of all tokens so far, this pass's included
-    mask: Tensor | None = None  # prefill, unless the prefix is this pass: causal_mask
     page_table: Tensor | None = None  # decode: [sequences, pages] int32
     seq_lens: Tensor | None = None  # decode: [sequences] int32, this pass's token included
 
@@ -177,7 +175,6 @@ class Attention(nn.Module):
         rows = step.cache.read(self.layer, step.prefix_slots)
         latent, k_rope = rows[:, : self.latent].contiguous(), rows[:, self.latent :].float()
         queries, keys = q.shape[0], rows.shape[0]
-        # The fast CPU attention needs values as wide as the keys.
         width = max(self.nope + self.rope, self.value)
         per_head = self.kv_b_proj.weight.view(self.heads, -1, self.latent)
         at_once = max(1, _EXPANDED_BYTES // (keys * width * 12))
@@ -190,13 +187,10 @@ class Attention(nn.Module):
             key = torch.cat(
                 [expanded[..., : self.nope], k_rope[:, None].expand(-1, num, -1)], dim=-1
             )
-            value = expanded[..., self.nope :]
-            query = q[:, block].float()
-            query, key, value = (
-                pad(t, (0, width - t.shape[-1])).transpose(0, 1) for t in (query, key, value)
-            )
-            attended = attend_heads(query, key, value, mask=step.mask, softmax_scale=self.scale)
-            out[:, block] = attended[..., : self.value].transpose(0, 1)
+            query, value = q[:, block].float(), expanded[..., self.nope :]
+            query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+            attended = attend_heads(query, key, value, softmax_scale=self.scale)
+            out[:, block] = attended.transpose(0, 1)
         return out.to(q.dtype)
 
 
@@ -351,8 +345,8 @@ class KimiModel(nn.Module):
     def prefill(self, ids: Tensor, cache: LatentCache, seq: CachedSequence) -> Tensor:
         """Append tokens to a sequence and return the logits after the last one.
 
-        ids      [tokens] int64, at least one; chunks of PREFILL_CHUNK counted from the first of them
-        returns  [vocab_size] float32
+        ids      [tokens] int64, at least one; computed PREFILL_CHUNK at a time
+        returns  [vocab_size] float32; the same bits, here and in the cache, however a prompt is shared among calls
 
         Raises ValueError on an empty prompt or an id outside the vocabulary, RequestError when the cache is full.
         """
@@ -362,8 +356,7 @@ class KimiModel(nn.Module):
             start, stop = seq.length, seq.length + chunk.shape[0]
             prefix = cache.slots(seq, 0, stop)
             cos, sin = self.rope.tables(torch.arange(start, stop))
-            mask = causal_mask(stop - start, stop) if start else None
-            step = Step(cache, prefix[start:], cos, sin, prefix_slots=prefix, mask=mask)
+            step = Step(cache, prefix[start:], cos, sin, prefix_slots=prefix)
             x, update = self.model(self.embed(chunk), step)
             seq.length = stop
         return self.logits(x[-1:], update[-1:])[0]

@@ -83,7 +83,8 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "prefixes": ({"cache"}, set()),
     "sampling": (set(), {"torch", "numpy"}),
     "model": ({"ops", "attention", "cache", "config"}, {"torch"}),
-    "attention": ({"ops"}, {"torch"}),
+    "attention": ({"ops", "single_threads"}, {"torch"}),
+    "single_threads": (set(), {"torch"}),
     "recorded": ({"model", "ops", "cache", "config", "placement"}, {"torch"}),
     "placement": (
         {"model", "ops", "weights", "units", "quant.modules", "quant.tiles"},
@@ -131,7 +132,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "quant": (set(), set()),
     "quant.groups": (FORMATS, {"torch"}),
     "quant.int4": (FORMATS, {"torch"}),
-    "quant.int8": (FORMATS, {"torch"}),
+    "quant.int8": ({"single_threads", *FORMATS}, {"torch"}),
     "quant.fp8": (FORMATS, {"torch"}),
     "quant.tiles": ({"ops", "weights"}, {"torch"}),
     "quant.modules": ({"ops", "weights", "quant.int8"}, {"torch"}),
@@ -476,7 +477,7 @@ def test_imports_checker_sees_a_forbidden_include(path, source):
 
 MAX_LINES = 500
 LONGER = {
-    "python/kimi_native/ops.py": 670
+    "python/kimi_native/ops.py": 680
 }  # fourteen ops, most of it docstrings and argument lists
 
 

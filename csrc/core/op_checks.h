@@ -140,8 +140,15 @@ inline void check_grouped_matrix(const char* op, int64_t out, int64_t in, int32_
   checked_mul(op, out, checked_mul(op, in, 8));
 }
 
+// The GPU's INT4 products are exact.
+inline void check_exact(const char* op, Compute compute) {
+  KN_REQUIRE(compute == Compute::kExact, op, ": compute must be exact (0) on a GPU (got ",
+             int32_t(compute), ")");
+}
+
 inline void check_op(const Int4GemmArgs& a) {
   constexpr const char* op = "int4_gemm";
+  check_exact(op, a.compute);
   check_gemm_dtype(op, "x", a.x_dtype);
   check_gemm_dtype(op, "y", a.y_dtype);
   check_grouped_matrix(op, a.out, a.in, a.group_size);
@@ -183,6 +190,7 @@ inline void check_op(const Bf16GemmArgs& a) {
 
 template <typename Args>
 void check_grouped_op(const char* op, const Args& a) {
+  check_exact(op, a.compute);
   check_gemm_dtype(op, "x", a.x_dtype);
   check_gemm_dtype(op, "y", a.y_dtype);
   check_grouped_matrix(op, a.out, a.in, a.group_size);

@@ -8,21 +8,14 @@ depends on its position alone. A pool of threads shares out the heads.
 
 from __future__ import annotations
 
-import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kimi_native import ops
+from kimi_native.single_threads import single_threads
 
 QUERY_BLOCK = 32  # the smallest that torch does not divide further
-
-_lock = threading.Lock()
-_pool: ThreadPoolExecutor | None = None
-_pool_threads = 0
 
 
 def attend_heads(query: Tensor, key: Tensor, value: Tensor, *, softmax_scale: float) -> Tensor:
@@ -65,7 +58,7 @@ def attend_heads(query: Tensor, key: Tensor, value: Tensor, *, softmax_scale: fl
                 scale=softmax_scale,
             )[0, 0]
 
-    pool = _single_threads(ops.num_threads())
+    pool = single_threads(ops.num_threads())
     for done in [pool.submit(head, h) for h in range(heads)]:
         done.result()
     return out[:, start - first : keys - first, :value_width]
@@ -97,41 +90,3 @@ def block_mask(keys: int) -> Tensor:
     last_seen = torch.arange(keys - QUERY_BLOCK, keys)
     hidden = torch.arange(keys) > last_seen[:, None]
     return torch.zeros(QUERY_BLOCK, keys).masked_fill_(hidden, -torch.inf)
-
-
-def _single_threads(count: int) -> ThreadPoolExecutor:
-    """`count` threads on which torch uses one thread; kept until another number is asked for."""
-    global _pool, _pool_threads
-    with _lock:
-        if _pool is None or _pool_threads != count:
-            if _pool is not None:
-                _pool.shutdown(wait=False)
-            _pool, _pool_threads = _start(count), count
-        return _pool
-
-
-def _start(count: int) -> ThreadPoolExecutor:
-    before = torch.get_num_threads()
-    started = threading.Barrier(count + 1)
-
-    def prepare() -> None:
-        torch.set_num_threads(1)
-        started.wait()
-
-    pool = ThreadPoolExecutor(count, "kimi-native-attention", prepare)
-    for _ in range(count):  # no thread is idle before all have started, so each call adds one
-        pool.submit(int)
-    started.wait()
-    # What the threads set for themselves is also the default of threads to come: give that back.
-    torch.set_num_threads(before)
-    return pool
-
-
-def _forget() -> None:
-    """A forked child has none of the threads."""
-    global _pool, _lock
-    _pool, _lock = None, threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)

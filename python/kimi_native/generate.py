@@ -55,6 +55,7 @@ def load(
     dense: str = "bf16",
     device: str = "cpu",
     experts: str | None = None,
+    compute: str = "exact",
     isa: str | None = None,
     prefetch: bool = True,
     ignore_config_keys: Sequence[str] = (),
@@ -71,6 +72,8 @@ def load(
     device              "cpu", or a GPU: "cuda", "cuda:1", ...
     experts             "cpu" leaves the routed experts in host memory and on the CPU, beside a GPU (default: with the
                         rest)
+    compute             activations that meet INT4 matrices: "exact", or "int8", rounded to 8 bits per 32: faster on
+                        long prompts, not exact (docs/kernels.md, int4_gemm)
     isa                 kernel tier, such as "avx2" (default: the best here); process-wide
     prefetch            read the weights into memory now, at the speed of the disk, if all of them fit; else each is
                         read when it is first used
@@ -91,12 +94,11 @@ def load(
     tokenizer = load_tokenizer(path, vocab_size=config.vocab_size)
     chat_format = detect_format(config, tokenizer)
     sizes = {"max_context": max_context or default_context(config), "max_batch": max_batch}
-    weights = {"dtype": dtype, "dense": dense, "prefetch": prefetch, "progress": progress}
-    place = {"device": device, "experts": experts}
+    weights = {"dtype": dtype, "dense": dense, "compute": compute}
+    reading = {"prefetch": prefetch, "progress": progress, "ignored": ignored}
+    where = {"device": device, "experts": experts}
     with _machine_settings(threads, isa):
-        network, cache, checkpoint = _load_network(
-            path, **sizes, **weights, **place, ignored=ignored
-        )
+        network, cache, checkpoint = _load_network(path, **sizes, **weights, **reading, **where)
         return Model(
             network,
             cache,

@@ -62,6 +62,7 @@ struct Int4GemmArgs {
   DType x_dtype, y_dtype;
   int64_t tokens, out, in;
   int32_t group_size;  // 32
+  Compute compute;
   void* workspace;
   int64_t workspace_bytes;
 };
@@ -78,6 +79,7 @@ struct Int4GroupedGemmArgs {
   DType x_dtype, y_dtype;
   int64_t x_rows, rows, experts, out, in;
   int32_t group_size;
+  Compute compute;
   void* workspace;
   int64_t workspace_bytes;
 };
@@ -96,6 +98,7 @@ struct Int4GroupedSwigluArgs {
   DType x_dtype, y_dtype;
   int64_t x_rows, rows, experts, out, in;
   int32_t group_size;
+  Compute compute;
   void* workspace;
   int64_t workspace_bytes;
 };

@@ -23,7 +23,9 @@ FORMATS = {"quant.groups", "checks", "weights"}
 FILES = {"safetensors_file", "tensor_table", "json_file", "mapped_file", "gc_pause"}
 PTQ = {"quant.ptq_plan", "quant.ptq_tensors", "quant.ptq_state"}
 WRITING = {"checkpoint_writer", "folder_names", "progress_bar"}
+TALK = {"conversation", "tool_runner", "transcript"}
 RUN = {
+    "machine_settings",
     "engine",
     "prefixes",
     "guide",
@@ -43,6 +45,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "terminal": ({"units"}, {"rich"}),
     "units": (set(), set()),
     "machine": (set(), set()),
+    "machine_settings": ({"ops"}, {"torch"}),
     "cli": (
         {"__init__", "generate", "generation", "sampling", "tokenizer", "config", *CHAT}
         | {"checkpoint", "plan", "doctor", "make_checkpoint", "presets"}
@@ -53,10 +56,23 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "doctor": ({"__init__", "ops", "machine"}, {"torch", "numpy"}),
     # text and events
     "generate": (
-        {"checkpoint", "config", "plan", "sampling", "tokenizer", "progress_bar", *CHAT, *RUN},
+        {
+            "checkpoint",
+            "config",
+            "plan",
+            "sampling",
+            "tokenizer",
+            "progress_bar",
+            *CHAT,
+            *RUN,
+            *TALK,
+        },
         {"torch"},
     ),
     "generation": ({"engine", "guide", "prefixes", "sampling", "tokenizer", *CHAT}, set()),
+    "conversation": ({"tool_runner", "transcript", *CHAT}, set()),
+    "tool_runner": (CHAT, set()),
+    "transcript": (CHAT, set()),
     "guide": ({"schema_grammar", "tokenizer", *CHAT}, {"numpy"}),
     "schema_grammar": ({"tokenizer", *CHAT}, {"llguidance", "numpy"}),
     "tokenizer": ({"tokenizer_formats"}, {"tiktoken", "tokenizers"}),

@@ -7,7 +7,6 @@ so what is asked at once, from one thread or several, is computed in one batch; 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import time
@@ -17,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from kimi_native.chat.parser import OutputParser
 from kimi_native.chat.template import KeepThinking, detect_format, get_format, render
-from kimi_native.chat.tool import ToolLike
-from kimi_native.chat.types import Event, Message
+from kimi_native.chat.tool import ToolLike, as_tools
+from kimi_native.chat.types import Event, Message, as_messages
+from kimi_native.conversation import Chat
 from kimi_native.engine import Engine
 from kimi_native.errors import ConfigError, RequestError
 from kimi_native.generation import Generation, PlainOutput, Run
@@ -26,6 +26,7 @@ from kimi_native.guide import UNGUIDED, Guiding, ToolChoice, next_call_index, st
 from kimi_native.prefixes import KeptPrefix
 from kimi_native.progress_bar import Progress
 from kimi_native.sampling import SamplingParams
+from kimi_native.transcript import read_transcript
 
 if TYPE_CHECKING:
     from kimi_native.cache import LatentCache
@@ -79,6 +80,7 @@ def load(
     from kimi_native.cache import PAGE_SIZE, LatentCache
     from kimi_native.config import load_config
     from kimi_native.loader import DTYPES, load_model
+    from kimi_native.machine_settings import machine_settings
     from kimi_native.recorded import RecordedModel
     from kimi_native.tokenizer import load_tokenizer
 
@@ -89,7 +91,7 @@ def load(
     chat_format = detect_format(config, tokenizer)
     if max_context is None:
         max_context = default_context(config)
-    with _machine_settings(threads, isa):
+    with machine_settings(threads, isa):
         network, checkpoint = load_model(
             path,
             max_context=max_context,
@@ -114,26 +116,6 @@ def load(
             check_weights=checkpoint.check_readable,
             load_s=time.perf_counter() - started,
         )
-
-
-@contextlib.contextmanager
-def _machine_settings(threads: int | None, isa: str | None) -> Iterator[None]:
-    """Sets what is process-wide; what fails or is interrupted inside leaves it as it was."""
-    import torch
-
-    from kimi_native import ops
-
-    with contextlib.ExitStack() as undo:
-        if threads is not None:
-            undo.callback(ops.set_num_threads, ops.num_threads())
-            undo.callback(torch.set_num_threads, torch.get_num_threads())
-            ops.set_num_threads(threads)
-            torch.set_num_threads(threads)
-        if isa is not None:
-            undo.callback(ops.force_isa, ops.active_isa())
-            ops.force_isa(isa)
-        yield
-        undo.pop_all()
 
 
 def _check_count(name: str, value: object) -> None:
@@ -293,10 +275,62 @@ class Model:
             raise RequestError("stream: one prompt at a time (got a list of prompts)")
         return self._events(self._prepare(prompt, raw_prompt, params, options, guiding))
 
-    def _events(self, run: Run) -> Iterator[Event]:
+    def chat(
+        self,
+        *,
+        system: str | None = None,
+        messages: Sequence[Message | Mapping[str, Any]] = (),
+        transcript: str | os.PathLike[str] | None = None,
+        tools: Sequence[ToolLike] | None = None,
+        run_tools: Sequence[str] = (),
+        max_tool_calls: int = 300,
+        tool_timeout: float = 60.0,
+        thinking: bool | None = None,
+        keep_thinking: KeepThinking | None = None,
+        constrain_tools: bool = True,
+        thinking_budget: int | None = None,
+        sampling: SamplingParams | None = None,
+        **overrides: Any,
+    ) -> Chat:
+        """A conversation that keeps its messages, its place in the cache, and runs tools.
+
+        system, messages, transcript  what it begins with: a system text, messages, or a file that Chat.save wrote
+        run_tools       names of tools that run without asking; at a call of another the chat pauses
+        max_tool_calls  after one message of the user; then the model must answer without tools
+        tool_timeout    seconds for the calls of one answer
+
+        The other arguments as in `generate`, for every answer. Raises RequestError, and OSError for the transcript.
+        """
+        params = self._params(sampling, overrides)
+        options = {"tools": tools, "thinking": thinking, "keep_thinking": keep_thinking}
+        prefix, declared = KeptPrefix(), as_tools(tools)
+
+        def answer(
+            messages: Sequence[Message], choice: str, is_canceled: Callable[[], bool]
+        ) -> Iterator[Event]:
+            asked = choice if choice == "none" else None
+            guiding = Guiding(tools, asked, constrain_tools, thinking_budget)
+            run = self._prepare(messages, False, params, options, guiding, prefix)
+            return self._events(run, is_canceled)
+
+        before = [Message("system", system)] if system is not None else []
+        before += as_messages(messages) if messages else []
+        before += [] if transcript is None else read_transcript(transcript, declared)
+        return Chat(
+            answer,
+            lambda: self._drop(prefix),
+            messages=before,
+            tools=declared,
+            run_tools=run_tools,
+            max_tool_calls=max_tool_calls,
+            tool_timeout=tool_timeout,
+            can_forbid_calls=constrain_tools,
+        )
+
+    def _events(self, run: Run, is_canceled: Callable[[], bool] = lambda: False) -> Iterator[Event]:
         try:
             self._submit([run])
-            while not run.is_done:
+            while not run.is_done and not is_canceled():
                 self._wait([run])
                 yield from run.take_inbox(self.eos_ids)
             if run.error is not None:

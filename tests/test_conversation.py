@@ -196,6 +196,18 @@ def test_chat_stops_calling_at_the_limit(make_chat, constrain):
         assert reply.finish.reason == "max_tool_calls"
 
 
+def test_chat_tool_choice_is_for_the_first_answer_to_a_message(make_chat):
+    chat = make_chat(lambda prompt: "<think></think>hi", tools=[add], run_tools=["add"],
+                     tool_choice="required", max_tokens=60)  # fmt: skip
+    asked, answer = [], chat._answer
+    chat._answer = lambda messages, choice, stop: (
+        asked.append(choice) or answer(messages, choice, stop)
+    )
+    reply = chat.send("go")
+    assert len(reply.results) == 1
+    assert asked == ["required", None]
+
+
 # ---- pauses ---------------------------------------------------------------------------------------------------------
 
 

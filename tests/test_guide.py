@@ -286,6 +286,43 @@ def test_grammar_without_a_schema_takes_any_object(compiler, tokenizer, paramete
         assert (taken == len(tokenizer.encode(text)) and matcher.allowed()[298]) == is_object
 
 
+def takes(compiler, tokenizer, schema, text) -> bool:
+    """Whether the grammar of a tool's schema takes a text as arguments."""
+    matcher = compiler.arguments(Tool("get", None, schema), 298)
+    for token_id in tokenizer.encode(text):
+        if not matcher.allowed()[token_id]:
+            return False
+        matcher.push(token_id)
+    return bool(matcher.allowed()[298])
+
+
+def test_grammar_invents_no_properties_where_some_are_declared(compiler, tokenizer):
+    a = {"type": "object", "properties": {"a": {"const": 1}}}
+    both = {
+        "type": "object",
+        "properties": {"x": {"$ref": "#/$defs/a"}, "y": {"anyOf": [a, {"const": 2}]}},
+    }
+    for schema, text, is_taken in [
+        (a, '{"a":1}', True),
+        (a, "{}", True),
+        (a, '{"b":1}', False),
+        (a | {"additionalProperties": True}, '{"b":1}', True),
+        (a | {"additionalProperties": {"const": 3}}, '{"a":1,"b":3}', True),
+        (a | {"required": ["b"]}, '{"b":1}', True),
+        (both | {"$defs": {"a": a}}, '{"x":{"a":1},"y":{"a":1}}', True),
+        (both | {"$defs": {"a": a}}, '{"x":{"b":1}}', False),
+        (both | {"$defs": {"a": a}}, '{"y":{"b":1}}', False),
+        ({"allOf": [a, {"properties": {"b": {"const": 2}}}]}, '{"a":1,"b":2}', True),
+        (
+            a | {"anyOf": [{"properties": {"b": {"const": 2}}, "required": ["b"]}]},
+            '{"a":1,"b":2}',
+            True,
+        ),
+        ({"type": "object"}, '{"b":1}', True),
+    ]:
+        assert takes(compiler, tokenizer, schema, text) == is_taken, (schema, text)
+
+
 def test_grammar_of_a_property_called_like_a_keyword_stays_a_property(compiler, tokenizer):
     schema = {
         "properties": {"format": {"type": "integer"}, "enum": {"const": 1}},

@@ -40,7 +40,7 @@ RUN = {
 BENCH = {"bench.native", "bench.rows", "bench.load", "bench.loading", "bench.e2e"}
 MODULES: dict[str, tuple[set[str], set[str]]] = {
     # commands
-    "__init__": ({"generate", "generation", "sampling", "chat.types", "chat.tool"}, set()),
+    "__init__": ({"generate", "generation", "sampling", "chat.types", "chat.tool", *TALK}, set()),
     "__main__": ({"cli"}, set()),
     "terminal": ({"units"}, {"rich"}),
     "units": (set(), set()),
@@ -70,7 +70,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch"},
     ),
     "generation": ({"engine", "guide", "prefixes", "sampling", "tokenizer", *CHAT}, set()),
-    "conversation": ({"tool_runner", "transcript", *CHAT}, set()),
+    "conversation": ({"guide", "tool_runner", "transcript", *CHAT}, set()),
     "tool_runner": (CHAT, set()),
     "transcript": (CHAT, set()),
     "guide": ({"schema_grammar", "tokenizer", *CHAT}, {"numpy"}),

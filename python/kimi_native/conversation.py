@@ -28,11 +28,12 @@ from kimi_native.chat.types import (
     Usage,
 )
 from kimi_native.errors import KimiNativeError, RequestError
+from kimi_native.guide import ToolChoice
 from kimi_native.tool_runner import ToolResult, cut, run_calls
 from kimi_native.transcript import save_transcript
 
-# messages, tool_choice ("auto" or "none"), whether to stop -> the events of one answer
-Answer = Callable[[Sequence[Message], str, Callable[[], bool]], Iterator[Event]]
+# messages, tool_choice, whether to stop -> the events of one answer
+Answer = Callable[[Sequence[Message], ToolChoice | None, Callable[[], bool]], Iterator[Event]]
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Chat:
         max_tool_calls: int,
         tool_timeout: float,
         can_forbid_calls: bool,
+        tool_choice: ToolChoice | None = None,
     ) -> None:
         self._answer, self._close = answer, close
         self._tools = {tool.name: tool for tool in tools}
@@ -88,6 +90,7 @@ class Chat:
         self._max_calls = _checked_count(max_tool_calls)
         self._timeout = _checked_timeout(tool_timeout)
         self._can_forbid_calls = can_forbid_calls
+        self._tool_choice = tool_choice
         self._messages = list(messages)
         self._calls: tuple[ToolCall, ...] = ()
         self._results: dict[int, ToolResult] = {}
@@ -224,7 +227,10 @@ class Chat:
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
     def _ask(self) -> Iterator[Event]:
-        choice = "none" if self._is_at_limit() and self._can_forbid_calls else "auto"
+        is_first = self._messages[-1].role == "user"
+        choice = self._tool_choice if is_first else None
+        if self._is_at_limit() and self._can_forbid_calls:
+            choice = "none"
         return self._answer(tuple(self._messages), choice, self._canceled.is_set)
 
     def _is_at_limit(self) -> bool:

@@ -285,6 +285,7 @@ class Model:
         run_tools: Sequence[str] = (),
         max_tool_calls: int = 300,
         tool_timeout: float = 60.0,
+        tool_choice: ToolChoice | None = None,
         thinking: bool | None = None,
         keep_thinking: KeepThinking | None = None,
         constrain_tools: bool = True,
@@ -298,6 +299,7 @@ class Model:
         run_tools       names of tools that run without asking; at a call of another the chat pauses
         max_tool_calls  after one message of the user; then the model must answer without tools
         tool_timeout    seconds for the calls of one answer
+        tool_choice     of the first answer to a message; the later ones are free
 
         The other arguments as in `generate`, for every answer. Raises RequestError, and OSError for the transcript.
         """
@@ -306,10 +308,9 @@ class Model:
         prefix, declared = KeptPrefix(), as_tools(tools)
 
         def answer(
-            messages: Sequence[Message], choice: str, is_canceled: Callable[[], bool]
+            messages: Sequence[Message], choice: ToolChoice | None, is_canceled: Callable[[], bool]
         ) -> Iterator[Event]:
-            asked = choice if choice == "none" else None
-            guiding = Guiding(tools, asked, constrain_tools, thinking_budget)
+            guiding = Guiding(tools, choice, constrain_tools, thinking_budget)
             run = self._prepare(messages, False, params, options, guiding, prefix)
             return self._events(run, is_canceled)
 
@@ -325,6 +326,7 @@ class Model:
             max_tool_calls=max_tool_calls,
             tool_timeout=tool_timeout,
             can_forbid_calls=constrain_tools,
+            tool_choice=tool_choice,
         )
 
     def _events(self, run: Run, is_canceled: Callable[[], bool] = lambda: False) -> Iterator[Event]:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,7 @@ from kimi_native.chat.tool import Tool
 from kimi_native.chat.types import ContentDelta, Finish, Message, ReasoningDelta, ToolCall
 from kimi_native.conversation import ChatFinish
 from kimi_native.errors import NonFiniteLogitsError, RequestError
+from kimi_native.make_checkpoint import make_checkpoint
 from kimi_native.tool_runner import MAX_RESULT_CHARS, ToolResult, cut, result_text
 from tokenizer_files import small_tokenizer
 
@@ -438,6 +440,13 @@ def test_chat_goes_on_from_a_transcript(make_chat, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["chat.json"]
 
 
+def test_chat_from_a_transcript_keeps_counting_calls(make_chat):
+    call = ToolCall("functions.add:0", "add", "{}")
+    told = [Message("assistant", "", "", [call]), Message("tool", "1", tool_call_id=call.id)]
+    chat = make_chat(one_call(), tools=[add], messages=[Message("user", "a"), *told, *told])
+    assert chat._num_calls == 2
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -508,3 +517,25 @@ def test_tool_results_are_texts():
     assert result_text({"a": [1, None], "b": {2}}) == '{"a": [1, null], "b": "{2}"}'
     assert cut("x" * MAX_RESULT_CHARS) == "x" * MAX_RESULT_CHARS
     assert cut("x" * (MAX_RESULT_CHARS + 7)).endswith("x\n[cut: 7 more characters]")
+
+
+def test_doc_of_the_loop_runs(tmp_path, monkeypatch, capsys):
+    """The two programs of docs/chat-loop.md; of what they print, what does not depend on the CPU's instructions."""
+    doc = (Path(__file__).resolve().parents[1] / "docs" / "chat-loop.md").read_text()
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", doc, re.MULTILINE | re.DOTALL)
+    make_checkpoint(tmp_path / "tiny-k2")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for language, text in blocks:
+        if language == "python":
+            exec(compile(text, "chat-loop.md", "exec"), names)
+    out = capsys.readouterr().out
+    shown = "".join(text for language, text in blocks if not language)
+    for kind in (
+        r"^[A-Z]\w+",
+        "prompt_tokens=281",
+        "reused_tokens=281",
+        r"is_error=\w+",
+        "id='[^']*'",
+    ):
+        assert re.findall(kind, out, re.MULTILINE) == re.findall(kind, shown, re.MULTILINE)

@@ -335,7 +335,11 @@ class Chat:
         return result
 
     def _take_over_calls(self) -> None:
-        """Of a conversation taken up in the middle: the calls of its last message wait."""
+        """Of a conversation taken up in the middle: the calls of its last message wait, the results before count."""
+        for message in reversed(self._messages):
+            if message.role == "user":
+                break
+            self._num_calls += message.role == "tool"
         if self._messages and self._messages[-1].role == "assistant":
             self._calls = self._messages[-1].tool_calls
 

@@ -22,7 +22,7 @@ from kimi_native.conversation import Chat
 from kimi_native.engine import Engine
 from kimi_native.errors import ConfigError, RequestError
 from kimi_native.generation import Generation, PlainOutput, Run
-from kimi_native.guide import UNGUIDED, Guiding, ToolChoice, next_call_index, starts_in_reasoning
+from kimi_native.guide import UNGUIDED, Guiding, ToolChoice, answer_start, next_call_index
 from kimi_native.prefixes import KeptPrefix
 from kimi_native.progress_bar import Progress
 from kimi_native.sampling import SamplingParams
@@ -375,12 +375,12 @@ class Model:
         )
         guide = None
         if guiding.is_used and not is_ids:
-            thinks = starts_in_reasoning(get_format(self.chat_format), self.tokenizer, ids)
+            start = answer_start(get_format(self.chat_format), self.tokenizer, ids)
             guide = guiding.guide(
                 self.tokenizer,
                 vocab_size=self.config.vocab_size,
                 eos_ids=self.eos_ids,
-                thinks=thinks,
+                start=start,
                 first_index=0 if isinstance(prompt, str) else next_call_index(prompt),
                 compiler=self._grammar_compiler,
             )

@@ -75,6 +75,7 @@ ONE_PROPERTY = {
     "boolean": ({"type": "boolean"}, "x?: boolean"),
     "null": ({"type": "null"}, "x?: null"),
     "an unknown type stays": ({"type": "file"}, "x?: file"),
+    "a type that is no name": ({"type": None, "maximum": 1}, "x?: None"),
     "empty schema": ({}, "x?: any"),
     "true": (True, "x?: any"),
     "false": (False, "x?: null"),
@@ -212,6 +213,11 @@ INEXPRESSIBLE = {
     "unknown type in a list": {"type": ["string", "file"]},
     "number in a type list": {"type": [1]},
     "anyOf that is no list": {"anyOf": 1},
+    "anyOf with a type that is no name": {"anyOf": [{"type": "string"}, {"type": None}]},
+    "commented items of a type that is no name": {
+        "type": "array",
+        "items": {"type": None, "description": "d"},
+    },
     "bad member of anyOf": {"anyOf": [{"type": "string"}, {"const": 1}]},
     "description that is no text": {"type": "string", "description": 1},
     "list of items": {"type": "array", "items": [{"type": "string"}]},
@@ -327,10 +333,18 @@ def test_typescript_self_reference_names_the_parameters():
 def test_typescript_self_reference_writes_no_further_properties():
     schema = {"type": "object", "additionalProperties": {"$ref": "#"}}
     assert body(tool(schema)) == "interface parameters {}\ntype f = (_: parameters) => any;"
-    schema = {**properties(a={"$ref": "#"}), "additionalProperties": "no schema"}
+
+
+@pytest.mark.parametrize(
+    "further", ["no schema", {"enum": 1}, properties(b={"type": "null", "description": 1})]
+)
+def test_typescript_unwritable_further_properties_harm_only_where_written(further):
+    schema = {**properties(a={"$ref": "#"}), "additionalProperties": further}
     assert body(tool(schema)) == (
         "interface parameters {\n  a?: parameters\n}\ntype f = (_: parameters) => any;"
     )
+    assert body(tool({**properties(a={}), "additionalProperties": further})) is None
+    assert body(tool(properties(a={"$ref": "#"}, b=schema))) is None
 
 
 def test_typescript_self_reference_of_a_definition_has_no_interface():

@@ -52,10 +52,17 @@ class _NoTypeError(Exception):
 
 @dataclass
 class _Scope:
-    """What one function's schema has defined so far, and whether it refers to itself."""
+    """What is known of one function's schema so far.
+
+    definitions     by name
+    refers_to_root  there is a reference to the whole schema
+    is_unwritable   some text cannot be written. Unlike a schema that has no type, this does no harm in a place that
+                    ends up not being written
+    """
 
     definitions: dict[str, Any] = field(default_factory=dict)
     refers_to_root: bool = False
+    is_unwritable: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,14 +74,11 @@ class _Property:
 
 @dataclass(frozen=True)
 class _Object:
-    """Properties in the order of their names.
-
-    rest: the type of all further ones; None: nothing is said of them; False: what is said is no schema, which matters
-    only where it has to be written
-    """
+    """Properties in the order of their names; rest: the type of all further ones, None if nothing is said of them."""
 
     properties: list[_Property]
-    rest: str | bool | None = None
+    rest: str | None = None
+    is_rest_unwritable: bool = False
 
 
 def typescript_tools(tools: list[Any]) -> str | None:
@@ -109,8 +113,9 @@ def _function_text(function: Any) -> str:
         parts.append("interface parameters " + (f"{{\n{fields}\n}}" if fields else "{}"))
     for definition, schema in list(scope.definitions.items()):
         parts.append(_interface_text(definition, schema, scope))
-    parts.append(_comment_text(_description_lines(function), ""))
-    type_text = "parameters" if refers_to_root else _object_text(root, "")
+    parts.append(_comment_text(_description_lines(function, scope), ""))
+    type_text = "parameters" if refers_to_root else _object_text(root, "", scope)
+    _require(not scope.is_unwritable, "all text must be writable")
     parts.append(f"type {name} = (_: {type_text}) => any;")
     return "\n".join(part for part in parts if part)
 
@@ -118,7 +123,7 @@ def _function_text(function: Any) -> str:
 def _interface_text(name: str, schema: Any, scope: _Scope) -> str:
     _require(isinstance(schema, dict), "a definition must be an object")
     text = _type_text(schema, "", scope)
-    lines = _description_lines(schema)
+    lines = _description_lines(schema, scope)
     return (_comment_text(lines, "") + "\n" if lines else "") + f"interface {name} {text}"
 
 
@@ -135,8 +140,8 @@ def _kind(schema: Any) -> str:
             return key
     if not schema:
         return "any"
-    kind = schema.get("type")
-    _require(isinstance(kind, str | list), "a schema must have a type")
+    _require("type" in schema, "a schema must have a type")
+    kind = schema["type"]
     if isinstance(kind, list):
         return "types"
     return kind if kind in ("object", "array") else "scalar"
@@ -148,19 +153,29 @@ def _type_text(schema: Any, indent: str, scope: _Scope) -> str:
             return _reference_text(schema["$ref"], scope)
         case "anyOf":
             _require(isinstance(schema["anyOf"], list), "anyOf must be a list")
+            scope.is_unwritable |= any(_is_nameless(one) for one in schema["anyOf"])
             return " | ".join([_type_text(one, indent, scope) for one in schema["anyOf"]])
         case "enum":
-            return _enum_text(schema)
+            return _enum_text(schema, scope)
         case "types":
             return " | ".join(_listed_text(one) for one in schema["type"])
         case "object":
-            return _object_text(_read_object(schema, indent, scope), indent)
+            return _object_text(_read_object(schema, indent, scope), indent, scope)
         case "array":
             return _array_text(schema, indent, scope)
         case "scalar":
-            return "number" if schema["type"] == "integer" else schema["type"]
+            return "number" if schema["type"] == "integer" else str(schema["type"])
         case plain:
             return plain
+
+
+def _is_nameless(schema: Any) -> bool:
+    """True for a type that is no text. Alone it is written as Python prints it; joined to text it is unwritable."""
+    return (
+        isinstance(schema, dict)
+        and _kind(schema) == "scalar"
+        and not isinstance(schema["type"], str)
+    )
 
 
 def _reference_text(reference: Any, scope: _Scope) -> str:
@@ -174,9 +189,12 @@ def _reference_text(reference: Any, scope: _Scope) -> str:
     return name
 
 
-def _enum_text(schema: dict[str, Any]) -> str:
+def _enum_text(schema: dict[str, Any], scope: _Scope) -> str:
     values = schema["enum"]
-    _require(isinstance(values, list | str | dict), "enum must be a list")
+    if not isinstance(values, list | str | dict):
+        _require("type" not in schema, "enum must be a list")
+        scope.is_unwritable = True
+        return ""
     if "type" in schema:
         kind = _enum_kind(schema["type"])
         allowed = _ENUM_VALUES.get(kind, object) if isinstance(kind, str) else object
@@ -201,9 +219,10 @@ def _listed_text(kind: Any) -> str:
 
 def _array_text(schema: dict[str, Any], indent: str, scope: _Scope) -> str:
     items = schema.get("items") or {}
-    comments = _comments(items)
+    comments = _comments(items, scope)
     if not comments:
         return f"Array<{_type_text(items, indent, scope)}>"
+    scope.is_unwritable |= _is_nameless(items)
     inner = indent + _INDENT
     text = _type_text(items, inner, scope)
     return f"Array<\n{_comment_text(comments, inner)}\n{inner}{text}\n{indent}>"
@@ -218,13 +237,9 @@ def _read_object(schema: dict[str, Any], indent: str, scope: _Scope) -> _Object:
     definitions = schema.get("$defs") or {}
     _require(isinstance(definitions, dict), "$defs must be an object")
     scope.definitions |= definitions
-    rest = schema.get("additionalProperties")
-    if isinstance(rest, bool):
-        rest = "any" if rest else "never"
-    elif rest is not None:
-        rest = isinstance(rest, dict) and _type_text(rest, inner, scope)
+    rest, is_rest_unwritable = _read_rest(schema.get("additionalProperties"), inner, scope)
     if "properties" not in schema:
-        return _Object([], rest)
+        return _Object([], rest, is_rest_unwritable)
     properties = schema["properties"]
     _require(isinstance(properties, dict), "properties must be an object")
     required = schema.get("required", [])
@@ -233,18 +248,29 @@ def _read_object(schema: dict[str, Any], indent: str, scope: _Scope) -> _Object:
     )
     _require(is_named, "required must be a list of names")
     required = set(required)
-    return _Object(
-        [
-            _property(name, name not in required, one, inner, scope)
-            for name, one in properties.items()
-        ],
-        rest,
-    )
+    read = [
+        _property(name, name not in required, one, inner, scope) for name, one in properties.items()
+    ]
+    return _Object(read, rest, is_rest_unwritable)
+
+
+def _read_rest(schema: Any, indent: str, scope: _Scope) -> tuple[str | None, bool]:
+    """The type of further properties, and whether it is unwritable: what it is in may not be written."""
+    if schema is None:
+        return None, False
+    if isinstance(schema, bool):
+        return "any" if schema else "never", False
+    if not isinstance(schema, dict):
+        return None, True
+    before, scope.is_unwritable = scope.is_unwritable, False
+    text = _type_text(schema, indent, scope)
+    is_unwritable, scope.is_unwritable = scope.is_unwritable, before
+    return text, is_unwritable
 
 
 def _property(name: str, is_optional: bool, schema: Any, indent: str, scope: _Scope) -> _Property:
     text = f"{indent}{name}{'?' if is_optional else ''}: {_type_text(schema, indent, scope)}"
-    comments = _comments(schema)
+    comments = _comments(schema, scope)
     default = schema.get("default") if isinstance(schema, dict) else None
     if default is not None:
         comments.append(f"Default: {_default_text(default)}")
@@ -261,10 +287,10 @@ def _default_text(default: Any) -> str:
     )
 
 
-def _object_text(parts: _Object, indent: str) -> str:
+def _object_text(parts: _Object, indent: str, scope: _Scope) -> str:
     ordered = sorted(parts.properties, key=lambda p: (p.is_optional, p.name))
     texts = [p.text for p in ordered]
-    _require(parts.rest is not False, "additionalProperties must be a schema")
+    scope.is_unwritable |= parts.is_rest_unwritable
     if parts.rest is not None:
         texts.append(f"{indent}{_INDENT}[k: string]: {parts.rest}")
     return "{\n" + ",\n".join(texts) + f"\n{indent}}}" if texts else "{}"
@@ -273,24 +299,24 @@ def _object_text(parts: _Object, indent: str) -> str:
 # ---- comments ------------------------------------------------------------------------------------------------------
 
 
-def _comments(schema: Any) -> list[str]:
+def _comments(schema: Any, scope: _Scope) -> list[str]:
     """Lines above a property or item: its description, then its constraints in one line."""
     if not isinstance(schema, dict):
         return []
-    lines = _description_lines(schema)
-    if _kind(schema) in ("array", "scalar"):
+    lines = _description_lines(schema, scope)
+    if _kind(schema) in ("array", "scalar") and isinstance(schema["type"], str):
         keys = _CONSTRAINTS.get(schema["type"], ())
         constraints = [f"{key}: {schema[key]}" for key in keys if key in schema]
         lines += [", ".join(constraints)] if constraints else []
     return lines
 
 
-def _description_lines(schema: dict[str, Any]) -> list[str]:
-    description = schema.get("description")
-    if not description:
+def _description_lines(schema: dict[str, Any], scope: _Scope) -> list[str]:
+    description = schema.get("description") or ""
+    if not isinstance(description, str):
+        scope.is_unwritable = True
         return []
-    _require(isinstance(description, str), "a description must be text")
-    return description.split("\n")
+    return description.split("\n") if description else []
 
 
 def _comment_text(lines: list[str], indent: str) -> str:

@@ -13,10 +13,11 @@ import pytest
 import kimi_native as kn
 from fakes import make_fake_model
 from kimi_native import schema_grammar
+from kimi_native.chat.template import get_format, render
 from kimi_native.chat.tool import Tool
 from kimi_native.chat.types import Message, ToolCall
 from kimi_native.errors import RequestError
-from kimi_native.guide import Guide, ToolRules, next_call_index, tool_rules
+from kimi_native.guide import Guide, Start, ToolRules, answer_start, next_call_index, tool_rules
 from kimi_native.make_checkpoint import make_checkpoint
 from kimi_native.schema_grammar import GrammarCompiler
 from tokenizer_files import SLOTS_WITHOUT_THINK, small_tokenizer
@@ -49,12 +50,12 @@ def compiler(tokenizer):
 
 @pytest.fixture
 def make_guide(tokenizer, compiler):
-    def make(*tools, thinks=False, choice="auto", first_index=0, budget=None):
+    def make(*tools, thinks=False, opened=False, choice="auto", first_index=0, budget=None):
         return Guide(
             tokenizer,
             vocab_size=tokenizer.vocab_size + 5,
             eos_ids=tokenizer.eos_ids,
-            thinks=thinks,
+            start=Start(thinks, opened),
             rules=tool_rules(tools, choice, first_index),
             compiler=compiler,
             thinking_budget=budget,
@@ -182,7 +183,7 @@ def test_guide_ends_reasoning_at_its_budget(make_guide, tokenizer, choice):
 
 def test_guide_of_a_budget_alone_leaves_the_rest_to_the_model(tokenizer):
     guide = Guide(
-        tokenizer, vocab_size=600, eos_ids=(1,), thinks=True, rules=None, compiler=None,
+        tokenizer, vocab_size=600, eos_ids=(1,), start=Start(True), rules=None, compiler=None,
         thinking_budget=2,
     )  # fmt: skip
     for name in ("a", "b"):
@@ -196,12 +197,32 @@ def test_guide_of_a_budget_alone_leaves_the_rest_to_the_model(tokenizer):
 
 def test_guide_needs_the_control_tokens(tmp_path, compiler):
     tokenizer = small_tokenizer(tmp_path, SLOTS_WITHOUT_THINK)
-    options = {"vocab_size": 600, "eos_ids": (1,), "thinks": True, "compiler": compiler}
+    options = {"vocab_size": 600, "eos_ids": (1,), "start": Start(True), "compiler": compiler}
     with pytest.raises(RequestError, match="tokenizer must have </think>"):
         Guide(tokenizer, rules=None, thinking_budget=2, **options)
     bare = small_tokenizer(tmp_path / "bare", {1: ("[EOS]", True), 2: ("<|im_end|>", True)})
     with pytest.raises(RequestError, match=r"tokenizer must have <\|tool_calls_section_begin"):
         Guide(bare, rules=ToolRules((tool(),)), **options)
+
+
+@pytest.mark.parametrize(
+    ("format", "thinking", "expected"),
+    [
+        ("k2-instruct", None, Start(False)),
+        ("k2-thinking", None, Start(True)),
+        ("k2.5", None, Start(True, opened=True)),
+        ("k2.5", False, Start(False)),
+    ],
+)
+def test_answer_starts_where_the_prompt_leaves_it(
+    make_guide, tokenizer, format, thinking, expected
+):
+    options = {} if thinking is None else {"thinking": thinking}
+    ids = render([Message("user", "<think>")], format=format, tokenizer=tokenizer, **options)
+    start = answer_start(get_format(format), tokenizer, ids)
+    assert start == expected
+    guide = make_guide(tool(), thinks=start.thinks, opened=start.opened)
+    assert ("<think>" in controls(guide, tokenizer)) == (format == "k2-thinking")
 
 
 # ---- choices and numbers --------------------------------------------------------------------------------------------
@@ -284,6 +305,43 @@ def test_grammar_without_a_schema_takes_any_object(compiler, tokenizer, paramete
             matcher.push(token_id)
             taken += 1
         assert (taken == len(tokenizer.encode(text)) and matcher.allowed()[298]) == is_object
+
+
+def takes(compiler, tokenizer, schema, text) -> bool:
+    """Whether the grammar of a tool's schema takes a text as arguments."""
+    matcher = compiler.arguments(Tool("get", None, schema), 298)
+    for token_id in tokenizer.encode(text):
+        if not matcher.allowed()[token_id]:
+            return False
+        matcher.push(token_id)
+    return bool(matcher.allowed()[298])
+
+
+def test_grammar_invents_no_properties_where_some_are_declared(compiler, tokenizer):
+    a = {"type": "object", "properties": {"a": {"const": 1}}}
+    both = {
+        "type": "object",
+        "properties": {"x": {"$ref": "#/$defs/a"}, "y": {"anyOf": [a, {"const": 2}]}},
+    }
+    for schema, text, is_taken in [
+        (a, '{"a":1}', True),
+        (a, "{}", True),
+        (a, '{"b":1}', False),
+        (a | {"additionalProperties": True}, '{"b":1}', True),
+        (a | {"additionalProperties": {"const": 3}}, '{"a":1,"b":3}', True),
+        (a | {"required": ["b"]}, '{"b":1}', True),
+        (both | {"$defs": {"a": a}}, '{"x":{"a":1},"y":{"a":1}}', True),
+        (both | {"$defs": {"a": a}}, '{"x":{"b":1}}', False),
+        (both | {"$defs": {"a": a}}, '{"y":{"b":1}}', False),
+        ({"allOf": [a, {"properties": {"b": {"const": 2}}}]}, '{"a":1,"b":2}', True),
+        (
+            a | {"anyOf": [{"properties": {"b": {"const": 2}}, "required": ["b"]}]},
+            '{"a":1,"b":2}',
+            True,
+        ),
+        ({"type": "object"}, '{"b":1}', True),
+    ]:
+        assert takes(compiler, tokenizer, schema, text) == is_taken, (schema, text)
 
 
 def test_grammar_of_a_property_called_like_a_keyword_stays_a_property(compiler, tokenizer):

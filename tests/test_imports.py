@@ -23,7 +23,9 @@ FORMATS = {"quant.groups", "checks", "weights"}
 FILES = {"safetensors_file", "tensor_table", "json_file", "model_file", "mapped_file", "gc_pause"}
 PTQ = {"quant.ptq_plan", "quant.ptq_tensors", "quant.ptq_state"}
 WRITING = {"checkpoint_writer", "folder_names", "progress_bar"}
+TALK = {"conversation", "tool_runner", "transcript"}
 RUN = {
+    "machine_settings",
     "engine",
     "prefixes",
     "guide",
@@ -32,6 +34,7 @@ RUN = {
     "model",
     "recorded",
     "placement",
+    "network",
     "cache",
     "loader",
     "ops",
@@ -39,11 +42,12 @@ RUN = {
 BENCH = {"bench.native", "bench.rows", "bench.load", "bench.loading", "bench.e2e"}
 MODULES: dict[str, tuple[set[str], set[str]]] = {
     # commands
-    "__init__": ({"generate", "generation", "sampling", "chat.types", "chat.tool"}, set()),
+    "__init__": ({"generate", "generation", "sampling", "chat.types", "chat.tool", *TALK}, set()),
     "__main__": ({"cli"}, set()),
     "terminal": ({"units"}, {"rich"}),
     "units": (set(), set()),
     "machine": (set(), set()),
+    "machine_settings": ({"ops"}, {"torch"}),
     "cli": (
         {"__init__", "generate", "generation", "sampling", "tokenizer", "config", *CHAT}
         | {"checkpoint", "plan", "doctor", "make_checkpoint", "presets"}
@@ -54,10 +58,23 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "doctor": ({"__init__", "ops", "machine"}, {"torch", "numpy"}),
     # text and events
     "generate": (
-        {"checkpoint", "config", "plan", "sampling", "tokenizer", "progress_bar", *CHAT, *RUN},
+        {
+            "checkpoint",
+            "config",
+            "plan",
+            "sampling",
+            "tokenizer",
+            "progress_bar",
+            *CHAT,
+            *RUN,
+            *TALK,
+        },
         {"torch"},
     ),
     "generation": ({"engine", "guide", "prefixes", "sampling", "tokenizer", *CHAT}, set()),
+    "conversation": ({"guide", "tool_runner", "transcript", *CHAT}, set()),
+    "tool_runner": (CHAT, set()),
+    "transcript": (CHAT, set()),
     "guide": ({"schema_grammar", "tokenizer", *CHAT}, {"numpy"}),
     "schema_grammar": ({"tokenizer", *CHAT}, {"llguidance", "numpy"}),
     "tokenizer": ({"tokenizer_formats", "model_file"}, {"tiktoken", "tokenizers"}),
@@ -86,6 +103,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "attention": ({"ops", "single_threads"}, {"torch"}),
     "single_threads": (set(), {"torch"}),
     "recorded": ({"model", "ops", "cache", "config", "placement"}, {"torch"}),
+    "network": ({"checkpoint", "loader", "placement", "recorded", "cache"}, set()),
     "placement": (
         {"model", "ops", "weights", "units", "quant.modules", "quant.tiles"},
         {"torch"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 
@@ -77,3 +79,26 @@ def test_requests_with_a_prefix_equal_fresh_ones_to_the_last_bit(folder):
         assert tokens[0] == tokens[1]
         assert reused == [len(prompt) - 33 if turn else 0, 0]
         prompt = prompt + [t.id for t in tokens[0]] + [turn] * 13
+
+
+def test_chat_says_what_fresh_prompts_would(folder):
+    """Answers, calls and results in one conversation that reuses the cache, against each prompt on its own."""
+
+    def weather(city: Literal["Beijing", "Berlin"]) -> str:
+        return f"clear in {city}"
+
+    options = {"tools": [weather], "seed": 3, "max_tokens": 50, "thinking_budget": 9}
+    choice = {"name": "weather"}
+    model, fresh = (kn.load(folder, max_context=2048, max_batch=1) for _ in range(2))
+    chat = model.chat(run_tools=["weather"], tool_choice=choice, **options)
+    usages = [u for text in ("Hi", "And now?", "So?") for u in chat.send(text).finish.usages]
+    answers = [i for i, m in enumerate(chat.messages) if m.role == "assistant"]
+    assert sum(len(m.tool_calls) for m in chat.messages) == 3
+    for index, usage in zip(answers, usages, strict=True):
+        before, answer = list(chat.messages[:index]), chat.messages[index]
+        asked = {"tool_choice": choice} if before[-1].role == "user" else {}
+        result = fresh.generate(before, **options, **asked)
+        assert (result.text, result.reasoning) == (answer.content, answer.reasoning_content)
+        assert result.tool_calls == answer.tool_calls
+        assert result.usage.prompt_tokens == usage.prompt_tokens
+        assert (result.usage.reused_tokens, usage.reused_tokens > 0) == (0, index > 1)

@@ -7,7 +7,6 @@ so what is asked at once, from one thread or several, is computed in one batch; 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import time
@@ -17,22 +16,22 @@ from typing import TYPE_CHECKING, Any
 
 from kimi_native.chat.parser import OutputParser
 from kimi_native.chat.template import KeepThinking, detect_format, get_format, render
-from kimi_native.chat.tool import ToolLike
-from kimi_native.chat.types import Event, Message
+from kimi_native.chat.tool import ToolLike, as_tools
+from kimi_native.chat.types import Event, Message, as_messages
+from kimi_native.conversation import Chat
 from kimi_native.engine import Engine
 from kimi_native.errors import ConfigError, RequestError
 from kimi_native.generation import Generation, PlainOutput, Run
-from kimi_native.guide import UNGUIDED, Guiding, ToolChoice, next_call_index, starts_in_reasoning
+from kimi_native.guide import UNGUIDED, Guiding, ToolChoice, answer_start, next_call_index
 from kimi_native.prefixes import KeptPrefix
 from kimi_native.progress_bar import Progress
 from kimi_native.sampling import SamplingParams
+from kimi_native.transcript import read_transcript
 
 if TYPE_CHECKING:
     from kimi_native.cache import LatentCache
-    from kimi_native.checkpoint import Checkpoint
     from kimi_native.config import KimiConfig
     from kimi_native.model import KimiModel
-    from kimi_native.recorded import RecordedModel
     from kimi_native.schema_grammar import GrammarCompiler
     from kimi_native.tokenizer import Tokenizer
 
@@ -86,6 +85,8 @@ def load(
     """
     _check_counts(max_context=max_context, max_batch=max_batch, threads=threads)
     from kimi_native.config import load_config
+    from kimi_native.machine_settings import machine_settings
+    from kimi_native.network import load_network
     from kimi_native.tokenizer import load_tokenizer
 
     started = time.perf_counter()
@@ -97,8 +98,8 @@ def load(
     weights = {"dtype": dtype, "dense": dense, "compute": compute}
     reading = {"prefetch": prefetch, "progress": progress, "ignored": ignored}
     where = {"device": device, "experts": experts}
-    with _machine_settings(threads, isa):
-        network, cache, checkpoint = _load_network(path, **sizes, **weights, **reading, **where)
+    with machine_settings(threads, isa):
+        network, cache, checkpoint = load_network(path, **sizes, **weights, **reading, **where)
         return Model(
             network,
             cache,
@@ -109,65 +110,6 @@ def load(
             check_weights=checkpoint.check_readable,
             load_s=time.perf_counter() - started,
         )
-
-
-def _load_network(
-    path: str | os.PathLike[str],
-    *,
-    max_context: int,
-    max_batch: int,
-    dtype: str,
-    device: str,
-    experts: str | None,
-    ignored: tuple[str, ...],
-    **weights: Any,
-) -> tuple[RecordedModel, LatentCache, Checkpoint]:
-    """The network over the cache that it decodes with."""
-    from kimi_native.cache import PAGE_SIZE, LatentCache
-    from kimi_native.loader import DTYPES, load_model
-    from kimi_native.placement import check_device, place
-    from kimi_native.recorded import RecordedModel
-
-    where = check_device(device, experts)
-    if where.type != "cpu" and dtype != "bfloat16":
-        raise RequestError(f"load: dtype must be bfloat16 on a GPU (got {dtype})")
-    network, checkpoint = load_model(
-        path,
-        max_context=max_context,
-        max_batch=max_batch,
-        dtype=dtype,
-        ignore_config_keys=ignored,
-        **weights,
-    )
-    # Every sequence may leave a part of its last page empty.
-    pages = max_batch * -(-max_context // PAGE_SIZE)
-    tokens = pages * PAGE_SIZE
-    if where.type != "cpu":
-        nbytes = tokens * network.config.num_hidden_layers * network.config.latent_width
-        cache_bytes = nbytes * DTYPES[dtype].itemsize
-        place(network, where, experts_on_cpu=experts == "cpu", cache_bytes=cache_bytes)
-    cache = LatentCache(network.config, max_tokens=tokens, dtype=DTYPES[dtype], device=where)
-    return RecordedModel(network, cache), cache, checkpoint
-
-
-@contextlib.contextmanager
-def _machine_settings(threads: int | None, isa: str | None) -> Iterator[None]:
-    """Sets what is process-wide; what fails or is interrupted inside leaves it as it was."""
-    import torch
-
-    from kimi_native import ops
-
-    with contextlib.ExitStack() as undo:
-        if threads is not None:
-            undo.callback(ops.set_num_threads, ops.num_threads())
-            undo.callback(torch.set_num_threads, torch.get_num_threads())
-            ops.set_num_threads(threads)
-            torch.set_num_threads(threads)
-        if isa is not None:
-            undo.callback(ops.force_isa, ops.active_isa())
-            ops.force_isa(isa)
-        yield
-        undo.pop_all()
 
 
 def _check_counts(**given: object) -> None:
@@ -328,10 +270,64 @@ class Model:
             raise RequestError("stream: one prompt at a time (got a list of prompts)")
         return self._events(self._prepare(prompt, raw_prompt, params, options, guiding))
 
-    def _events(self, run: Run) -> Iterator[Event]:
+    def chat(
+        self,
+        *,
+        system: str | None = None,
+        messages: Sequence[Message | Mapping[str, Any]] = (),
+        transcript: str | os.PathLike[str] | None = None,
+        tools: Sequence[ToolLike] | None = None,
+        run_tools: Sequence[str] = (),
+        max_tool_calls: int = 300,
+        tool_timeout: float = 60.0,
+        tool_choice: ToolChoice | None = None,
+        thinking: bool | None = None,
+        keep_thinking: KeepThinking | None = None,
+        constrain_tools: bool = True,
+        thinking_budget: int | None = None,
+        sampling: SamplingParams | None = None,
+        **overrides: Any,
+    ) -> Chat:
+        """A conversation that keeps its messages, its place in the cache, and runs tools.
+
+        system, messages, transcript  what it begins with: a system text, messages, or a file that Chat.save wrote
+        run_tools       names of tools that run without asking; at a call of another the chat pauses
+        max_tool_calls  after one message of the user; then the model must answer without tools
+        tool_timeout    seconds for the calls of one answer
+        tool_choice     of the first answer to a message; the later ones are free
+
+        The other arguments as in `generate`, for every answer. Raises RequestError, and OSError for the transcript.
+        """
+        params = self._params(sampling, overrides)
+        options = {"tools": tools, "thinking": thinking, "keep_thinking": keep_thinking}
+        prefix, declared = KeptPrefix(), as_tools(tools)
+
+        def answer(
+            messages: Sequence[Message], choice: ToolChoice | None, is_canceled: Callable[[], bool]
+        ) -> Iterator[Event]:
+            guiding = Guiding(tools, choice, constrain_tools, thinking_budget)
+            run = self._prepare(messages, False, params, options, guiding, prefix)
+            return self._events(run, is_canceled)
+
+        before = [Message("system", system)] if system is not None else []
+        before += as_messages(messages) if messages else []
+        before += [] if transcript is None else read_transcript(transcript, declared)
+        return Chat(
+            answer,
+            lambda: self._drop(prefix),
+            messages=before,
+            tools=declared,
+            run_tools=run_tools,
+            max_tool_calls=max_tool_calls,
+            tool_timeout=tool_timeout,
+            can_forbid_calls=constrain_tools,
+            tool_choice=tool_choice,
+        )
+
+    def _events(self, run: Run, is_canceled: Callable[[], bool] = lambda: False) -> Iterator[Event]:
         try:
             self._submit([run])
-            while not run.is_done:
+            while not run.is_done and not is_canceled():
                 self._wait([run])
                 yield from run.take_inbox(self.eos_ids)
             if run.error is not None:
@@ -374,12 +370,12 @@ class Model:
         )
         guide = None
         if guiding.is_used and not is_ids:
-            thinks = starts_in_reasoning(get_format(self.chat_format), self.tokenizer, ids)
+            start = answer_start(get_format(self.chat_format), self.tokenizer, ids)
             guide = guiding.guide(
                 self.tokenizer,
                 vocab_size=self.config.vocab_size,
                 eos_ids=self.eos_ids,
-                thinks=thinks,
+                start=start,
                 first_index=0 if isinstance(prompt, str) else next_call_index(prompt),
                 compiler=self._grammar_compiler,
             )

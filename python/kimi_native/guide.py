@@ -93,18 +93,25 @@ def next_call_index(messages: Iterable[Message | Mapping[str, Any]]) -> int:
     return max([len(calls), *numbers])
 
 
-def starts_in_reasoning(
-    format: ChatFormat, tokenizer: Tokenizer, prompt_ids: Sequence[int]
-) -> bool:
-    """Whether an answer to this prompt begins with reasoning: not where the prompt has closed it."""
-    end = tokenizer.control_ids.get(END_THINK)
-    return format.thinking != "no" and (end is None or prompt_ids[-1] != end)
+@dataclass(frozen=True)
+class Start:
+    """Where the prompt leaves the answer. thinks: in reasoning; opened: the prompt has its <think> already."""
+
+    thinks: bool
+    opened: bool = False
+
+
+def answer_start(format: ChatFormat, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> Start:
+    """The start of the answer to a rendered prompt, which may end with <think> or with the pair."""
+    think, end = (tokenizer.control_ids.get(name) for name in (THINK, END_THINK))
+    thinks = format.thinking != "no" and (end is None or prompt_ids[-1] != end)
+    return Start(thinks, opened=think is not None and prompt_ids[-1] == think)
 
 
 class Guide:
     """The ids that one answer may continue with; it is told every id that was chosen.
 
-    thinks           the format has reasoning, and the answer starts in it
+    start            where the prompt leaves the answer
     rules            of tool calls, or None: control tokens are left to the model
     thinking_budget  ids of reasoning after which </think> comes, or None
 
@@ -117,7 +124,7 @@ class Guide:
         *,
         vocab_size: int,
         eos_ids: Collection[int],
-        thinks: bool,
+        start: Start,
         rules: ToolRules | None,
         compiler: GrammarCompiler | None,
         thinking_budget: int | None = None,
@@ -128,13 +135,13 @@ class Guide:
         self._compiler = compiler
         self._budget = thinking_budget
         self._vocab_size = vocab_size
-        self._state = _State.REASONING if thinks else _State.CONTENT
+        self._state = _State.REASONING if start.thinks else _State.CONTENT
         self._matcher: Matcher | None = None
         self._header: list[int] = []
         self._decode = tokenizer.decode
         self._num_calls = 0
         self._num_thought = 0
-        self._started = False
+        self._started = start.opened
         self._fixed: dict[frozenset[int], np.ndarray] = {}
         self._text = self._text_mask(tokenizer)
         self._check()
@@ -304,7 +311,7 @@ class Guiding:
         *,
         vocab_size: int,
         eos_ids: Collection[int],
-        thinks: bool,
+        start: Start,
         first_index: int,
         compiler: Callable[[], GrammarCompiler],
     ) -> Guide:
@@ -316,7 +323,7 @@ class Guiding:
             tokenizer,
             vocab_size=vocab_size,
             eos_ids=eos_ids,
-            thinks=thinks,
+            start=start,
             rules=rules,
             compiler=compiler() if rules is not None and rules.tools else None,
             thinking_budget=self.thinking_budget,

@@ -148,31 +148,48 @@ def _schema_text(tool: Tool) -> str:
     return text
 
 
+# Beside these, an object's own properties are not all that it may have.
+_OPENING = frozenset(("additionalProperties", "patternProperties", "anyOf", "oneOf", "$ref"))
+_BY_NAME = frozenset(("properties", "patternProperties", "$defs", "definitions"))
+_VALUES = frozenset(("enum", "const", "default", "examples"))
+
+
 def _prepared(schema: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A copy without unknown formats, which JSON schema leaves to the reader."""
+    """A copy without unknown formats, which JSON schema leaves to the reader, and with closed objects.
+
+    JSON schema lets an object have properties that were not declared, but no tool wants them: objects with properties
+    become closed, unless they are put together of several schemas.
+    """
     try:
-        return _without_formats(schema)
+        return _copy(schema, name, closing="allOf" not in str(schema))
     except RecursionError as error:
         raise RequestError(f"tool {name}: parameters must not be nested so deeply") from error
 
 
-def _without_formats(value: Any, is_schema: bool = True) -> Any:
-    if isinstance(value, list | tuple):
-        return [_without_formats(item) for item in value]
-    if not isinstance(value, Mapping):
-        return value
-    kept = {}
-    for key, item in value.items():
-        if is_schema and key == "additionalItems":
-            raise RequestError(f"tool: additionalItems cannot be enforced (got {item!r}){_WAY_OUT}")
-        if is_schema and key == "format" and item not in FORMATS:
+def _copy(schema: Any, name: str, *, closing: bool) -> Any:
+    if not isinstance(schema, Mapping):
+        return schema  # True, False, or a mistake that the compiler names
+    if "additionalItems" in schema:
+        raise RequestError(
+            f"tool {name}: parameters must be a schema that can be enforced (got additionalItems){_WAY_OUT}"
+        )
+    inner = closing and not ("properties" in schema and _OPENING & set(schema))
+    copy: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key == "format" and value not in FORMATS:
             continue
-        if is_schema and key in ("enum", "const", "default", "examples"):
-            kept[key] = item
+        if key in _BY_NAME and isinstance(value, Mapping):
+            copy[key] = {n: _copy(v, name, closing=closing) for n, v in value.items()}
+        elif isinstance(value, list | tuple) and key not in _VALUES:
+            copy[key] = [_copy(v, name, closing=inner) for v in value]
         else:
-            named = is_schema and key in ("properties", "patternProperties", "$defs", "definitions")
-            kept[key] = _without_formats(item, not named)
-    return kept
+            copy[key] = value if key in _VALUES else _copy(value, name, closing=closing)
+    names = copy.get("properties")
+    required = copy.get("required", [])
+    is_listed = isinstance(required, list) and all(n in (names or ()) for n in required)
+    if closing and names and is_listed and not _OPENING & set(copy):
+        copy["additionalProperties"] = False
+    return copy
 
 
 def _reason(message: str) -> str:

@@ -165,6 +165,15 @@ inline void check_op(const Int4QuantizeArgs& a) {
              (const void*)a.weight_packed, ", ", (const void*)a.weight_scale, ")");
 }
 
+inline void check_op(const Int8GemmArgs& a) {
+  constexpr const char* op = "int8_gemm";
+  check_gemm_dtype(op, "x", a.x_dtype);
+  check_gemm_dtype(op, "y", a.y_dtype);
+  check_grouped_matrix(op, a.out, a.in, a.group_size);
+  checked_mul(op, a.tokens, checked_mul(op, a.in, 8));
+  checked_mul(op, a.tokens, checked_mul(op, a.out, 8));
+}
+
 inline void check_op(const Bf16GemmArgs& a) {
   constexpr const char* op = "bf16_gemm";
   check_gemm_dtype(op, "x", a.x_dtype);

@@ -13,7 +13,7 @@ from kimi_native.model import Attention, Experts, KimiModel
 from kimi_native.quant.modules import Int4Experts, Int4Linear, Int8Linear
 from kimi_native.quant.tiles import tile_int4, tile_int4_experts, tiled_bytes
 from kimi_native.units import bytes_text
-from kimi_native.weights import MoeDispatch
+from kimi_native.weights import Int8Weight, MoeDispatch
 
 MLA_WIDTHS = (512, 64)  # of mla_decode's CUDA kernel: kv_lora_rank, qk_rope_head_dim
 WORKING_BYTES = (
@@ -72,9 +72,6 @@ def place(
             f"load: kv_lora_rank and qk_rope_head_dim must be {' and '.join(map(str, MLA_WIDTHS))} on a GPU "
             f"(got {widths[0]} and {widths[1]})"
         )
-    for name, module in model.named_modules():
-        if isinstance(module, Int8Linear):
-            raise RequestError(f"load: dense=int8 has no CUDA kernel yet (got {name} in 8 bits)")
     _check_room(device, device_bytes(model, experts_on_cpu=experts_on_cpu) + cache_bytes)
     for name, module in list(model.named_modules()):
         if isinstance(module, Int4Experts | Experts) and experts_on_cpu:
@@ -89,6 +86,9 @@ def place(
                 setattr(module, projection, matrices)
         elif isinstance(module, Int4Linear):
             module.int4 = tile_int4(module.int4, device)
+        elif isinstance(module, Int8Linear):
+            parts = (module.int8.weight, module.int8.weight_scale)
+            module.int8 = Int8Weight(*(t.to(device, copy=True) for t in parts))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(device, copy=True)  # a mapped file's are not aligned
     for module in model.modules():
@@ -104,6 +104,9 @@ def device_bytes(model: KimiModel, *, experts_on_cpu: bool) -> int:
             total += module.key_up_t.numel() * module.key_up_t.element_size()
         elif isinstance(module, Int4Linear):
             total += tiled_bytes(module.int4.out_features, module.int4.in_features)
+        elif isinstance(module, Int8Linear):
+            parts = (module.int8.weight, module.int8.weight_scale)
+            total += sum(t.numel() * t.element_size() for t in parts)
         elif isinstance(module, Int4Experts) and not experts_on_cpu:
             for w in (module.gate, module.up, module.down):
                 total += len(w) * tiled_bytes(w.out_features, w.in_features)

@@ -55,7 +55,7 @@ def decode(model, dtype=torch.bfloat16):
 
 @pytest.mark.parametrize("experts_on_cpu", [False, True])
 @pytest.mark.parametrize(
-    ("format", "dense"), [("int4", "bf16"), ("int4", "int4"), ("bf16", "bf16")]
+    ("format", "dense"), [("int4", "bf16"), ("int4", "int4"), ("bf16", "int8")]
 )
 def test_cuda_model_gives_the_logits_of_the_cpu(folder, format, dense, experts_on_cpu):
     path, options = folder / format, {"dtype": "float32", "dense": dense}
@@ -104,12 +104,6 @@ def test_cuda_model_counts_the_bytes_that_it_takes(folder):
 def test_cuda_model_refuses_widths_without_a_kernel(folder):
     model, _ = load_model(folder / "narrow")
     with pytest.raises(RequestError, match="kv_lora_rank and qk_rope_head_dim must be 512 and 64"):
-        place(model, HOST, experts_on_cpu=False, cache_bytes=0)
-
-
-def test_cuda_model_refuses_int8_before_it_copies(folder):
-    model, _ = load_model(folder / "int4", dense="int8")
-    with pytest.raises(RequestError, match="dense=int8 has no CUDA kernel yet"):
         place(model, HOST, experts_on_cpu=False, cache_bytes=0)
 
 

@@ -269,6 +269,10 @@ void int4_grouped_swiglu(const Int4GroupedSwigluArgs&, void* stream);
 int64_t bf16_gemm_workspace_bytes(const Bf16GemmArgs&);
 void bf16_gemm(const Bf16GemmArgs&, void* stream);
 
+// weight 16-byte aligned.
+int64_t int8_gemm_workspace_bytes(const Int8GemmArgs&);
+void int8_gemm(const Int8GemmArgs&, void* stream);
+
 // kv_lora_rank 512 and qk_rope_head_dim 64, all bf16, pages of a multiple of 32 tokens; q, cache
 // and out 16-byte aligned. The workspace is enough if sequences share no pages; a larger one than
 // asked for is used. mla_decode is mla_schedule, then mla_decode_scheduled: mla_schedule reads

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "python" / "kimi_native"
 
 # module: (modules of this package it may import, packages outside the standard library). `errors` is open to all.
-CHAT = {"chat.types", "chat.template", "chat.parser"}
+TOOLS = {"chat.tool", "chat.function_schema", "chat.arguments", "chat.docstrings"}
+CHAT = {"chat.types", "chat.template", "chat.parser", *TOOLS}
 QUANT = {"quant.int4", "quant.int8", "quant.fp8", "quant.modules"}
 FORMATS = {"quant.groups", "checks", "weights"}
 FILES = {"safetensors_file", "tensor_table", "json_file", "model_file", "mapped_file", "gc_pause"}
@@ -26,7 +27,7 @@ RUN = {"engine", "generation", "model", "recorded", "cache", "loader", "ops"}
 BENCH = {"bench.native", "bench.rows", "bench.load", "bench.loading", "bench.e2e"}
 MODULES: dict[str, tuple[set[str], set[str]]] = {
     # commands
-    "__init__": ({"generate", "generation", "sampling", "chat.types"}, set()),
+    "__init__": ({"generate", "generation", "sampling", "chat.types", "chat.tool"}, set()),
     "__main__": ({"cli"}, set()),
     "terminal": ({"units"}, {"rich"}),
     "units": (set(), set()),
@@ -48,7 +49,11 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "tokenizer_formats": ({"model_file"}, {"tiktoken", "tokenizers"}),
     "chat": (CHAT, set()),
     "chat.types": (set(), set()),
-    "chat.template": ({"chat.types", "tokenizer", "config"}, {"jinja2"}),
+    "chat.tool": (TOOLS, set()),
+    "chat.arguments": ({"chat.function_schema"}, set()),
+    "chat.function_schema": ({"chat.docstrings"}, set()),
+    "chat.docstrings": (set(), set()),
+    "chat.template": ({"chat.types", "chat.tool", "tokenizer", "config"}, {"jinja2"}),
     "chat.parser": ({"chat.types", "chat.template", "tokenizer"}, set()),
     # ids in, ids out
     "engine": ({"model", "cache", "config", "sampling"}, {"torch", "numpy"}),

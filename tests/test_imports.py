@@ -121,6 +121,8 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     # the bundled model: its data knows no torch
     "nano": (set(), set()),
     "nano.dataset": (set(), set()),
+    "nano.dice": (set(), set()),
+    "nano.world": ({"chat.tool", "chat.types", "nano.dice"}, set()),
     # benchmarks: other engines appear here and nowhere else, each import guarded
     "bench": (set(), set()),
     "bench.command": (
@@ -162,7 +164,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "checks": (set(), {"torch"}),
     "errors": (set(), set()),
 }
-NANO_DATA = {"nano.dataset"}
+NANO_DATA = {"nano.dataset", "nano.dice", "nano.world"}
 TORCH_FREE = {
     "config",
     "tokenizer",

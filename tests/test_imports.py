@@ -122,6 +122,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "nano": (set(), set()),
     "nano.dataset": (set(), set()),
     "nano.dice": (set(), set()),
+    "nano.problems": ({"nano.dice", "nano.world"}, set()),
     "nano.world": ({"chat.tool", "chat.types", "nano.dice"}, set()),
     # benchmarks: other engines appear here and nowhere else, each import guarded
     "bench": (set(), set()),
@@ -164,7 +165,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "checks": (set(), {"torch"}),
     "errors": (set(), set()),
 }
-NANO_DATA = {"nano.dataset", "nano.dice", "nano.world"}
+NANO_DATA = {"nano.dataset", "nano.dice", "nano.problems", "nano.world"}
 TORCH_FREE = {
     "config",
     "tokenizer",

@@ -122,6 +122,22 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "nano": (set(), set()),
     "nano.dataset": (set(), set()),
     "nano.dice": (set(), set()),
+    "nano.modes": ({"chat.types", "nano.problems"}, set()),
+    "nano.texts": ({"chat.types", "nano.world"}, set()),
+    "nano.planner": ({"chat.types", "nano.problems", "nano.texts", "nano.world"}, set()),
+    "nano.expert": (
+        {"chat.types", "nano.modes", "nano.planner", "nano.problems", "nano.texts", "nano.world"},
+        set(),
+    ),
+    "nano.episode": (
+        {"chat.tool", "chat.types", "nano.modes", "nano.problems", "nano.texts", "nano.world"},
+        set(),
+    ),
+    "nano.evaluate": (
+        {"chat.tool", "chat.types", "nano.dice", "nano.episode", "nano.modes"}
+        | {"nano.problems", "nano.world"},
+        set(),
+    ),
     "nano.problems": ({"nano.dice", "nano.world"}, set()),
     "nano.world": ({"chat.tool", "chat.types", "nano.dice"}, set()),
     # benchmarks: other engines appear here and nowhere else, each import guarded
@@ -165,7 +181,10 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "checks": (set(), {"torch"}),
     "errors": (set(), set()),
 }
-NANO_DATA = {"nano.dataset", "nano.dice", "nano.problems", "nano.world"}
+NANO_DATA = {
+    f"nano.{name}"
+    for name in ("dataset", "dice", "episode", "evaluate", "expert", "modes", "planner", "problems")
+} | {"nano.texts", "nano.world"}
 TORCH_FREE = {
     "config",
     "tokenizer",

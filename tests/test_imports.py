@@ -96,7 +96,8 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "progress_bar": (set(), {"rich"}),
     "presets": ({"config"}, set()),
     "random_tensors": ({"presets", "checkpoint_writer", *QUANT}, {"torch", "numpy"}),
-    "tokenizer_files": ({"presets"}, {"numpy"}),
+    "tokenizer_files": ({"byte_pairs", "presets"}, set()),
+    "byte_pairs": (set(), set()),
     "quant": (set(), set()),
     "quant.groups": (FORMATS, {"torch"}),
     "quant.int4": (FORMATS, {"torch"}),
@@ -136,6 +137,22 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "nano.evaluate": (
         {"chat.tool", "chat.types", "nano.dice", "nano.episode", "nano.modes"}
         | {"nano.problems", "nano.world"},
+        set(),
+    ),
+    "nano.small_talk": ({"nano.dice"}, set()),
+    "nano.conversations": (
+        {"chat.tool", "chat.types", "nano.dice", "nano.expert", "nano.modes", "nano.planner"}
+        | {"nano.problems", "nano.small_talk", "nano.world"},
+        set(),
+    ),
+    "nano.transcripts": (
+        {"chat.template", "tokenizer", "nano.conversations", "nano.dataset", "nano.dice"}
+        | {"nano.problems"},
+        set(),
+    ),
+    "nano.vocabulary": (
+        {"byte_pairs", "chat.template", "tokenizer", "tokenizer_files"}
+        | {"nano.conversations", "nano.dice", "nano.small_talk"},
         set(),
     ),
     "nano.problems": ({"nano.dice", "nano.world"}, set()),
@@ -181,10 +198,9 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "checks": (set(), {"torch"}),
     "errors": (set(), set()),
 }
-NANO_DATA = {
-    f"nano.{name}"
-    for name in ("dataset", "dice", "episode", "evaluate", "expert", "modes", "planner", "problems")
-} | {"nano.texts", "nano.world"}
+NANO_PLAY = {"dice", "world", "problems", "modes", "texts", "planner", "expert", "episode"}
+NANO_TEXT = {"dataset", "evaluate", "small_talk", "conversations", "transcripts", "vocabulary"}
+NANO_DATA = {f"nano.{name}" for name in NANO_PLAY | NANO_TEXT}
 TORCH_FREE = {
     "config",
     "tokenizer",

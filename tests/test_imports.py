@@ -127,9 +127,11 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "nano.texts": ({"chat.types", "nano.world"}, set()),
     "nano.planner": ({"chat.types", "nano.problems", "nano.texts", "nano.world"}, set()),
     "nano.expert": (
-        {"chat.types", "nano.modes", "nano.planner", "nano.problems", "nano.texts", "nano.world"},
+        {"chat.types", "nano.modes", "nano.planner", "nano.problems", "nano.questions"}
+        | {"nano.texts"},
         set(),
     ),
+    "nano.questions": ({"chat.types", "nano.dice", "nano.texts", "nano.world"}, set()),
     "nano.episode": (
         {"chat.tool", "chat.types", "nano.modes", "nano.problems", "nano.texts", "nano.world"},
         set(),
@@ -142,7 +144,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "nano.small_talk": ({"nano.dice"}, set()),
     "nano.conversations": (
         {"chat.tool", "chat.types", "nano.dice", "nano.expert", "nano.modes", "nano.planner"}
-        | {"nano.problems", "nano.small_talk", "nano.world"},
+        | {"nano.problems", "nano.questions", "nano.small_talk", "nano.world"},
         set(),
     ),
     "nano.transcripts": (
@@ -199,7 +201,15 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
 }
 NANO_PLAY = {"dice", "world", "problems", "modes", "texts", "planner", "expert", "episode"}
-NANO_TEXT = {"dataset", "evaluate", "small_talk", "conversations", "transcripts", "vocabulary"}
+NANO_TEXT = {
+    "dataset",
+    "questions",
+    "evaluate",
+    "small_talk",
+    "conversations",
+    "transcripts",
+    "vocabulary",
+}
 NANO_DATA = {f"nano.{name}" for name in NANO_PLAY | NANO_TEXT}
 TORCH_FREE = {
     "config",

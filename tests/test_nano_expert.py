@@ -7,7 +7,7 @@ import re
 import pytest
 
 from kimi_native.chat.types import Message
-from kimi_native.nano import expert
+from kimi_native.nano import expert, texts
 from kimi_native.nano.dice import Dice
 from kimi_native.nano.episode import Episode
 from kimi_native.nano.modes import MODES
@@ -100,7 +100,7 @@ def test_expert_solves_every_problem_with_tools_that_work(mode, num_steps):
     ],
 )
 def test_expert_judges_a_calculation_by_its_last_digit(result, expected):
-    assert expert.judge("calc", result, "1") == expected
+    assert texts.judge("calc", result, "1") == expected
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_expert_judges_a_calculation_by_its_last_digit(result, expected):
     ],
 )
 def test_expert_judges_by_range(name, result, fine):
-    assert expert.judge(name, result, "")[1] is fine
+    assert texts.judge(name, result, "")[1] is fine
 
 
 def test_expert_makes_a_failed_call_again():
@@ -178,7 +178,7 @@ def test_expert_writes_short_thoughts():
 
 
 def test_expert_needs_a_problem():
-    with pytest.raises(ValueError, match=r"must be a problem \(got 'Hello'\)"):
+    with pytest.raises(ValueError, match=r"pose a problem or question \(got 'Hello'\)"):
         expert.answer([Message("user", "Hello")])
     messages = play(EXAMPLE, "interleaved").messages[:3]
     messages[1] = Message("assistant", reasoning_content="hm", tool_calls=messages[1].tool_calls)

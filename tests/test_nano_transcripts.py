@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -19,7 +20,10 @@ from kimi_native.nano.problems import held_out_compositions, read_sheet
 from kimi_native.nano.transcripts import TranscriptDataset, answer_mask, encode
 from kimi_native.nano.vocabulary import nano_tokenizer
 
-WINDOWS = Recipe(windows=1.0, plan_first=0, no_tools=0, small_talk=0)
+PROBLEMS = Recipe(small_talk=0, questions=0)
+BETWEEN = replace(PROBLEMS, plan_first=0, no_tools=0)
+WINDOWS = replace(BETWEEN, windows=1.0)
+QUESTIONS = replace(PROBLEMS, interleaved=0, plan_first=0, no_tools=0, questions=1)
 COUNT = 150
 
 
@@ -79,7 +83,7 @@ def test_transcripts_show_what_the_model_will_see(tokenizer, recipe):
 def test_transcripts_hide_a_number_that_nothing_tells(tokenizer):
     """Where the calls are numbered on from a cut, the first call's id carries no loss, all else does."""
     seen = 0
-    for conversation in some(Recipe(later_calls=1.0, plan_first=0, no_tools=0, small_talk=0)):
+    for conversation in some(replace(BETWEEN, later_calls=1.0)):
         example = encode(conversation, tokenizer)
         whole = answer_mask(
             example.ids,
@@ -100,27 +104,31 @@ def test_transcripts_hide_a_number_that_nothing_tells(tokenizer):
 
 def test_transcripts_are_the_experts_words():
     """Every learned message is what the expert says to the conversation so far."""
-    for recipe in (Recipe(small_talk=0), WINDOWS):
+    for recipe in (PROBLEMS, WINDOWS, QUESTIONS):
         for conversation in some(recipe):
             for index, message in learned(conversation):
                 before = conversation.messages[:index]
                 first = message.tool_calls[0].id if message.tool_calls else ":0"
-                said = expert.answer(before, first_call=int(first.rpartition(":")[2]))
+                said = expert.answer(
+                    before,
+                    first_call=int(first.rpartition(":")[2]),
+                    has_tools=bool(conversation.tools),
+                )
                 assert said == message
 
 
 def test_transcripts_come_in_the_recipes_shares():
     recipe, count = Recipe(), 1500
     kinds = collections.Counter(
-        mode_of(c.messages) if read_sheet(c.messages[c.first_learned - 1].content or "") else "talk"
+        mode_of(c.messages) if read_sheet(c.messages[c.first_learned - 1].content) else "other"
         for c in some(recipe, count)
     )
-    total = recipe.interleaved + recipe.plan_first + recipe.no_tools + recipe.small_talk
+    total = sum(recipe.weights)
     for kind, weight in [
         ("interleaved", recipe.interleaved),
         ("plan-first", recipe.plan_first),
         ("no-tools", recipe.no_tools),
-        ("talk", recipe.small_talk),
+        ("other", recipe.small_talk + recipe.questions),
     ]:
         share = weight / total
         assert abs(kinds[kind] - share * count) < 5 * (count * share * (1 - share)) ** 0.5
@@ -128,7 +136,7 @@ def test_transcripts_come_in_the_recipes_shares():
 
 @pytest.mark.parametrize("split", ["train", "held-out"])
 def test_transcripts_keep_to_their_split(split):
-    for conversation in some(Recipe(small_talk=0), split=split):
+    for conversation in some(PROBLEMS, split=split):
         user = conversation.messages[conversation.first_learned - 1]
         steps = tuple(step for step in read_sheet(user.content).steps.values() if step)
         assert len(steps) <= Recipe().steps[1]

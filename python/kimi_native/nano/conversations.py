@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kimi_native.chat.tool import Tool
-from kimi_native.chat.types import Message
-from kimi_native.nano import expert
+from kimi_native.chat.types import Message, ToolCall
+from kimi_native.nano import expert, questions
 from kimi_native.nano.dice import Dice
-from kimi_native.nano.modes import Mode, opening_messages
+from kimi_native.nano.modes import MODES, Mode, opening_messages
 from kimi_native.nano.planner import look_back, make_plan, think_alone
-from kimi_native.nano.problems import Problem, Sheet, Split, make_problem, read_sheet
+from kimi_native.nano.problems import FACTORS, Problem, Sheet, Split, make_problem, read_sheet
 from kimi_native.nano.small_talk import make_exchange
 from kimi_native.nano.world import TOOLS, Failures, World
 
@@ -33,7 +33,8 @@ class Recipe:
     interleaved: float = 80
     plan_first: float = 12
     no_tools: float = 8
-    small_talk: float = 6
+    questions: float = 6
+    small_talk: float = 8
     steps: tuple[int, int] = (1, 12)
     reliable: float = 0.3
     highest_failure: float = 0.25
@@ -42,6 +43,12 @@ class Recipe:
     last_call: int = 499
     windows: float = 0.0
     longer_lists: tuple[int, int] = (13, 60)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of small talk, questions, and problems in each of MODES."""
+        modes = (self.interleaved, self.plan_first, self.no_tools)
+        return self.small_talk, self.questions, *modes
 
 
 @dataclass(frozen=True)
@@ -60,11 +67,11 @@ class Conversation:
 
 def make_conversation(dice: Dice, split: Split, recipe: Recipe) -> Conversation:
     """A conversation of the recipe's kinds."""
-    kinds = ("interleaved", "plan-first", "no-tools", "small talk")
-    weights = (recipe.interleaved, recipe.plan_first, recipe.no_tools, recipe.small_talk)
-    kind = dice.weighted(kinds, weights)
+    kind = dice.weighted(("small talk", "question", *MODES), recipe.weights)
     if kind == "small talk":
         return _small_talk(dice, split, recipe)
+    if kind == "question":
+        return _question(dice, split, recipe)
     if kind == "interleaved" and recipe.windows and dice.chance(recipe.windows):
         return _window(dice, split, recipe)
     return _problem(dice, split, recipe, kind)
@@ -116,6 +123,27 @@ def _small_talk(dice: Dice, split: Split, recipe: Recipe) -> Conversation:
     return Conversation(messages, _tools(dice, messages) if has_tools else (), len(messages) - 1)
 
 
+def _question(dice: Dice, split: Split, recipe: Recipe) -> Conversation:
+    """One calculation, with or without tools, or one price."""
+    history = _history(dice, split, recipe, "interleaved")
+    text, question = questions.make_question(dice, is_price=dice.chance(0.3))
+    before = [*history, Message("user", text)]
+    has_calls = any(message.tool_calls for message in history)
+    if question.op and not has_calls and dice.chance(0.5):
+        return Conversation((*before, questions.think_alone(question)), (), len(before))
+    prices = {question.key: dice.choice(FACTORS)}
+    world = World(prices, dice, _failures(dice, recipe))
+    message = questions.first_message(question, sum(len(m.tool_calls) for m in history))
+    turn = [message]
+    while message.tool_calls:
+        call = message.tool_calls[0]
+        turn.append(_result(world, call))
+        message = questions.next_message(question, call, turn[-1].content)
+        turn.append(message)
+    messages = (*before, *turn)
+    return Conversation(messages, _tools(dice, messages), len(before))
+
+
 def _tools(dice: Dice, messages: Sequence[Message]) -> tuple[Tool, ...]:
     """The tools that are used, and each of the others half of the time."""
     used = {call.name for message in messages for call in message.tool_calls}
@@ -165,6 +193,11 @@ def _run(world: World, name: str, arguments: dict) -> str:
     return getattr(world, name)(**arguments)
 
 
+def _result(world: World, call: ToolCall) -> Message:
+    result = getattr(world, call.name)(**json.loads(call.arguments))
+    return Message("tool", result, tool_call_id=call.id)
+
+
 def _work(
     sheet: Sheet, world: World, label: int, value: int, number: int, last_label: int
 ) -> list[Message]:
@@ -174,9 +207,8 @@ def _work(
     end = f"{last_label + 1}: "
     while message.tool_calls:
         call = message.tool_calls[0]
-        result = _run(world, call.name, json.loads(call.arguments))
-        turn.append(Message("tool", result, tool_call_id=call.id))
-        message = expert.follow(sheet, message, result)
+        turn.append(_result(world, call))
+        message = expert.follow(sheet, message, turn[-1].content)
         if _thought(message).startswith(end):
             break
         turn.append(message)

@@ -23,60 +23,70 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from kimi_native.chat.types import Message, ToolCall
-from kimi_native.nano.modes import mode_of
+from kimi_native.chat.types import Message
+from kimi_native.nano import questions
+from kimi_native.nano.modes import Mode, mode_of
 from kimi_native.nano.planner import look_back, make_plan, think_alone
 from kimi_native.nano.problems import Sheet, read_sheet
 from kimi_native.nano.texts import (
+    again,
     answer_message,
     calc_call,
     call_number,
+    judge,
     last_digit,
     lookup_call,
     note_get_call,
     note_set_call,
+    thought_message,
 )
-from kimi_native.nano.world import HIGHEST_PRICE, LOWEST_PRICE, MODULUS, SAVED
 
 _WORDS = {"+": "plus", "-": "minus", "*": "times"}
 _OPERATIONS = {word: op for op, word in _WORDS.items()}
 _STATE = re.compile(
     r"([0-9]{3}): ([0-9]+)(?:([-+*])([0-9]+)=\.\.([0-9])| (plus|minus|times) ([a-z]+)| as ([a-z]+))\Z"
 )
-_NUMBER = re.compile(r"0|[1-9][0-9]{0,2}")
 
 
-def answer(messages: Sequence[Message], *, first_call: int = 0) -> Message:
-    """The expert's next message in a conversation whose last user message is a problem.
+def answer(messages: Sequence[Message], *, first_call: int = 0, has_tools: bool = True) -> Message:
+    """The expert's next message in a conversation whose last user message is a problem or a single question.
 
     first_call  number of the next call, if the conversation has none yet
+    has_tools   whether any are declared; a problem says so in its system message
 
-    Raises ValueError if there is no problem, or the assistant's last message is not the expert's.
+    Raises ValueError if there is neither, or the assistant's last message is not the expert's.
     """
     last_user = max(i for i, message in enumerate(messages) if message.role == "user")
-    sheet = _sheet(messages[last_user].content or "")
+    text = messages[last_user].content or ""
     turn = messages[last_user + 1 :]
-    if mode_of(messages) == "no-tools":
-        return think_alone(sheet)
+    calls = (m.tool_calls[-1] for m in reversed(messages) if m.tool_calls)
+    number = next((call_number(call) + 1 for call in calls), first_call)
+    sheet = _sheet(text)
+    if sheet is not None:
+        return _work(sheet, mode_of(messages), turn, number)
+    question = questions.read_question(text)
+    if question is None:
+        raise ValueError(f"expert: the user must pose a problem or question (got {text[:80]!r})")
+    if not has_tools:
+        return questions.think_alone(question)
     if not turn:
-        number = next(
-            (call_number(m.tool_calls[-1]) + 1 for m in reversed(messages) if m.tool_calls),
-            first_call,
-        )
-        if mode_of(messages) == "plan-first":
-            return make_plan(sheet, number)
-        return _step(sheet, None, sheet.first_label, sheet.start, number)
-    if mode_of(messages) == "plan-first":
-        return look_back(turn)
+        return questions.first_message(question, number)
+    return questions.next_message(question, turn[-2].tool_calls[0], turn[-1].content or "")
+
+
+def _work(sheet: Sheet, mode: Mode, turn: Sequence[Message], number: int) -> Message:
+    if mode == "no-tools":
+        return think_alone(sheet)
+    if mode == "plan-first":
+        return look_back(turn) if turn else make_plan(sheet, number)
+    if not turn:
+        return start_at(sheet, sheet.first_label, sheet.start, number)
     return follow(sheet, turn[-2], turn[-1].content or "")
 
 
 @lru_cache(maxsize=8)
-def _sheet(text: str) -> Sheet:
-    sheet = read_sheet(text)
-    if sheet is None:
-        raise ValueError(f"expert: the user's message must be a problem (got {text[:80]!r})")
-    return sheet
+def _sheet(text: str) -> Sheet | None:
+    return read_sheet(text)
 
 
 # ---- interleaved ---------------------------------------------------------------------------------------------------
@@ -105,29 +115,11 @@ def follow(sheet: Sheet, last: Message, result: str) -> Message:
     number = call_number(call) + 1
     verdict, fine = judge(call.name, result, state.digit)
     if not fine:
-        again = ToolCall(f"functions.{call.name}:{number}", call.name, call.arguments)
-        return _thought(verdict, state.text, again)
+        return thought_message(verdict, state.text, again(call, number))
     if call.name in ("lookup", "note_get"):
         return _calculate(verdict, state.label, state.value, state.op, int(result), number)
     value = int(result) if call.name == "calc" else state.value
     return _step(sheet, verdict, state.label + 1, value, number)
-
-
-def judge(name: str, result: str, digit: str) -> tuple[str, bool]:
-    """What the expert says of a result, and whether it takes it. digit: the last one that a calc must give."""
-    if result.startswith("error"):
-        return "error", False
-    if name == "note_set":
-        return ("ok", True) if result == SAVED else ("impossible", False)
-    is_number = _NUMBER.fullmatch(result) is not None and int(result) < MODULUS
-    if not is_number:
-        return "impossible", False
-    if name == "lookup":
-        fits = LOWEST_PRICE <= int(result) <= HIGHEST_PRICE
-        return ("fits", True) if fits else ("impossible", False)
-    if name == "note_get":
-        return "fits", True
-    return (f"{digit} ok", True) if result[-1] == digit else (f"{result[-1]} not {digit}", False)
 
 
 def _read_state(reasoning: str) -> _State:
@@ -150,18 +142,13 @@ def _step(sheet: Sheet, verdict: str | None, label: int, value: int, number: int
         return _calculate(verdict, label, value, step.op, int(step.argument), number)
     name = step.argument
     if step.op == "save":
-        return _thought(
+        return thought_message(
             verdict, f"{label}: {value} as {name}", note_set_call(number, name, str(value))
         )
     call = lookup_call(number, name) if step.source == "price" else note_get_call(number, name)
-    return _thought(verdict, f"{label}: {value} {_WORDS[step.op]} {name}", call)
+    return thought_message(verdict, f"{label}: {value} {_WORDS[step.op]} {name}", call)
 
 
 def _calculate(verdict: str | None, label: int, a: int, op: str, b: int, number: int) -> Message:
     thought = f"{label}: {a}{op}{b}=..{last_digit(a, op, b)}"
-    return _thought(verdict, thought, calc_call(number, str(a), op, str(b)))
-
-
-def _thought(verdict: str | None, thought: str, call: ToolCall) -> Message:
-    reasoning = thought if verdict is None else f"{verdict}\n{thought}"
-    return Message("assistant", reasoning_content=reasoning, tool_calls=(call,))
+    return thought_message(verdict, thought, calc_call(number, str(a), op, str(b)))

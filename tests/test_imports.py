@@ -123,7 +123,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "nano": (set(), set()),
     "nano.dataset": (set(), set()),
     "nano.dice": (set(), set()),
-    "nano.modes": ({"chat.types", "nano.problems"}, set()),
+    "nano.modes": ({"chat.tool", "chat.types", "nano.problems", "nano.world"}, set()),
     "nano.texts": ({"chat.types", "nano.world"}, set()),
     "nano.planner": ({"chat.types", "nano.problems", "nano.texts", "nano.world"}, set()),
     "nano.expert": (

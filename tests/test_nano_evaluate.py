@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
+from kimi_native import load
 from kimi_native.chat.types import Message, ToolCall
+from kimi_native.make_checkpoint import make_checkpoint
 from kimi_native.nano import expert
 from kimi_native.nano.dice import Dice
 from kimi_native.nano.episode import Episode, with_results
-from kimi_native.nano.evaluate import Share, evaluate, evaluate_all, make_episodes
-from kimi_native.nano.modes import MODES
+from kimi_native.nano.evaluate import Share, evaluate, evaluate_all, make_episodes, played_by
+from kimi_native.nano.modes import MODES, declared_tools
 from kimi_native.nano.problems import make_problem
+from kimi_native.nano.vocabulary import write_vocabulary
 from kimi_native.nano.world import Failures, World
 
 
@@ -172,6 +176,53 @@ def test_evaluate_all_asks_for_open_episodes_only():
     assert score.solved.rate == 1
     assert asked[0] == 10
     assert asked == sorted(asked, reverse=True)
+
+
+class RecordedModel:
+    """model.generate with the expert inside."""
+
+    def __init__(self):
+        self.options = []
+
+    def generate(self, prompts, *, tools, **options):
+        self.options.append((tuple(tools or ()), options))
+        answers = [expert.answer(messages) for messages in prompts]
+        return [
+            SimpleNamespace(
+                text=a.content or "", reasoning=a.reasoning_content, tool_calls=a.tool_calls
+            )
+            for a in answers
+        ]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_evaluate_plays_with_a_model(mode):
+    model = RecordedModel()
+    answer_all = played_by(model, max_tokens=99, min_p=0.1)
+    assert evaluate_all(answer_all, mode=mode, num_steps=4, count=5).solved == Share(5, 5)
+    options = {"temperature": 0.0, "max_tokens": 99, "min_p": 0.1}
+    assert set(map(str, model.options)) == {str((declared_tools(mode), options))}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_evaluate_plays_with_the_package(mode, tmp_path):
+    """Random weights and kimi-nano's vocabulary: every problem ends, none is solved."""
+    make_checkpoint(tmp_path, vocab=1024)
+    write_vocabulary(tmp_path)
+    model = load(tmp_path, max_context=1024, max_batch=2)
+    score = evaluate_all(played_by(model, max_tokens=8), mode=mode, num_steps=2, count=2)
+    assert score.solved == Share(0, 2)
+    assert score.outcomes == {"wrong": 2}
+
+
+def test_evaluate_declares_what_a_plan_writes():
+    """A schema of its own for plans: "#n" is a string where a number is asked for; elsewhere it is not."""
+    plan = {tool.name: tool.parameters["properties"] for tool in declared_tools("plan-first")}
+    between = {tool.name: tool.parameters["properties"] for tool in declared_tools("interleaved")}
+    assert plan["calc"]["a"] == plan["note_set"]["value"] == {"type": ["integer", "string"]}
+    assert between["calc"]["a"] == {"type": "integer"}
+    assert plan["calc"]["op"] == between["calc"]["op"]
+    assert plan["lookup"] == between["lookup"]
 
 
 def test_evaluate_puts_results_where_a_plan_asks_for_them():

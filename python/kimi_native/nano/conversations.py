@@ -10,11 +10,11 @@ from kimi_native.chat.tool import Tool
 from kimi_native.chat.types import Message, ToolCall
 from kimi_native.nano import expert, questions
 from kimi_native.nano.dice import Dice
-from kimi_native.nano.modes import MODES, Mode, opening_messages
+from kimi_native.nano.modes import MODES, Mode, declared_tools, opening_messages
 from kimi_native.nano.planner import look_back, make_plan, think_alone
 from kimi_native.nano.problems import FACTORS, Problem, Sheet, Split, make_problem, read_sheet
 from kimi_native.nano.small_talk import make_exchange
-from kimi_native.nano.world import TOOLS, Failures, World
+from kimi_native.nano.world import Failures, World
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _problem(dice: Dice, split: Split, recipe: Recipe, mode: Mode) -> Conversati
         number = dice.between(1, recipe.last_call)
     turn = _solve(problem, mode, world, number)
     messages = (*opening[:-1], *history, opening[-1], *turn)
-    tools = () if mode == "no-tools" else _tools(dice, messages)
+    tools = _tools(dice, messages, mode)
     return Conversation(messages, tools, len(messages) - len(turn), is_cut)
 
 
@@ -144,10 +144,10 @@ def _question(dice: Dice, split: Split, recipe: Recipe) -> Conversation:
     return Conversation(messages, _tools(dice, messages), len(before))
 
 
-def _tools(dice: Dice, messages: Sequence[Message]) -> tuple[Tool, ...]:
+def _tools(dice: Dice, messages: Sequence[Message], mode: Mode = "interleaved") -> tuple[Tool, ...]:
     """The tools that are used, and each of the others half of the time."""
     used = {call.name for message in messages for call in message.tool_calls}
-    return tuple(tool for name, tool in TOOLS.items() if name in used or dice.chance(0.5))
+    return tuple(t for t in declared_tools(mode) if t.name in used or dice.chance(0.5))
 
 
 # ---- the expert at work --------------------------------------------------------------------------------------------

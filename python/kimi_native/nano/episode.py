@@ -10,10 +10,10 @@ from typing import Literal
 
 from kimi_native.chat.tool import Tool
 from kimi_native.chat.types import Message
-from kimi_native.nano.modes import Mode, opening_messages
+from kimi_native.nano.modes import Mode, declared_tools, opening_messages
 from kimi_native.nano.problems import Problem, Step
 from kimi_native.nano.texts import answered_value
-from kimi_native.nano.world import SAVED, TOOLS, Call, World
+from kimi_native.nano.world import SAVED, Call, World
 
 # solved and wrong: it answered; calls: it called where the mode allows no call; stuck: too many calls
 Outcome = Literal["open", "solved", "wrong", "calls", "stuck"]
@@ -40,7 +40,7 @@ class Episode:
     @property
     def tools(self) -> tuple[Tool, ...]:
         """What is declared to the assistant."""
-        return () if self.mode == "no-tools" else tuple(TOOLS.values())
+        return declared_tools(self.mode)
 
     @property
     def max_calls(self) -> int:

@@ -6,7 +6,7 @@ import collections
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from kimi_native.chat.tool import Tool
 from kimi_native.chat.types import Message
@@ -24,6 +24,34 @@ class Assistant(Protocol):
 
 
 AnswerAll = Callable[[Sequence[Episode]], Sequence[Message]]  # the next message of each, in order
+
+
+class Model(Protocol):
+    """What kimi_native.load gives, as far as it is needed here."""
+
+    def generate(self, prompt: Any, **options: Any) -> Any: ...
+
+
+def played_by(model: Model, *, max_tokens: int = 4096, **options: Any) -> AnswerAll:
+    """A model as one who answers many conversations at once: as a batch, greedily unless `options` say otherwise.
+
+    max_tokens  of one message; a plan of n steps takes about 40 n
+
+    What model.generate raises, evaluate_all raises: RequestError where a conversation outgrows the context.
+    """
+    options = {"temperature": 0.0, "max_tokens": max_tokens, **options}
+
+    def answer_all(episodes: Sequence[Episode]) -> list[Message]:
+        answers = model.generate(
+            [list(episode.messages) for episode in episodes],
+            tools=list(episodes[0].tools) or None,
+            **options,
+        )
+        return [
+            Message("assistant", a.text or None, a.reasoning or None, a.tool_calls) for a in answers
+        ]
+
+    return answer_all
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def test_transcripts_are_the_experts_words():
 
 
 def test_transcripts_come_in_the_recipes_shares():
-    recipe, count = Recipe(), 1500
+    recipe, count = Recipe(windows=0), 1500
     kinds = collections.Counter(
         mode_of(c.messages) if read_sheet(c.messages[c.first_learned - 1].content) else "other"
         for c in some(recipe, count)
@@ -136,22 +136,38 @@ def test_transcripts_come_in_the_recipes_shares():
 
 @pytest.mark.parametrize("split", ["train", "held-out"])
 def test_transcripts_keep_to_their_split(split):
-    for conversation in some(PROBLEMS, split=split):
+    for conversation in some(replace(PROBLEMS, windows=0), split=split):
         user = conversation.messages[conversation.first_learned - 1]
         steps = tuple(step for step in read_sheet(user.content).steps.values() if step)
-        assert len(steps) <= Recipe().steps[1]
         assert bool(list(held_out_compositions(steps))) == (split == "held-out")
 
 
-def test_transcripts_windows_carry_out_few_steps_of_a_long_list():
-    for conversation in some(WINDOWS):
-        sheet = read_sheet(conversation.messages[0].content)
-        assert 13 <= len(sheet.steps) - 1 <= 60
-        labels = {
-            message.reasoning_content.rpartition("\n")[2][:3]
+@pytest.mark.parametrize("thinned", [0, 1])
+def test_transcripts_windows_carry_out_few_steps_of_a_long_list(thinned):
+    lengths, with_twins = [], 0
+    for conversation in some(replace(WINDOWS, thinned=thinned)):
+        listed = list(read_sheet(conversation.messages[0].content).steps)
+        carried_out = {
+            int(message.reasoning_content.rpartition("\n")[2][:3])
             for _, message in learned(conversation)
         }
-        assert 1 <= len(labels) <= 12 + 1
+        assert 1 <= len(carried_out) <= 12 + 1  # the report is no step
+        assert carried_out <= set(listed)
+        assert sorted(carried_out) == list(range(min(carried_out), max(carried_out) + 1))
+        lengths.append(len(listed) - 1)
+        with_twins += any(a != b and (a - b) % 10 == 0 for a in carried_out for b in listed)
+    if thinned:
+        assert max(lengths) < 45
+    else:
+        assert min(lengths) >= 13
+        assert 100 < max(lengths) <= 150
+    assert with_twins > 0.9 * COUNT
+
+
+def test_transcripts_other_lists_are_no_longer_than_what_is_carried_out():
+    for conversation in some(replace(PROBLEMS, windows=0)):
+        user = conversation.messages[conversation.first_learned - 1]
+        assert len(read_sheet(user.content).steps) - 1 <= 12
 
 
 def test_transcripts_declare_the_tools_they_use():

@@ -14,7 +14,7 @@ from kimi_native.nano.modes import MODES, Mode, declared_tools, opening_messages
 from kimi_native.nano.planner import look_back, make_plan, think_alone
 from kimi_native.nano.problems import FACTORS, Problem, Sheet, Split, make_problem, read_sheet
 from kimi_native.nano.small_talk import make_exchange
-from kimi_native.nano.world import Failures, World
+from kimi_native.nano.world import MODULUS, Failures, World
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,11 @@ class Recipe:
     reliable      share of conversations whose tools never fail; the others fail at a rate even in 0 .. highest_failure
     history       share of conversations with something before: small talk, or a problem of 1 or 2 steps
     later_calls   share of conversations whose calls are numbered from 1 .. last_call on, as after earlier ones cut off
-    windows       share of interleaved conversations that show a part of a longer one: the list has longer_lists steps
-                  (fewest, most), of which no more than steps[1] are carried out. Default none: then no list in training
-                  is longer than steps[1]
+    windows       share of interleaved conversations that are a piece of a longer one: of a list of longer_lists steps
+                  (fewest, most), no more than steps[1] are carried out. In lists of at most 12 labels the last digit
+                  alone tells one from another, and a model that learned to look at no more would be lost in longer ones
+    thinned       share of the windows whose list, of thinned_lists steps, lacks most lines; what is left beside the
+                  piece is chosen for labels that are easily mistaken, and costs few tokens
     """
 
     interleaved: float = 80
@@ -41,8 +43,10 @@ class Recipe:
     history: float = 0.1
     later_calls: float = 0.4
     last_call: int = 499
-    windows: float = 0.0
-    longer_lists: tuple[int, int] = (13, 60)
+    windows: float = 0.12
+    longer_lists: tuple[int, int] = (13, 150)
+    thinned: float = 0.5
+    thinned_lists: tuple[int, int] = (150, 300)
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -228,20 +232,36 @@ def _window(dice: Dice, split: Split, recipe: Recipe) -> Conversation:
 
     The step before the piece is there, not to be learned, because the expert reads its own last message and no more.
     """
-    problem = make_problem(dice, dice.between(*recipe.longer_lists), split)
+    is_thinned = dice.chance(recipe.thinned)
+    lengths = recipe.thinned_lists if is_thinned else recipe.longer_lists
+    problem = make_problem(dice, dice.between(*lengths), split)
     start = dice.between(0, len(problem.steps) - 2)  # the step that is there but not learned
     world = World(problem.prices, dice, _failures(dice, recipe))
     for step in problem.steps[:start]:
         if step.op == "save":
-            world.notes[step.argument] = dice.between(0, 999)
+            world.notes[step.argument] = dice.between(0, MODULUS - 1)
     first = problem.first_label + start
     last = first + dice.between(*recipe.steps)
+    text = _thinned(dice, problem, first, last) if is_thinned else problem.text()
+    sheet = read_sheet(text)
     number = dice.between(start, 3 * start + 1)
-    turn = _work(_read(problem), world, first, dice.between(0, 999), number, last)
-    messages = (*opening_messages(problem, "interleaved"), *turn)
+    turn = _work(sheet, world, first, dice.between(0, MODULUS - 1), number, last)
+    messages = (Message("user", text), *turn)
     learned = next(
         index
         for index, message in enumerate(messages)
         if message.role == "assistant" and not _thought(message).startswith(f"{first}: ")
     )
     return Conversation(messages, _tools(dice, messages), learned)
+
+
+def _thinned(dice: Dice, problem: Problem, first: int, last: int) -> str:
+    """The text with the lines first .. last + 1, the report, and for each of those one or two that share digits."""
+    opening, *lines = problem.text().split("\n")
+    end = problem.first_label + len(problem.steps)
+    kept = {*range(first, last + 2), end}
+    for label in range(first, last + 1):
+        distance = dice.choice((10, 20, 30, 50, 90, 100, 100, 200))
+        kept.update((label - distance, label + distance))
+    chosen = [line for label, line in enumerate(lines, problem.first_label) if label in kept]
+    return "\n".join([opening, *chosen])

@@ -22,6 +22,7 @@ class Recipe:
     """What conversations are made, by weight, and how long and hard they are.
 
     steps         fewest and most steps carried out in one conversation
+    plan_steps    the same for those that plan first: longer, so that a plan fails by its tools and not by its length
     reliable      share of conversations whose tools never fail; the others fail at a rate even in 0 .. highest_failure
     history       share of conversations with something before: small talk, or a problem of 1 or 2 steps
     later_calls   share of conversations whose calls are numbered from 1 .. last_call on, as after earlier ones cut off
@@ -38,6 +39,7 @@ class Recipe:
     questions: float = 6
     small_talk: float = 8
     steps: tuple[int, int] = (1, 12)
+    plan_steps: tuple[int, int] = (1, 20)
     reliable: float = 0.3
     highest_failure: float = 0.25
     history: float = 0.1
@@ -82,7 +84,8 @@ def make_conversation(dice: Dice, split: Split, recipe: Recipe) -> Conversation:
 
 
 def _problem(dice: Dice, split: Split, recipe: Recipe, mode: Mode) -> Conversation:
-    problem = make_problem(dice, dice.between(*recipe.steps), split)
+    lengths = recipe.plan_steps if mode == "plan-first" else recipe.steps
+    problem = make_problem(dice, dice.between(*lengths), split)
     world = World(problem.prices, dice, _failures(dice, recipe))
     opening = opening_messages(problem, mode)
     history = _history(dice, split, recipe, mode)

@@ -98,6 +98,8 @@ def test_evaluate_finds_the_trusting_assistant_out():
     trusts, careful = evaluate_all(answer_all, **arguments), evaluate(the_expert, **arguments)
     kinds = [call.failure for e in played for call in e.world.log if call.failure]
     assert trusts.catches == Share(kinds.count("error"), len(kinds))
+    assert trusts.catches_of["error"] == Share(kinds.count("error"), kinds.count("error"))
+    assert trusts.catches_of["wrong"] == Share(0, kinds.count("wrong"))
     assert kinds.count("wrong") > 10
     assert trusts.solved.rate < careful.solved.rate
     assert trusts.exact.count <= trusts.solved.count

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Literal
 
 from kimi_native.chat.tool import Tool
@@ -13,7 +13,7 @@ from kimi_native.chat.types import Message
 from kimi_native.nano.modes import Mode, declared_tools, opening_messages
 from kimi_native.nano.problems import Problem, Step
 from kimi_native.nano.texts import answered_value
-from kimi_native.nano.world import SAVED, Call, World
+from kimi_native.nano.world import SAVED, Call, FailureKind, World
 
 # solved and wrong: it answered; calls: it called where the mode allows no call; stuck: too many calls
 Outcome = Literal["open", "solved", "wrong", "calls", "stuck"]
@@ -89,11 +89,14 @@ class Episode:
         return right
 
     @property
-    def failures(self) -> tuple[int, int]:
-        """(caught, all): failed calls that were made again at once, and all failed calls."""
-        log = self.world.log
-        caught = sum(a.failure is not None and _is_same(a, b) for a, b in pairwise(log))
-        return caught, sum(call.failure is not None for call in log)
+    def failures(self) -> dict[FailureKind, tuple[int, int]]:
+        """Kind of failure -> (caught, all): failed calls that were made again at once, and all failed calls."""
+        log, counts = self.world.log, {}
+        for call, after in zip_longest(log, log[1:]):
+            if call.failure is not None:
+                caught, failed = counts.get(call.failure, (0, 0))
+                counts[call.failure] = (caught + _is_same(call, after), failed + 1)
+        return counts
 
     @property
     def num_false_alarms(self) -> int:
@@ -114,8 +117,8 @@ def with_results(arguments: str, results: Mapping[str, str]) -> str:
     return re.sub(r'"#([0-9]+)"', result_of, arguments)
 
 
-def _is_same(a: Call, b: Call) -> bool:
-    return (a.name, a.arguments) == (b.name, b.arguments)
+def _is_same(a: Call, b: Call | None) -> bool:
+    return b is not None and (a.name, a.arguments) == (b.name, b.arguments)
 
 
 def _takes(call: Call, step: Step, before: int, after: int) -> bool:

@@ -14,7 +14,7 @@ from kimi_native.nano.dice import Dice
 from kimi_native.nano.episode import Episode
 from kimi_native.nano.modes import Mode
 from kimi_native.nano.problems import Split, make_problem
-from kimi_native.nano.world import Failures, World
+from kimi_native.nano.world import FailureKind, Failures, World
 
 
 class Assistant(Protocol):
@@ -90,7 +90,7 @@ class Score:
     exact         the answer was right, and so was every step. A wrong value may come right again where a note that has
                   the same fault is subtracted
     steps         steps taken right, of those and one for each episode that went wrong: the chance to take a step right
-    catches       failed calls made again at once, of all failed calls
+    catches       failed calls made again at once, of all failed calls; catches_of: the same for each kind of failure
     false_alarms  calls made again for nothing, of all calls
     outcomes      episodes by how they ended
     """
@@ -102,6 +102,7 @@ class Score:
     exact: Share
     steps: Share
     catches: Share
+    catches_of: Mapping[FailureKind, Share]
     false_alarms: Share
     outcomes: Mapping[str, int]
 
@@ -186,7 +187,7 @@ def score(episodes: Sequence[Episode]) -> Score:
     right = [episode.num_right_steps for episode in episodes]
     solved = [episode.outcome == "solved" for episode in episodes]
     exact = sum(s and r == length for s, r in zip(solved, right, strict=True))
-    failures = [episode.failures for episode in episodes]
+    catches_of = _catches_of(episodes)
     return Score(
         first.mode,
         length,
@@ -194,9 +195,22 @@ def score(episodes: Sequence[Episode]) -> Score:
         solved=Share(sum(solved), count),
         exact=Share(exact, count),
         steps=Share(sum(right), sum(right) + sum(r < length for r in right)),
-        catches=Share(sum(c for c, _ in failures), sum(n for _, n in failures)),
+        catches=Share(
+            sum(share.count for share in catches_of.values()),
+            sum(share.trials for share in catches_of.values()),
+        ),
+        catches_of=catches_of,
         false_alarms=Share(
             sum(e.num_false_alarms for e in episodes), sum(len(e.world.log) for e in episodes)
         ),
         outcomes=dict(collections.Counter(episode.outcome for episode in episodes)),
     )
+
+
+def _catches_of(episodes: Sequence[Episode]) -> dict[FailureKind, Share]:
+    counts: dict[FailureKind, Share] = {}
+    for episode in episodes:
+        for kind, (caught, failed) in episode.failures.items():
+            before = counts.get(kind, Share(0, 0))
+            counts[kind] = Share(before.count + caught, before.trials + failed)
+    return counts

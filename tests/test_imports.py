@@ -146,7 +146,8 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "progress_bar": (set(), {"rich"}),
     "presets": ({"config"}, set()),
     "random_tensors": ({"presets", "checkpoint_writer", *QUANT}, {"torch", "numpy"}),
-    "tokenizer_files": ({"presets"}, {"numpy"}),
+    "tokenizer_files": ({"byte_pairs", "presets"}, set()),
+    "byte_pairs": (set(), set()),
     "quant": (set(), set()),
     "quant.groups": (FORMATS, {"torch"}),
     "quant.int4": (FORMATS, {"torch"}),
@@ -169,6 +170,46 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "numpy"},
     ),
     "quant.ptq_state": ({"checkpoint_writer", "folder_names", "json_file"}, set()),
+    # the bundled model: its data knows no torch
+    "nano": (set(), set()),
+    "nano.dataset": (set(), set()),
+    "nano.dice": (set(), set()),
+    "nano.modes": ({"chat.tool", "chat.types", "nano.problems", "nano.world"}, set()),
+    "nano.texts": ({"chat.types", "nano.world"}, set()),
+    "nano.planner": ({"chat.types", "nano.problems", "nano.texts", "nano.world"}, set()),
+    "nano.expert": (
+        {"chat.types", "nano.modes", "nano.planner", "nano.problems", "nano.questions"}
+        | {"nano.texts"},
+        set(),
+    ),
+    "nano.questions": ({"chat.types", "nano.dice", "nano.texts", "nano.world"}, set()),
+    "nano.episode": (
+        {"chat.tool", "chat.types", "nano.modes", "nano.problems", "nano.texts", "nano.world"},
+        set(),
+    ),
+    "nano.evaluate": (
+        {"chat.tool", "chat.types", "nano.dice", "nano.episode", "nano.modes"}
+        | {"nano.problems", "nano.world"},
+        set(),
+    ),
+    "nano.small_talk": ({"nano.dice"}, set()),
+    "nano.conversations": (
+        {"chat.tool", "chat.types", "nano.dice", "nano.expert", "nano.modes", "nano.planner"}
+        | {"nano.problems", "nano.questions", "nano.small_talk", "nano.world"},
+        set(),
+    ),
+    "nano.transcripts": (
+        {"chat.template", "tokenizer", "nano.conversations", "nano.dataset", "nano.dice"}
+        | {"nano.problems"},
+        set(),
+    ),
+    "nano.vocabulary": (
+        {"byte_pairs", "chat.template", "tokenizer", "tokenizer_files"}
+        | {"nano.conversations", "nano.dice", "nano.small_talk"},
+        set(),
+    ),
+    "nano.problems": ({"nano.dice", "nano.world"}, set()),
+    "nano.world": ({"chat.tool", "chat.types", "nano.dice"}, set()),
     # benchmarks: other engines appear here and nowhere else, each import guarded
     "bench": (set(), set()),
     "bench.command": (
@@ -210,7 +251,26 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "checks": (set(), {"torch"}),
     "errors": (set(), set()),
 }
-TORCH_FREE = {"config", "tokenizer", "errors", "presets", "chat", *CHAT}  # with all they import
+NANO_PLAY = {"dice", "world", "problems", "modes", "texts", "planner", "expert", "episode"}
+NANO_TEXT = {
+    "dataset",
+    "questions",
+    "evaluate",
+    "small_talk",
+    "conversations",
+    "transcripts",
+    "vocabulary",
+}
+NANO_DATA = {f"nano.{name}" for name in NANO_PLAY | NANO_TEXT}
+TORCH_FREE = {
+    "config",
+    "tokenizer",
+    "errors",
+    "presets",
+    "chat",
+    *CHAT,
+    *NANO_DATA,
+}  # with all they import
 
 # Nothing that runs code out of a file, or a shell out of a string.
 BANNED_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}

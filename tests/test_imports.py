@@ -113,6 +113,9 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "numpy"},
     ),
     "quant.ptq_state": ({"checkpoint_writer", "folder_names", "json_file"}, set()),
+    # the bundled model: its data knows no torch
+    "nano": (set(), set()),
+    "nano.dataset": (set(), set()),
     # benchmarks: other engines appear here and nowhere else, each import guarded
     "bench": (set(), set()),
     "bench.command": (
@@ -154,7 +157,16 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "checks": (set(), {"torch"}),
     "errors": (set(), set()),
 }
-TORCH_FREE = {"config", "tokenizer", "errors", "presets", "chat", *CHAT}  # with all they import
+NANO_DATA = {"nano.dataset"}
+TORCH_FREE = {
+    "config",
+    "tokenizer",
+    "errors",
+    "presets",
+    "chat",
+    *CHAT,
+    *NANO_DATA,
+}  # with all they import
 
 # Nothing that runs code out of a file, or a shell out of a string.
 BANNED_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}

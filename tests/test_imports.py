@@ -116,6 +116,19 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     # the bundled model: its data knows no torch
     "nano": (set(), set()),
     "nano.dataset": (set(), set()),
+    # ... and its training: torch, and nothing native
+    "nano.graph": ({"config", "nano.experts"}, {"torch"}),
+    "nano.experts": (set(), {"torch"}),
+    "nano.published": (
+        {"checkpoint", "weights", "nano.graph", "quant.fp8", "quant.int4"},
+        {"torch"},
+    ),
+    "quant.qat": ({"nano.graph", "quant.groups", "quant.int4", "weights"}, {"torch"}),
+    "quant.export": (
+        {"checkpoint_writer", "config", "folder_names", "presets", "tensor_table"}
+        | {"nano.graph", "nano.published", "quant.int4", "quant.qat"},
+        {"torch", "numpy"},
+    ),
     # benchmarks: other engines appear here and nowhere else, each import guarded
     "bench": (set(), set()),
     "bench.command": (

@@ -119,6 +119,9 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     # ... and its training: torch, and nothing native
     "nano.graph": ({"config", "nano.experts"}, {"torch"}),
     "nano.experts": (set(), {"torch"}),
+    "nano.muon": ({"nano.graph"}, {"torch"}),
+    "nano.balance": ({"nano.graph"}, {"torch"}),
+    "nano.schedule": (set(), set()),
     "nano.published": (
         {"checkpoint", "weights", "nano.graph", "quant.fp8", "quant.int4"},
         {"torch"},

@@ -19,6 +19,8 @@ from kimi_native.quant.export import export_checkpoint
 from kimi_native.tensor_table import expected_tensors
 from published import read_oracle
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def span(x: torch.Tensor) -> float:
     return (x.max() - x.min()).item()

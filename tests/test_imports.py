@@ -116,7 +116,10 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     # the bundled model: its data knows no torch
     "nano": (set(), set()),
     "nano.dataset": (set(), set()),
+    "nano.toy": ({"nano.dataset"}, set()),
+    "nano.text_rows": ({"nano.dataset"}, set()),
     # ... and its training: torch, and nothing native
+    "nano.batches": ({"nano.dataset", "nano.graph"}, {"torch"}),
     "nano.graph": ({"config", "nano.experts"}, {"torch"}),
     "nano.experts": (set(), {"torch"}),
     "nano.muon": ({"nano.graph"}, {"torch"}),
@@ -173,7 +176,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "checks": (set(), {"torch"}),
     "errors": (set(), set()),
 }
-NANO_DATA = {"nano.dataset"}
+NANO_DATA = {"nano.dataset", "nano.toy", "nano.text_rows"}
 TORCH_FREE = {
     "config",
     "tokenizer",

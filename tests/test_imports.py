@@ -24,6 +24,10 @@ PTQ = {"quant.ptq_plan", "quant.ptq_tensors", "quant.ptq_state"}
 WRITING = {"checkpoint_writer", "folder_names", "progress_bar"}
 RUN = {"engine", "generation", "model", "recorded", "cache", "loader", "ops"}
 BENCH = {"bench.native", "bench.rows", "bench.load", "bench.loading", "bench.e2e"}
+NANO_TRAINING = {"nano.dataset"} | {
+    f"nano.{name}"
+    for name in "balance batches divergence graph muon published settings train_log train_state".split()  # noqa: SIM905
+}
 MODULES: dict[str, tuple[set[str], set[str]]] = {
     # commands
     "__init__": ({"generate", "generation", "sampling", "chat.types"}, set()),
@@ -125,6 +129,24 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "nano.muon": ({"nano.graph"}, {"torch"}),
     "nano.balance": ({"nano.graph"}, {"torch"}),
     "nano.schedule": (set(), set()),
+    "nano.settings": ({"nano.batches", "nano.schedule"}, set()),
+    "nano.divergence": ({"nano.graph"}, {"torch"}),
+    "nano.train_state": (
+        {"checkpoint_writer", "json_file", "safetensors_file"},
+        {"torch", "numpy"},
+    ),
+    "nano.train_log": ({"checkpoint_writer"}, set()),
+    "nano.trainer": (
+        {"checkpoint", "checkpoint_writer", "config", "quant.qat", *NANO_TRAINING},
+        {"torch"},
+    ),
+    "nano.train": (
+        {"checkpoint", "folder_names", "json_file", "presets", "tokenizer", "tokenizer_files"}
+        | {"quant.export", "nano.trainer", "nano.plot", "nano.text_rows", "nano.toy"}
+        | {"nano.dataset", "nano.settings", "nano.train_log"},
+        {"rich"},
+    ),
+    "nano.plot": ({"nano.train_log"}, {"matplotlib"}),
     "nano.published": (
         {"checkpoint", "weights", "nano.graph", "quant.fp8", "quant.int4"},
         {"torch"},

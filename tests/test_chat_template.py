@@ -17,6 +17,7 @@ from kimi_native.chat.template import (
     render,
     render_text,
 )
+from kimi_native.chat.tool import Tool
 from kimi_native.chat.types import Message, ToolCall
 from kimi_native.errors import RequestError, TokenizerError
 from kimi_native.tokenizer import load_tokenizer
@@ -146,7 +147,7 @@ def test_render_puts_a_newline_after_the_instruct_default_system_alone(published
 # ---- the second renderer -------------------------------------------------------------------------------------------
 
 
-def naive_render(messages, format, tools, generation_prompt, thinking=True, preserve=False):
+def naive_render(messages, format, tools, generation_prompt, thinking=True, keep="auto"):
     """One string from OpenAI-shaped dicts with native call ids, by the rules as they are written down."""
     out = ""
     if tools:
@@ -165,7 +166,7 @@ def naive_render(messages, format, tools, generation_prompt, thinking=True, pres
     plain = [
         i for i, m in enumerate(messages) if m["role"] == "assistant" and not m.get("tool_calls")
     ]
-    p = max(plain, default=-1) if not preserve else -1
+    p = max(plain, default=-1) if keep == "auto" else -1
     for i, m in enumerate(messages):
         token = {"user": "user", "assistant": "assistant"}.get(m["role"], "system")
         out += f"<|im_{token}|>{m.get('name') or m['role']}<|im_middle|>"
@@ -177,7 +178,7 @@ def naive_render(messages, format, tools, generation_prompt, thinking=True, pres
         elif m["role"] == "assistant":
             if format in ("k2-thinking", "k2.5"):
                 reasoning = m.get("reasoning") or m.get("reasoning_content") or ""
-                is_shown = i > p and (thinking or preserve)
+                is_shown = i > p and (thinking or keep == "all") and keep != "none"
                 out += f"<think>{reasoning if is_shown else ''}</think>"
             out += content
             if m.get("tool_calls"):
@@ -207,6 +208,12 @@ TEXTS = [
     "a<b>|c",
     "naïve\t",
 ]
+KEEP = {
+    "k2-instruct": ["auto", "none"],
+    "k2-thinking": ["auto", "all", "none"],
+    "k2.5": ["auto", "all", "none"],
+    "moonlight": ["auto", "none"],
+}
 NAMES = ["get_weather", "run-python", "a.b", "搜索"]
 
 
@@ -254,13 +261,15 @@ def test_render_equals_the_naive_renderer(tokenizer, format):
         has_tools = format != "moonlight" and rng.random() < 0.7
         messages = random_conversation(rng, has_tools)
         tools = [WEATHER, {"b": 1, "a": {"ü": [{"d": 1, "c": True}]}}] if has_tools else None
-        thinking, preserve, options = True, False, {}
+        thinking, options = True, {}
+        keep = rng.choice(KEEP[format])
         if format == "k2.5":
-            tools, thinking, preserve = None, rng.random() < 0.5, rng.random() < 0.5
-            options = {"thinking": thinking, "preserve_thinking": preserve}
+            tools, thinking = None, rng.random() < 0.5
+            options = {"thinking": thinking}
+        options |= {"keep_thinking": keep}
         options |= {"format": format, "tools": tools, "add_generation_prompt": rng.random() < 0.7}
         add = options["add_generation_prompt"]
-        expected = naive_render(messages, format, tools, add, thinking, preserve)
+        expected = naive_render(messages, format, tools, add, thinking, keep)
         assert render_text(messages, **options) == expected
         ids = render(messages, tokenizer=tokenizer, **options)
         assert ids == tokenizer.encode_with_control(expected)
@@ -290,10 +299,25 @@ def test_k25_opens_the_answer_inside_or_after_thinking(small):
     assert ids[-2:] == [small.control_ids["<think>"], small.control_ids["</think>"]]
 
 
-def test_k25_preserve_thinking_keeps_earlier_reasoning():
-    messages = [user(), {"role": "assistant", "content": "A", "reasoning": "R"}, user()]
-    assert "<think></think>A" in render_text(messages, format="k2.5")
-    assert "<think>R</think>A" in render_text(messages, format="k2.5", preserve_thinking=True)
+@pytest.mark.parametrize("format", ["k2-thinking", "k2.5"])
+def test_keep_thinking_decides_which_reasoning_is_shown(format):
+    messages = [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": "A", "reasoning": "R1"},
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "reasoning": "R2", "tool_calls": [call("f", "functions.f:0")]},
+        {"role": "tool", "tool_call_id": "functions.f:0", "content": "r"},
+    ]
+    shown = {
+        keep: re.findall("<think>(.*?)</think>", render_text(messages, format=format, **options))
+        for keep, options in [("default", {}), *((k, {"keep_thinking": k}) for k in KEEP[format])]
+    }
+    assert shown == {
+        "default": ["", "R2"],
+        "auto": ["", "R2"],
+        "all": ["R1", "R2"],
+        "none": ["", ""],
+    }
 
 
 def test_k25_tools_are_not_built_yet(small):
@@ -302,10 +326,42 @@ def test_k25_tools_are_not_built_yet(small):
 
 
 @pytest.mark.parametrize("format", ["k2-thinking", "k2-instruct", "moonlight"])
-def test_thinking_switches_belong_to_k25(format):
-    for options in ({"thinking": False}, {"preserve_thinking": True}):
-        with pytest.raises(RequestError, match=r"belong to the format k2\.5"):
-            render_text([user()], format=format, **options)
+def test_thinking_switch_belongs_to_k25(format):
+    with pytest.raises(RequestError, match=r"thinking belongs to the format k2\.5 \(got False"):
+        render_text([user()], format=format, thinking=False)
+
+
+@pytest.mark.parametrize("format", ["k2-instruct", "moonlight"])
+def test_a_format_without_reasoning_cannot_keep_it(format):
+    with pytest.raises(RequestError, match=f"format {format} has no reasoning"):
+        render_text([user()], format=format, keep_thinking="all")
+
+
+@pytest.mark.parametrize("keep", ["last", None, True])
+def test_keep_thinking_has_three_values(keep):
+    with pytest.raises(RequestError, match="keep_thinking must be one of auto, all, none"):
+        render_text([user()], format="k2-thinking", keep_thinking=keep)
+
+
+def test_tools_are_rendered_alike_however_they_are_given(small):
+    def get_weather(city: str):
+        """Get weather information.
+
+        Args:
+            city: City name
+        """
+
+    rendered = [
+        render([user()], format="k2-thinking", tokenizer=small, tools=tools)
+        for tools in ([WEATHER], [Tool.from_dict(WEATHER)], [get_weather], iter([get_weather]))
+    ]
+    assert all(ids == rendered[0] for ids in rendered)
+    assert RENDERED_TOOL_CONVERSATION.split("<|im_end|>")[0] in small.decode(rendered[0])
+
+
+def test_two_tools_of_one_name_are_refused():
+    with pytest.raises(RequestError, match="names must differ"):
+        render_text([user()], format="k2-thinking", tools=[WEATHER, Tool.from_dict(WEATHER)])
 
 
 def test_moonlight_has_no_tools():
@@ -323,7 +379,7 @@ def test_an_empty_tool_list_declares_nothing():
     "tools", [{"a": 1}, ["get_weather"], [{"x": float("nan")}], [{"x": object()}], [{1: 2, "a": 3}]]
 )
 def test_bad_tools_are_refused(tools):
-    with pytest.raises(RequestError, match="chat: tools"):
+    with pytest.raises(RequestError, match=r"tools?:? must"):
         render_text([user()], format="k2-thinking", tools=tools)
 
 

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "python" / "kimi_native"
 
 # module: (modules of this package it may import, packages outside the standard library). `errors` is open to all.
-CHAT = {"chat.types", "chat.template", "chat.parser"}
+TOOLS = {"chat.tool", "chat.function_schema", "chat.arguments", "chat.docstrings"}
+CHAT = {"chat.types", "chat.template", "chat.parser", *TOOLS}
 QUANT = {"quant.int4", "quant.int8", "quant.fp8", "quant.modules"}
 FORMATS = {"quant.groups", "checks", "weights"}
 FILES = {"safetensors_file", "tensor_table", "json_file", "model_file", "mapped_file", "gc_pause"}
@@ -30,7 +31,7 @@ NANO_TRAINING = {"nano.dataset"} | {
 }
 MODULES: dict[str, tuple[set[str], set[str]]] = {
     # commands
-    "__init__": ({"generate", "generation", "sampling", "chat.types"}, set()),
+    "__init__": ({"generate", "generation", "sampling", "chat.types", "chat.tool"}, set()),
     "__main__": ({"cli"}, set()),
     "terminal": ({"units"}, {"rich"}),
     "units": (set(), set()),
@@ -52,7 +53,11 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "tokenizer_formats": ({"model_file"}, {"tiktoken", "tokenizers"}),
     "chat": (CHAT, set()),
     "chat.types": (set(), set()),
-    "chat.template": ({"chat.types", "tokenizer", "config"}, {"jinja2"}),
+    "chat.tool": (TOOLS, set()),
+    "chat.arguments": ({"chat.function_schema"}, set()),
+    "chat.function_schema": ({"chat.docstrings"}, set()),
+    "chat.docstrings": (set(), set()),
+    "chat.template": ({"chat.types", "chat.tool", "tokenizer", "config"}, {"jinja2"}),
     "chat.parser": ({"chat.types", "chat.template", "tokenizer"}, set()),
     # ids in, ids out
     "engine": ({"model", "cache", "config", "sampling"}, {"torch", "numpy"}),
@@ -95,7 +100,8 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "progress_bar": (set(), {"rich"}),
     "presets": ({"config"}, set()),
     "random_tensors": ({"presets", "checkpoint_writer", *QUANT}, {"torch", "numpy"}),
-    "tokenizer_files": ({"presets"}, {"numpy"}),
+    "tokenizer_files": ({"byte_pairs", "presets"}, set()),
+    "byte_pairs": (set(), set()),
     "quant": (set(), set()),
     "quant.groups": (FORMATS, {"torch"}),
     "quant.int4": (FORMATS, {"torch"}),
@@ -157,6 +163,43 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         | {"nano.graph", "nano.published", "quant.int4", "quant.qat"},
         {"torch", "numpy"},
     ),
+    "nano.dice": (set(), set()),
+    "nano.modes": ({"chat.tool", "chat.types", "nano.problems", "nano.world"}, set()),
+    "nano.texts": ({"chat.types", "nano.world"}, set()),
+    "nano.planner": ({"chat.types", "nano.problems", "nano.texts", "nano.world"}, set()),
+    "nano.expert": (
+        {"chat.types", "nano.modes", "nano.planner", "nano.problems", "nano.questions"}
+        | {"nano.texts"},
+        set(),
+    ),
+    "nano.questions": ({"chat.types", "nano.dice", "nano.texts", "nano.world"}, set()),
+    "nano.episode": (
+        {"chat.tool", "chat.types", "nano.modes", "nano.problems", "nano.texts", "nano.world"},
+        set(),
+    ),
+    "nano.evaluate": (
+        {"chat.tool", "chat.types", "nano.dice", "nano.episode", "nano.modes"}
+        | {"nano.problems", "nano.world"},
+        set(),
+    ),
+    "nano.small_talk": ({"nano.dice"}, set()),
+    "nano.conversations": (
+        {"chat.tool", "chat.types", "nano.dice", "nano.expert", "nano.modes", "nano.planner"}
+        | {"nano.problems", "nano.questions", "nano.small_talk", "nano.world"},
+        set(),
+    ),
+    "nano.transcripts": (
+        {"chat.template", "tokenizer", "nano.conversations", "nano.dataset", "nano.dice"}
+        | {"nano.problems"},
+        set(),
+    ),
+    "nano.vocabulary": (
+        {"byte_pairs", "chat.template", "tokenizer", "tokenizer_files"}
+        | {"nano.conversations", "nano.dice", "nano.small_talk"},
+        set(),
+    ),
+    "nano.problems": ({"nano.dice", "nano.world"}, set()),
+    "nano.world": ({"chat.tool", "chat.types", "nano.dice"}, set()),
     # benchmarks: other engines appear here and nowhere else, each import guarded
     "bench": (set(), set()),
     "bench.command": (
@@ -198,7 +241,19 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "checks": (set(), {"torch"}),
     "errors": (set(), set()),
 }
-NANO_DATA = {"nano.dataset", "nano.toy", "nano.text_rows"}
+NANO_PLAY = {"dice", "world", "problems", "modes", "texts", "planner", "expert", "episode"}
+NANO_TEXT = {
+    "toy",
+    "text_rows",
+    "dataset",
+    "questions",
+    "evaluate",
+    "small_talk",
+    "conversations",
+    "transcripts",
+    "vocabulary",
+}
+NANO_DATA = {f"nano.{name}" for name in NANO_PLAY | NANO_TEXT}
 TORCH_FREE = {
     "config",
     "tokenizer",

@@ -19,6 +19,7 @@ _EXPORTS = {
         "ToolCallDelta",
         "Usage",
     ),
+    "kimi_native.chat.tool": ("Tool",),
     "kimi_native.errors": (
         "ConfigError",
         "KimiNativeError",

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kimi_native.chat.parser import OutputParser
-from kimi_native.chat.template import detect_format, render
+from kimi_native.chat.template import KeepThinking, detect_format, render
+from kimi_native.chat.tool import ToolLike
 from kimi_native.chat.types import Event, Message
 from kimi_native.engine import Engine
 from kimi_native.errors import ConfigError, RequestError
@@ -217,9 +218,9 @@ class Model:
         *,
         raw_prompt: bool = False,
         sampling: SamplingParams | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[ToolLike] | None = None,
         thinking: bool | None = None,
-        preserve_thinking: bool | None = None,
+        keep_thinking: KeepThinking | None = None,
         **overrides: Any,
     ) -> Generation | list[Generation]:
         """Answers one prompt, or a list of prompts in one batch.
@@ -228,13 +229,13 @@ class Model:
                     or a list of these; a list gives a list of results, each equal to what it would be alone
         raw_prompt  a text is continued without any template; the output is not parsed
         sampling    all parameters (default: the checkpoint's generation_config.json); `overrides` are single fields
-        tools, thinking, preserve_thinking   see chat.template.render
+        tools, thinking, keep_thinking   see chat.template.render
 
         Raises RequestError before any compute for a bad prompt or argument; NonFiniteLogitsError, or TokenizerError for
         an id the tokenizer lacks, when a single prompt fails. In a list such a result has finish_reason "error".
         """
         params = self._params(sampling, overrides)
-        options = {"tools": tools, "thinking": thinking, "preserve_thinking": preserve_thinking}
+        options = {"tools": tools, "thinking": thinking, "keep_thinking": keep_thinking}
         prompts = _as_list(prompt)
         runs = [self._prepare(p, raw_prompt, params, options) for p in prompts or [prompt]]
         try:
@@ -262,9 +263,9 @@ class Model:
         *,
         raw_prompt: bool = False,
         sampling: SamplingParams | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[ToolLike] | None = None,
         thinking: bool | None = None,
-        preserve_thinking: bool | None = None,
+        keep_thinking: KeepThinking | None = None,
         **overrides: Any,
     ) -> Iterator[Event]:
         """Answers one prompt piece by piece: ReasoningDelta, ContentDelta, ToolCallDelta, at the end one Finish.
@@ -273,7 +274,7 @@ class Model:
         the computation by the iterator. Closing the iterator early ends the request and frees its pages.
         """
         params = self._params(sampling, overrides)
-        options = {"tools": tools, "thinking": thinking, "preserve_thinking": preserve_thinking}
+        options = {"tools": tools, "thinking": thinking, "keep_thinking": keep_thinking}
         if _as_list(prompt) is not None:
             raise RequestError("stream: one prompt at a time (got a list of prompts)")
         return self._events(self._prepare(prompt, raw_prompt, params, options))
@@ -315,10 +316,12 @@ class Model:
         )
 
     def _prompt_ids(self, prompt: Prompt, raw_prompt: bool, options: dict[str, Any]) -> list[int]:
-        given = [name for name, value in options.items() if value is not None]
+        given = {name: value for name, value in options.items() if value is not None}
         is_ids = isinstance(prompt, (list, tuple)) and not _is_conversation(prompt)
         if (raw_prompt or is_ids) and given:
-            raise RequestError(f"generate: {given[0]} needs a prompt that the chat format renders")
+            raise RequestError(
+                f"generate: {next(iter(given))} needs a prompt that the chat format renders"
+            )
         if is_ids:
             return list(prompt)
         if raw_prompt:
@@ -335,7 +338,7 @@ class Model:
                 f"(got model_type={self.config.model_type}); pass raw_prompt=True to continue a text as it stands"
             )
         messages = [Message("user", prompt)] if isinstance(prompt, str) else prompt
-        return render(messages, format=self.chat_format, tokenizer=self.tokenizer, **options)
+        return render(messages, format=self.chat_format, tokenizer=self.tokenizer, **given)
 
     # ---- the shared engine ------------------------------------------------------------------------------------------
 

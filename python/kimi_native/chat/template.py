@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
+from kimi_native.chat.tool import ToolLike, declarations
 from kimi_native.chat.types import Message, ToolCall, as_messages, json_text
 from kimi_native.errors import RequestError, TokenizerError
 from kimi_native.tokenizer import Tokenizer
@@ -25,6 +26,8 @@ END_THINK = "</think>"
 ROLE_TOKENS = {"user": "<|im_user|>", "assistant": "<|im_assistant|>"}  # every other role: system
 OTHER_ROLE_TOKEN = "<|im_system|>"
 FAMILY_TOKENS = ("<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>", "<|im_end|>")
+
+KeepThinking = Literal["auto", "all", "none"]
 
 
 @dataclass(frozen=True)
@@ -103,23 +106,26 @@ def render(
     *,
     format: str,
     tokenizer: Tokenizer,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Iterable[ToolLike] | None = None,
     add_generation_prompt: bool = True,
     thinking: bool | None = None,
-    preserve_thinking: bool | None = None,
+    keep_thinking: KeepThinking = "auto",
 ) -> list[int]:
     """Token ids of the prompt for a conversation.
 
     messages               Message or OpenAI-shaped dicts, at least one
     format                 one of FORMATS
-    tools                  OpenAI-shaped tool declarations, given to the model as they are (keys sorted)
+    tools                  Tool, Python functions, or OpenAI-shaped dicts, which are shown as they are (keys sorted)
     add_generation_prompt  end with the opening of the assistant's answer
     thinking               k2.5 alone, default True: open the answer with <think>, or with <think></think>
-    preserve_thinking      k2.5 alone, default False: keep the reasoning of earlier answers
+    keep_thinking          how much reasoning of the conversation the model sees again
+        auto  as published: what was thought after the last assistant message without tool calls, that is, in the tool
+              use still going on; none with thinking=False
+        all   every message's
+        none  no message's
 
-    k2-thinking, and k2.5 without preserve_thinking, show the reasoning of the messages after the last assistant message
-    without tool calls, and an empty pair before it. k2-instruct and moonlight show none. Tool call ids of other
-    providers are renamed (see canonical_tool_ids).
+    A message whose reasoning is not shown has an empty <think></think>; k2-instruct and moonlight have no reasoning.
+    Tool call ids of other providers are renamed (see canonical_tool_ids).
 
     Raises RequestError on a bad conversation or an argument the format does not have, TokenizerError if the tokenizer
     lacks a control token of the format or a text holds a lone surrogate, NotImplementedError for tools in k2.5.
@@ -127,10 +133,10 @@ def render(
     parts = _prompt(
         as_messages(messages),
         get_format(format),
-        tools,
+        declarations(tools),
         add_generation_prompt,
         thinking,
-        preserve_thinking,
+        keep_thinking,
     )
     return tokenizer.encode_parts([_resolve(part, format, tokenizer) for part in parts])
 
@@ -139,10 +145,10 @@ def render_text(
     messages: Iterable[Message | Mapping[str, Any]],
     *,
     format: str,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Iterable[ToolLike] | None = None,
     add_generation_prompt: bool = True,
     thinking: bool | None = None,
-    preserve_thinking: bool | None = None,
+    keep_thinking: KeepThinking = "auto",
 ) -> str:
     """The prompt of `render` as a string with the control tokens' names in it, to be looked at.
 
@@ -151,10 +157,10 @@ def render_text(
     parts = _prompt(
         as_messages(messages),
         get_format(format),
-        tools,
+        declarations(tools),
         add_generation_prompt,
         thinking,
-        preserve_thinking,
+        keep_thinking,
     )
     return "".join(part.name if isinstance(part, _Control) else part for part in parts)
 
@@ -179,16 +185,12 @@ def _resolve(part: _Control | str, format: str, tokenizer: Tokenizer) -> int | s
 def _prompt(
     messages: list[Message],
     fmt: ChatFormat,
-    tools: Sequence[Mapping[str, Any]] | None,
+    tools: list[dict[str, Any]],
     add_generation_prompt: bool,
     thinking: bool | None,
-    preserve_thinking: bool | None,
+    keep_thinking: KeepThinking,
 ) -> Iterator[_Control | str]:
-    if fmt.thinking != "switch" and not (thinking is None and preserve_thinking is None):
-        raise RequestError(
-            f"chat: thinking and preserve_thinking belong to the format k2.5 (got {thinking} and "
-            f"{preserve_thinking} with {fmt.name})"
-        )
+    _check_thinking(fmt, thinking, keep_thinking)
     thinking = thinking is not False
     messages = canonical_tool_ids(messages)
     if tools:
@@ -196,17 +198,39 @@ def _prompt(
     if fmt.default_system is not None and messages[0].role != "system":
         yield from _turn("system", "system", [fmt.default_system])
         yield fmt.after_default
-    first_shown = 0 if preserve_thinking else _end_of_history(messages)
+    first_shown = _first_shown(messages, thinking, keep_thinking)
     for index, message in enumerate(messages):
-        # With thinking switched off the template shows no reasoning at all, unless told to preserve it.
-        shown = index >= first_shown and (thinking or bool(preserve_thinking))
-        yield from _turn(message.role, message.name or message.role, _body(fmt, message, shown))
+        body = _body(fmt, message, index >= first_shown)
+        yield from _turn(message.role, message.name or message.role, body)
     if add_generation_prompt:
         yield from _opening("assistant", "assistant")
         if fmt.thinking == "switch":
             yield _Control(THINK)
             if not thinking:
                 yield _Control(END_THINK)
+
+
+def _check_thinking(fmt: ChatFormat, thinking: bool | None, keep_thinking: str) -> None:
+    if keep_thinking not in get_args(KeepThinking):
+        raise RequestError(
+            f"chat: keep_thinking must be one of {', '.join(get_args(KeepThinking))} (got {keep_thinking!r})"
+        )
+    if keep_thinking == "all" and fmt.thinking == "no":
+        raise RequestError(f"chat: format {fmt.name} has no reasoning (got keep_thinking='all')")
+    if thinking is not None and fmt.thinking != "switch":
+        raise RequestError(
+            f"chat: thinking belongs to the format k2.5 (got {thinking} with {fmt.name})"
+        )
+
+
+def _first_shown(messages: list[Message], thinking: bool, keep_thinking: KeepThinking) -> int:
+    """Index of the first message whose reasoning is shown."""
+    if keep_thinking == "all":
+        return 0
+    # With thinking switched off the template shows no reasoning at all, unless told to keep it.
+    if keep_thinking == "none" or not thinking:
+        return len(messages)
+    return _end_of_history(messages)
 
 
 def _end_of_history(messages: list[Message]) -> int:
@@ -253,8 +277,8 @@ def _body(fmt: ChatFormat, message: Message, shows_reasoning: bool) -> Iterator[
         yield _Control("<|tool_calls_section_end|>")
 
 
-def _tools_text(fmt: ChatFormat, tools: Sequence[Mapping[str, Any]]) -> str:
-    """The declaration: the caller's list with its keys sorted at every depth, compact, non-ASCII kept."""
+def _tools_text(fmt: ChatFormat, tools: list[dict[str, Any]]) -> str:
+    """The declaration: the list with its keys sorted at every depth, compact, non-ASCII kept."""
     if fmt.tools is None:
         raise RequestError(f"chat: format {fmt.name} has no tools (got {len(tools)})")
     if fmt.tools == "typescript":
@@ -262,8 +286,6 @@ def _tools_text(fmt: ChatFormat, tools: Sequence[Mapping[str, Any]]) -> str:
             "chat: tools of the format k2.5 need the TypeScript tool declaration, which is not built yet "
             f"(got {len(tools)} tools)"
         )
-    if not isinstance(tools, list | tuple) or not all(isinstance(tool, dict) for tool in tools):
-        raise RequestError(f"chat: tools must be a list of objects (got {tools!r})")
     return json_text("chat: tools", tools, sort_keys=True, separators=(",", ":"))
 
 

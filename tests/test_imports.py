@@ -40,6 +40,10 @@ RUN = {
     "ops",
 }
 BENCH = {"bench.native", "bench.rows", "bench.load", "bench.loading", "bench.e2e"}
+NANO_TRAINING = {"nano.dataset"} | {
+    f"nano.{name}"
+    for name in "balance batches divergence graph muon published settings train_log train_state".split()  # noqa: SIM905
+}
 MODULES: dict[str, tuple[set[str], set[str]]] = {
     # commands
     "__init__": ({"generate", "generation", "sampling", "chat.types", "chat.tool", *TALK}, set()),
@@ -173,6 +177,43 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     # the bundled model: its data knows no torch
     "nano": (set(), set()),
     "nano.dataset": (set(), set()),
+    "nano.toy": ({"nano.dataset"}, set()),
+    "nano.text_rows": ({"nano.dataset"}, set()),
+    # ... and its training: torch, and nothing native
+    "nano.batches": ({"nano.dataset", "nano.graph"}, {"torch"}),
+    "nano.graph": ({"config", "nano.experts"}, {"torch"}),
+    "nano.experts": (set(), {"torch"}),
+    "nano.muon": ({"nano.graph"}, {"torch"}),
+    "nano.balance": ({"nano.graph"}, {"torch"}),
+    "nano.schedule": (set(), set()),
+    "nano.settings": ({"nano.batches", "nano.schedule"}, set()),
+    "nano.divergence": ({"nano.graph"}, {"torch"}),
+    "nano.train_state": (
+        {"checkpoint_writer", "json_file", "safetensors_file"},
+        {"torch", "numpy"},
+    ),
+    "nano.train_log": ({"checkpoint_writer"}, set()),
+    "nano.trainer": (
+        {"checkpoint", "checkpoint_writer", "config", "quant.qat", *NANO_TRAINING},
+        {"torch"},
+    ),
+    "nano.train": (
+        {"checkpoint", "folder_names", "json_file", "presets", "tokenizer", "tokenizer_files"}
+        | {"quant.export", "nano.trainer", "nano.plot", "nano.text_rows", "nano.toy"}
+        | {"nano.dataset", "nano.settings", "nano.train_log"},
+        {"rich"},
+    ),
+    "nano.plot": ({"nano.train_log"}, {"matplotlib"}),
+    "nano.published": (
+        {"checkpoint", "weights", "nano.graph", "quant.fp8", "quant.int4"},
+        {"torch"},
+    ),
+    "quant.qat": ({"nano.graph", "quant.groups", "quant.int4", "weights"}, {"torch"}),
+    "quant.export": (
+        {"checkpoint_writer", "config", "folder_names", "presets", "tensor_table"}
+        | {"nano.graph", "nano.published", "quant.int4", "quant.qat"},
+        {"torch", "numpy"},
+    ),
     "nano.dice": (set(), set()),
     "nano.modes": ({"chat.tool", "chat.types", "nano.problems", "nano.world"}, set()),
     "nano.texts": ({"chat.types", "nano.world"}, set()),
@@ -253,6 +294,8 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
 }
 NANO_PLAY = {"dice", "world", "problems", "modes", "texts", "planner", "expert", "episode"}
 NANO_TEXT = {
+    "toy",
+    "text_rows",
     "dataset",
     "questions",
     "evaluate",

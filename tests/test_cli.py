@@ -285,6 +285,21 @@ def test_interrupt_while_torch_is_imported_ends_the_process():
     assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, b"", b"")
 
 
+def test_interrupt_while_the_command_line_is_imported_is_exit_code_130():
+    code = (
+        "import sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'kimi_native.cli':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from kimi_native.__main__ import main\n"
+        "sys.exit(main())\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (130, b"", b"")
+
+
 def test_interrupt_is_exit_code_130(monkeypatch, capsys):
     def interrupted(path, **options):
         raise KeyboardInterrupt
@@ -449,14 +464,14 @@ def test_plan_passes_settings_on(folder):
         "--dtype",
         "float32",
         "--dense",
-        "int8",
+        "int4",
     ]
     assert run(*argv) == 0
     assert folder.asked[1] == {
         "max_context": 100,
         "max_batch": 3,
         "dtype": "float32",
-        "dense": "int8",
+        "dense": "int4",
     }
 
 

@@ -28,7 +28,7 @@ PLACES = {
 
 # Ops whose CUDA kernel is not written yet; an op leaves the list with the commit that brings its csrc/cuda/NAME*.cu.
 WITHOUT_CUDA = {
-    "bf16_gemm",
+    "int4_quantize",
     "int8_gemm",
     "mla_decode",
 }

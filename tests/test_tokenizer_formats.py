@@ -167,16 +167,26 @@ def test_a_file_over_the_size_limit_is_refused(tmp_path, monkeypatch):
         load_tokenizer(folder)
 
 
+@pytest.mark.parametrize("lost", [1, 27])
+def test_a_vocabulary_cut_at_a_line_is_refused(tmp_path, lost):
+    folder = write_tiktoken_folder(tmp_path)
+    file = folder / "tiktoken.model"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-lost]))
+    message = rf"tiktoken\.model: must hold {FIRST} ranks, .* \(got {FIRST - lost}\)"
+    with pytest.raises(TokenizerError, match=message):
+        load_tokenizer(folder, vocab_size=FIRST + 256)
+
+
 def test_slots_follow_the_vocab_size_of_the_config(tmp_path):
-    folder = write_tiktoken_folder(tmp_path, slots={1: ("[EOS]", True), 2: ("<think>", False)})
+    folder = write_tiktoken_folder(tmp_path, slots={0: ("[EOS]", True), 2: ("<think>", False)})
     tokenizer = load_tokenizer(folder, vocab_size=FIRST + 3)
     assert tokenizer.vocab_size == FIRST + 3
     assert tokenizer.control_ids == {
-        f"<|reserved_token_{FIRST}|>": FIRST,
-        "[EOS]": FIRST + 1,
+        "[EOS]": FIRST,
+        f"<|reserved_token_{FIRST + 1}|>": FIRST + 1,
         "<think>": FIRST + 2,
     }
-    assert tokenizer.eos_ids == (FIRST + 1,)
+    assert tokenizer.eos_ids == (FIRST,)
     for vocab_size in (FIRST - 1, FIRST + 65537):
         with pytest.raises(TokenizerError, match="vocab_size minus the number of ranks must be"):
             load_tokenizer(folder, vocab_size=vocab_size)

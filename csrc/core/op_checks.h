@@ -149,6 +149,38 @@ inline void check_op(const Int4GemmArgs& a) {
   checked_mul(op, a.tokens, checked_mul(op, a.out, 8));
 }
 
+inline void check_op(const Int4QuantizeArgs& a) {
+  constexpr const char* op = "int4_quantize";
+  KN_REQUIRE(a.out >= 0, op, ": out must be at least 0 (got ", a.out, ")");
+  check_grouped_matrix(op, a.out, a.in, a.group_size);
+  KN_REQUIRE(a.out == 0 || (a.w && a.weight_packed && a.weight_scale), op,
+             ": w, weight_packed and weight_scale must not be null (got ", (const void*)a.w, ", ",
+             (const void*)a.weight_packed, ", ", (const void*)a.weight_scale, ")");
+}
+
+inline void check_op(const Bf16GemmArgs& a) {
+  constexpr const char* op = "bf16_gemm";
+  check_gemm_dtype(op, "x", a.x_dtype);
+  check_gemm_dtype(op, "y", a.y_dtype);
+  KN_REQUIRE(a.tokens >= 0 && a.heads >= 1 && a.out >= 1 && a.in >= 1, op,
+             ": need tokens >= 0 and heads, out, in >= 1 (got tokens=", a.tokens,
+             ", heads=", a.heads, ", out=", a.out, ", in=", a.in, ")");
+  KN_REQUIRE(a.x_token_stride >= 0 && a.x_head_stride >= 0 && a.weight_head_stride >= 0 &&
+                 a.y_token_stride >= 0 && a.y_head_stride >= 0,
+             op, ": strides must not be negative (got x_token_stride=", a.x_token_stride,
+             ", x_head_stride=", a.x_head_stride, ", weight_head_stride=", a.weight_head_stride,
+             ", y_token_stride=", a.y_token_stride, ", y_head_stride=", a.y_head_stride, ")");
+  // Each size stays 64 times below the limit, so sums and paddings of sizes fit too.
+  checked_mul(op, checked_mul(op, std::max<int64_t>(a.tokens, 1), a.x_token_stride), 256);
+  checked_mul(op, checked_mul(op, a.heads, a.x_head_stride), 256);
+  checked_mul(op, checked_mul(op, a.heads, a.weight_head_stride), 128);
+  checked_mul(op, checked_mul(op, a.out, a.in), 128);
+  checked_mul(op, checked_mul(op, checked_mul(op, a.tokens, a.heads), a.out), 256);
+  checked_mul(op, checked_mul(op, std::max<int64_t>(a.tokens, 1), a.y_token_stride), 256);
+  checked_mul(op, checked_mul(op, a.heads, a.y_head_stride), 256);
+  checked_mul(op, checked_mul(op, a.heads, a.in), 1 << 16);
+}
+
 template <typename Args>
 void check_grouped_op(const char* op, const Args& a) {
   check_gemm_dtype(op, "x", a.x_dtype);

@@ -39,6 +39,7 @@ const std::map<std::string, CudaOp> ops = {
     {"int4_gemm", run<Int4GemmArgs, int4_gemm>},
     {"int4_grouped_gemm", run<Int4GroupedGemmArgs, int4_grouped_gemm>},
     {"int4_grouped_swiglu", run<Int4GroupedSwigluArgs, int4_grouped_swiglu>},
+    {"bf16_gemm", run<Bf16GemmArgs, bf16_gemm>},
     {"moe_route", run<MoeRouteArgs, moe_route>},
     {"moe_dispatch", run<MoeDispatchArgs, moe_dispatch>},
     {"moe_combine", run<MoeCombineArgs, moe_combine>},
@@ -59,6 +60,7 @@ const std::map<std::string, CudaOp> workspaces = {
     {"int4_grouped_gemm", workspace_bytes<Int4GroupedGemmArgs, int4_grouped_gemm_workspace_bytes>},
     {"int4_grouped_swiglu",
      workspace_bytes<Int4GroupedSwigluArgs, int4_grouped_swiglu_workspace_bytes>},
+    {"bf16_gemm", workspace_bytes<Bf16GemmArgs, bf16_gemm_workspace_bytes>},
 };
 
 CudaOp find_in(const std::map<std::string, CudaOp>& all, const char* name) {

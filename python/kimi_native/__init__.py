@@ -1,12 +1,11 @@
 """Kimi K2 and its family on hand-written kernels, from the checkpoint as published.
 
-Importing the package imports neither torch nor the native module; each name of __all__ does so on first use.
+Importing the package imports neither torch nor the native module; each name of __all__ is looked up on first use.
 """
 
 from __future__ import annotations
 
 import importlib
-from importlib import metadata
 from typing import Any
 
 _EXPORTS = {
@@ -40,17 +39,24 @@ _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in nam
 
 __all__ = sorted((*_MODULE_OF, "__version__"))
 
-try:
-    __version__ = metadata.version("kimi-native")
-except metadata.PackageNotFoundError:  # run from a source tree that was not installed
-    __version__ = "0+unknown"
+
+def _version() -> str:
+    from importlib import metadata  # slow to import, and seldom asked for
+
+    try:
+        return metadata.version("kimi-native")
+    except metadata.PackageNotFoundError:  # run from a source tree that was not installed
+        return "0+unknown"
 
 
 def __getattr__(name: str) -> Any:
     """Imports an exported name on first use (PEP 562)."""
-    if name not in _MODULE_OF:
+    if name == "__version__":
+        value = _version()
+    elif name in _MODULE_OF:
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    else:
         raise AttributeError(f"module 'kimi_native' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
     globals()[name] = value
     return value
 

@@ -19,8 +19,9 @@ from kimi_native.config import KimiConfig, load_config, load_generation_config
 from kimi_native.errors import ModelFormatError
 from kimi_native.folder_names import INDEX_NAME
 from kimi_native.gc_pause import paused_gc
-from kimi_native.json_file import file_inside, printable, read_json
+from kimi_native.json_file import printable, read_json
 from kimi_native.mapped_file import MappedFile
+from kimi_native.model_file import file_inside, find_file
 from kimi_native.safetensors_file import SafetensorsFile, TensorInfo
 from kimi_native.tensor_table import (
     FORM_SUFFIXES,
@@ -188,9 +189,8 @@ def _open_files(path: Path, config: KimiConfig) -> list[SafetensorsFile]:
 
 def _index(path: Path) -> dict[str, str] | None:
     """The index's weight_map, tensor -> file name, or None if the folder has no index."""
-    try:
-        file = file_inside(path, INDEX_NAME, ModelFormatError)
-    except FileNotFoundError:
+    file = find_file(path, INDEX_NAME, ModelFormatError)
+    if file is None:
         return None
     values = read_json(file, max_bytes=MAX_INDEX_BYTES, error=ModelFormatError)
     weight_map = values.get("weight_map")

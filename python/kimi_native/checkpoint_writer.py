@@ -170,6 +170,7 @@ class FolderWriter:
 
     def __init__(self, op: str, path: Path) -> None:
         self.op, self.path = op, path
+        self._written: list[Path] = []
 
     def present_files(self, own: Callable[[str], bool]) -> list[Path]:
         """The files that are there, sorted; refuses a folder that holds anything but files with a name of its `own`."""
@@ -236,6 +237,16 @@ class FolderWriter:
         finally:
             os.close(handle)
 
+    @contextlib.contextmanager
+    def kept_if_whole(self) -> Iterator[None]:
+        """What ends the body early, an interrupt too, takes the files with it that were written through this object."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(CheckpointWriteError):  # the first error is the one to know
+                self.remove(self._written)
+            raise
+
     def write(self, name: str, pieces: Iterable[tuple[int, Data]]) -> None:
         """Write (position, data) pieces under a temporary name, flush, rename. What fails leaves nothing behind."""
         path = self.path / name
@@ -249,6 +260,7 @@ class FolderWriter:
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(temporary, path)
+                self._written.append(path)
             finally:
                 temporary.unlink(missing_ok=True)
 

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kimi_native import __version__, chat_cli
+from kimi_native import chat_cli
 from kimi_native.errors import KimiNativeError, MemoryPlanWarning, RequestError
 from kimi_native.progress_bar import progress_bar
 from kimi_native.terminal import note as _note
@@ -82,6 +82,10 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         prog="kimi-native",
         description="Kimi K2 and its family, run from the checkpoint as published.",
     )
+    if "--version" in argv:
+        from kimi_native import __version__
+    else:  # looking it up takes as long as all the rest of the parser
+        __version__ = ""
     parser.add_argument("--version", action="version", version=f"kimi-native {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
@@ -132,6 +136,20 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         help="print the answer as it comes; on a terminal also the reasoning, dimmed",
     )
     output.add_argument("--json", action="store_true", help="print everything as JSON")
+    _add_sampling(parser)
+    machine = parser.add_argument_group("model and machine")
+    _add_settings(machine)
+    machine.add_argument("--threads", type=int, metavar="N", help="default: the cores there are")
+    machine.add_argument("--isa", metavar="NAME", help="kernel tier (default: the best here)")
+    machine.add_argument(
+        "--no-prefetch",
+        dest="prefetch",
+        action="store_false",
+        help="read each weight when it is first used, not all of them while loading",
+    )
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group(
         "sampling (default: the checkpoint's generation_config.json)"
     )
@@ -151,16 +169,6 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument(
         "--stop", action="append", metavar="TEXT", help="ends the answer; may be repeated"
     )
-    machine = parser.add_argument_group("model and machine")
-    _add_settings(machine)
-    machine.add_argument("--threads", type=int, metavar="N", help="default: the cores there are")
-    machine.add_argument("--isa", metavar="NAME", help="kernel tier (default: the best here)")
-    machine.add_argument(
-        "--no-prefetch",
-        dest="prefetch",
-        action="store_false",
-        help="read each weight when it is first used, not all of them while loading",
-    )
 
 
 def _add_settings(parser: Any) -> None:
@@ -176,9 +184,9 @@ def _add_settings(parser: Any) -> None:
     )
     parser.add_argument(
         "--dense",
-        choices=("bf16", "int8"),
+        choices=("bf16", "int8", "int4"),
         default="bf16",
-        help="dense matrices: as published, or 8 bits",
+        help="dense matrices: as published, or rounded to 8 or 4 bits",
     )
     _add_ignored_keys(parser)
 
@@ -486,7 +494,3 @@ def _bench(args: argparse.Namespace) -> int:
     from kimi_native.bench import command
 
     return command.run(args)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -26,7 +26,8 @@ from kimi_native.config_keys import (
 )
 from kimi_native.errors import ConfigError, ModelFormatError
 from kimi_native.folder_names import CONFIG_NAME, UNFINISHED_NAME
-from kimi_native.json_file import REQUIRED, Section, check_depth, file_inside, read_json
+from kimi_native.json_file import REQUIRED, Section, check_depth, read_json
+from kimi_native.model_file import find_file
 from kimi_native.quantization import QuantizationConfig
 
 __all__ = [
@@ -175,7 +176,7 @@ def load_config(path: str | Path, *, ignore_keys: Iterable[str] = ()) -> KimiCon
             f"{path}: kimi-native quantize was interrupted here and the checkpoint is not complete; run it again with "
             f"the same arguments to finish it (got {UNFINISHED_NAME})"
         )
-    file = _model_file(path, CONFIG_NAME)
+    file = find_file(Path(path), CONFIG_NAME)
     if file is None:
         raise ConfigError(f"{path}: must be a model folder with a config.json (found none)")
     values = read_json(file, max_bytes=MAX_CONFIG_BYTES)
@@ -187,7 +188,7 @@ def load_generation_config(path: str | Path) -> dict[str, Any]:
 
     Raises ConfigError on malformed JSON or a value of the wrong type or range.
     """
-    file = _model_file(path, "generation_config.json")
+    file = find_file(Path(path), "generation_config.json")
     if file is None:
         return {}
     values = read_json(file, max_bytes=MAX_CONFIG_BYTES)
@@ -211,13 +212,6 @@ def load_generation_config(path: str | Path) -> dict[str, Any]:
     if section.get("do_sample") is not None:
         section.boolean("do_sample")
     return values
-
-
-def _model_file(folder: str | Path, name: str) -> Path | None:
-    try:
-        return file_inside(Path(folder), name)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
 
 
 def _read_wrapper(top: Section, model_type: str) -> KimiConfig:

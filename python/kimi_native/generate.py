@@ -30,8 +30,10 @@ from kimi_native.transcript import read_transcript
 
 if TYPE_CHECKING:
     from kimi_native.cache import LatentCache
+    from kimi_native.checkpoint import Checkpoint
     from kimi_native.config import KimiConfig
     from kimi_native.model import KimiModel
+    from kimi_native.recorded import RecordedModel
     from kimi_native.schema_grammar import GrammarCompiler
     from kimi_native.tokenizer import Tokenizer
 
@@ -63,7 +65,8 @@ def load(
     max_batch           requests computed at once; the cache holds max_batch full contexts
     threads             threads of the kernels (default: the cores this process may use); process-wide
     dtype               activations and cache: "bfloat16" or "float32"
-    dense               dense matrices: "bf16" as published, or "int8" (smaller, not exact)
+    dense               dense matrices: "bf16" as published, or rounded while loading to "int8" or "int4": fewer bytes
+                        to read per token, not exact
     isa                 kernel tier, such as "avx2" (default: the best here); process-wide
     prefetch            read the weights into memory now, at the speed of the disk, if all of them fit; else each is
                         read when it is first used
@@ -74,14 +77,9 @@ def load(
     for a tier this machine lacks, OSError for a file; then, and when interrupted, threads and isa are as before. Warns
     with MemoryPlanWarning if the weights do not all fit into memory.
     """
-    _check_count("max_context", max_context)
-    _check_count("max_batch", max_batch)
-    _check_count("threads", threads)
-    from kimi_native.cache import PAGE_SIZE, LatentCache
+    _check_counts(max_context=max_context, max_batch=max_batch, threads=threads)
     from kimi_native.config import load_config
-    from kimi_native.loader import DTYPES, load_model
     from kimi_native.machine_settings import machine_settings
-    from kimi_native.recorded import RecordedModel
     from kimi_native.tokenizer import load_tokenizer
 
     started = time.perf_counter()
@@ -89,40 +87,56 @@ def load(
     config = load_config(path, ignore_keys=ignored)
     tokenizer = load_tokenizer(path, vocab_size=config.vocab_size)
     chat_format = detect_format(config, tokenizer)
-    if max_context is None:
-        max_context = default_context(config)
+    sizes = {"max_context": max_context or default_context(config), "max_batch": max_batch}
+    weights = {"dtype": dtype, "dense": dense, "prefetch": prefetch, "progress": progress}
     with machine_settings(threads, isa):
-        network, checkpoint = load_model(
-            path,
-            max_context=max_context,
-            max_batch=max_batch,
-            dtype=dtype,
-            dense=dense,
-            prefetch=prefetch,
-            ignore_config_keys=ignored,
-            progress=progress,
-        )
-        # Every sequence may leave a part of its last page empty.
-        pages = max_batch * -(-max_context // PAGE_SIZE)
-        cache = LatentCache(config, max_tokens=pages * PAGE_SIZE, dtype=DTYPES[dtype])
+        network, cache, checkpoint = _load_network(path, **sizes, **weights, ignored=ignored)
         return Model(
-            RecordedModel(network, cache),
+            network,
             cache,
             tokenizer,
             generation_config=checkpoint.generation_config,
             chat_format=chat_format,
-            max_context=max_context,
-            max_batch=max_batch,
+            **sizes,
             check_weights=checkpoint.check_readable,
             load_s=time.perf_counter() - started,
         )
 
 
-def _check_count(name: str, value: object) -> None:
-    if value is None and name != "max_batch":
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise RequestError(f"load: {name} must be an integer of at least 1 (got {value!r})")
+def _load_network(
+    path: str | os.PathLike[str],
+    *,
+    max_context: int,
+    max_batch: int,
+    dtype: str,
+    ignored: tuple[str, ...],
+    **weights: Any,
+) -> tuple[RecordedModel, LatentCache, Checkpoint]:
+    """The network over the cache that it decodes with."""
+    from kimi_native.cache import PAGE_SIZE, LatentCache
+    from kimi_native.loader import DTYPES, load_model
+    from kimi_native.recorded import RecordedModel
+
+    network, checkpoint = load_model(
+        path,
+        max_context=max_context,
+        max_batch=max_batch,
+        dtype=dtype,
+        ignore_config_keys=ignored,
+        **weights,
+    )
+    # Every sequence may leave a part of its last page empty.
+    pages = max_batch * -(-max_context // PAGE_SIZE)
+    cache = LatentCache(network.config, max_tokens=pages * PAGE_SIZE, dtype=DTYPES[dtype])
+    return RecordedModel(network, cache), cache, checkpoint
+
+
+def _check_counts(**given: object) -> None:
+    for name, value in given.items():
+        if value is None and name != "max_batch":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise RequestError(f"load: {name} must be an integer of at least 1 (got {value!r})")
 
 
 def default_context(config: KimiConfig) -> int:
@@ -317,14 +331,14 @@ class Model:
         before = [Message("system", system)] if system is not None else []
         before += as_messages(messages) if messages else []
         before += [] if transcript is None else read_transcript(transcript, declared)
+        limits = {"max_tool_calls": max_tool_calls, "tool_timeout": tool_timeout}
         return Chat(
             answer,
             lambda: self._drop(prefix),
             messages=before,
             tools=declared,
             run_tools=run_tools,
-            max_tool_calls=max_tool_calls,
-            tool_timeout=tool_timeout,
+            **limits,
             can_forbid_calls=constrain_tools,
             tool_choice=tool_choice,
         )
@@ -376,14 +390,10 @@ class Model:
         guide = None
         if guiding.is_used and not is_ids:
             start = answer_start(get_format(self.chat_format), self.tokenizer, ids)
-            guide = guiding.guide(
-                self.tokenizer,
-                vocab_size=self.config.vocab_size,
-                eos_ids=self.eos_ids,
-                start=start,
-                first_index=0 if isinstance(prompt, str) else next_call_index(prompt),
-                compiler=self._grammar_compiler,
-            )
+            index = 0 if isinstance(prompt, str) else next_call_index(prompt)
+            sizes = {"vocab_size": self.config.vocab_size, "eos_ids": self.eos_ids}
+            places = {"start": start, "first_index": index, "compiler": self._grammar_compiler}
+            guide = guiding.guide(self.tokenizer, **sizes, **places)
         return Run(ids, params, parser, guide=guide, prefix=prefix)
 
     def _grammar_compiler(self) -> GrammarCompiler:
@@ -486,7 +496,5 @@ def _as_list(prompt: Any) -> list[Prompt] | None:
     if not isinstance(prompt, (list, tuple)):
         return None
     if not prompt:
-        raise RequestError(
-            "generate: prompt must hold at least one token, message or prompt (got none)"
-        )
+        raise RequestError("generate: prompt must hold a token, a message or a prompt (got none)")
     return list(prompt) if isinstance(prompt[0], (str, list, tuple)) else None

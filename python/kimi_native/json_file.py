@@ -1,11 +1,9 @@
-"""JSON files of a model folder, read with suspicion: bounded, inside the folder, every key accounted for."""
+"""JSON files of a model folder, read with suspicion: bounded, every key accounted for."""
 
 from __future__ import annotations
 
 import json
-import os
 import reprlib
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +11,6 @@ from kimi_native.errors import ConfigError, KimiNativeError
 
 MAX_JSON_DEPTH = 64  # config.json nests 5 deep; the rest is somebody trying
 REQUIRED: Any = object()  # default of a key that must be there
-
-
-def file_inside(folder: Path, name: str, error: type[KimiNativeError] = ConfigError) -> Path:
-    """The path of a plain file of a model folder; refuses names and links that lead out of it.
-
-    A Hugging Face cache keeps snapshots/<revision>/name as a link to blobs/<hash> of the same repository, so links
-    into that blobs folder are followed.
-
-    Raises `error` on a name with a folder part or a link elsewhere, FileNotFoundError if there is no such file.
-    """
-    if not name or name in (".", "..") or len(name) > 255 or any(c in name for c in "/\\\0"):
-        raise error(f"{folder}: a file name must be plain, without a folder (got {name!r})")
-    path = folder / name
-    real = Path(os.path.realpath(path))
-    home = Path(os.path.realpath(folder))
-    allowed = [home]
-    if home.parent.name == "snapshots":
-        allowed.append(Path(os.path.realpath(home.parent.parent / "blobs")))
-    if real.parent not in allowed:
-        raise error(f"{path}: a link must stay inside the model folder (leads to {real})")
-    if not stat.S_ISREG(os.stat(real).st_mode):
-        raise error(f"{path}: must be a regular file")
-    return path
 
 
 def read_json(path: Path, *, max_bytes: int, error: type[KimiNativeError] = ConfigError) -> dict:

@@ -2,7 +2,8 @@
 
 The folder is laid out as the published ones: config.json, generation_config.json, the tokenizer's two files, numbered
 safetensors shards and their index. Nothing incomplete ever looks complete: every file is written under a temporary
-name, flushed to the disk and renamed, and the index and config.json come last.
+name, flushed to the disk and renamed, and the index and config.json come last. A run that fails or is interrupted takes
+away what it wrote.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from kimi_native.checkpoint_writer import (
 )
 from kimi_native.errors import CheckpointWriteError, ConfigError
 from kimi_native.folder_names import CONFIG_NAME, INDEX_NAME, UNFINISHED_NAME
-from kimi_native.presets import PRESETS
+from kimi_native.presets import PRESETS, Weight
 from kimi_native.progress_bar import Progress, progress_bar
 from kimi_native.random_tensors import StoredTensor, piece, row_chunks, stored_tensors
 from kimi_native.tokenizer_files import tokenizer_files
@@ -80,29 +81,25 @@ def make_checkpoint(
     started = time.perf_counter()
     _check_arguments(format, seed, shard_bytes)
     text = presets.text_config(preset, _merged_overrides(overrides, layers, experts, vocab))
-    tokenizer = tokenizer_files(text["vocab_size"])
-    bias_dtype = "BF16" if text["model_type"] == "deepseek_v3" else "F32"  # as published
     weights = list(presets.weights(text, presets.tensor_prefix(preset)))
-    stored = [t for w in weights for t in stored_tensors(w, format, bias_dtype)]
-    shards = {
-        shard: [stored[i] for i in members]
-        for shard, members in split([[t] for t in stored], shard_bytes).items()
-    }
+    shards = _planned_shards(weights, format, text, shard_bytes)
+    tokenizer = tokenizer_files(text["vocab_size"])
+    stored = [t for tensors in shards.values() for t in tensors]
     total = sum(t.nbytes for t in stored)
 
-    out = Path(out_dir)
-    folder = FolderWriter("make_checkpoint", out)
+    folder = FolderWriter("make_checkpoint", Path(out_dir))
     _prepare(folder, needed_bytes(stored, sum(map(len, tokenizer.values()))), overwrite)
-    for name, content in tokenizer.items():
-        folder.write(name, [(0, content)])
-    folder.write_json("generation_config.json", _generation_config(text))
-    _write_shards(folder, shards, seed, _reporter(progress, total))
-    folder.sync()  # the shards' names are on the disk before anything refers to them
-    folder.write_json(INDEX_NAME, file_index(shards))
-    folder.write_json(CONFIG_NAME, presets.file_config(preset, format, text))
-    folder.sync()
+    with folder.kept_if_whole():
+        for name, content in tokenizer.items():
+            folder.write(name, [(0, content)])
+        folder.write_json("generation_config.json", _generation_config(text))
+        _write_shards(folder, shards, seed, _reporter(progress, total))
+        folder.sync()  # the shards' names are on the disk before anything refers to them
+        folder.write_json(INDEX_NAME, file_index(shards))
+        folder.write_json(CONFIG_NAME, presets.file_config(preset, format, text))
+        folder.sync()
     return {
-        "path": str(out),
+        "path": str(folder.path),
         "preset": preset,
         "format": format,
         "seed": seed,
@@ -112,6 +109,15 @@ def make_checkpoint(
         "shards": list(shards),
         "seconds": round(time.perf_counter() - started, 3),
     }
+
+
+def _planned_shards(
+    weights: Iterable[Weight], format: str, text: Mapping[str, Any], shard_bytes: int
+) -> dict[str, list[StoredTensor]]:
+    bias_dtype = "BF16" if text["model_type"] == "deepseek_v3" else "F32"  # as published
+    stored = [t for w in weights for t in stored_tensors(w, format, bias_dtype)]
+    members = split([[t] for t in stored], shard_bytes)
+    return {shard: [stored[i] for i in indices] for shard, indices in members.items()}
 
 
 def _check_arguments(format: str, seed: int, shard_bytes: int) -> None:

@@ -150,6 +150,21 @@ def int8_gemm(x: Tensor, weight: Tensor, weight_scale: Tensor, *, out_dtype: tor
     return _matmul(x, dequantize_int8(weight, weight_scale)).to(out_dtype)
 
 
+def int4_quantize(w: Tensor) -> tuple[Tensor, Tensor]:
+    """(weight_packed, weight_scale) of a BF16 matrix; see ops.int4_quantize. The result is not differentiable."""
+    groups = w.detach().to(_wide(w)).unflatten(1, (-1, 32))
+    largest = groups.abs().amax(dim=2)
+    bad = int((~largest.isfinite()).sum())
+    if bad:
+        raise ValueError(
+            f"int4_quantize: w must be finite (got NaN or infinite values in {bad} groups of 32)"
+        )
+    scale = (largest / 7).clamp_min(2.0**-126).to(torch.bfloat16)
+    q = torch.round(groups / scale.to(groups.dtype)[:, :, None]).to(torch.int64).flatten(1)
+    words = sum((q[:, k::8] + 8) << 4 * k for k in range(8))
+    return torch.where(words < 2**31, words, words - 2**32).to(torch.int32), scale
+
+
 def bf16_gemm(x: Tensor, weight: Tensor, *, out_dtype: torch.dtype) -> Tensor:
     """x times a matrix transposed, or one matrix per head; see ops.bf16_gemm."""
     if x.dim() == 2:

@@ -18,6 +18,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 
 from kimi_native.errors import TokenizerError
+from kimi_native.model_file import find_file
 from kimi_native.tokenizer_formats import TokenizerData, check_text, read_json, read_tiktoken
 
 # The published tokenizer cuts its input at these lengths before it splits words; a cut can change the ids around it.
@@ -182,9 +183,9 @@ def load_tokenizer(path: str | Path, *, vocab_size: int | None = None) -> Tokeni
     Raises TokenizerError naming the file, and the line where there is one.
     """
     folder = Path(path)
-    if (folder / "tiktoken.model").exists():
+    if find_file(folder, "tiktoken.model", TokenizerError):
         return Tokenizer(read_tiktoken(folder, vocab_size))
-    if (folder / "tokenizer.json").exists():
+    if find_file(folder, "tokenizer.json", TokenizerError):
         return Tokenizer(read_json(folder, vocab_size))
     raise TokenizerError(
         f"tokenizer: {folder} must hold tiktoken.model or tokenizer.json (got neither)"

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import tiktoken
 
 from kimi_native.errors import TokenizerError
+from kimi_native.model_file import file_inside, find_file
 
 # The alternatives of the splitting pattern, first match wins; `&&` intersects classes.
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -101,6 +102,7 @@ def read_tiktoken(folder: Path, vocab_size: int | None) -> TokenizerData:
             f"(got vocab_size={vocab_size}, {len(ranks)} ranks)"
         )
     slots, special_ids = _slot_table(config_file, config, len(ranks), vocab_size)
+    _check_whole(folder / "tiktoken.model", ranks, config.get("added_tokens_decoder", {}))
     token_bytes: list[bytes | None] = [b""] * vocab_size
     for token, rank in ranks.items():
         token_bytes[rank] = token
@@ -204,6 +206,16 @@ def _slot_table(
     return slots, frozenset(special)
 
 
+def _check_whole(path: Path, ranks: dict[bytes, int], listed: dict[str, Any]) -> None:
+    """A file cut at a line's end is well formed; that the first slot ([BOS]) has a name tells where its ranks end."""
+    first = min(map(int, listed), default=len(ranks))
+    if first != len(ranks):
+        raise TokenizerError(
+            f"{path}: must hold {first} ranks, one for each id before the first of tokenizer_config.json's "
+            f"added_tokens_decoder (got {len(ranks)})"
+        )
+
+
 def _added_token(path: Path, key: str, entry: Any) -> tuple[str, bool]:
     name = entry.get("content") if isinstance(entry, dict) else None
     is_special = entry.get("special", False) if isinstance(entry, dict) else None
@@ -277,7 +289,8 @@ def read_json(folder: Path, vocab_size: int | None) -> TokenizerData:
     for name, token_id in control.items():
         token_bytes[token_id] = name.encode()
     config_file = folder / "tokenizer_config.json"
-    config = _read_json_object(config_file) if config_file.exists() else {}
+    present = find_file(folder, config_file.name, TokenizerError) is not None
+    config = _read_json_object(config_file) if present else {}
     return TokenizerData(
         model,
         token_bytes,
@@ -388,7 +401,7 @@ def _eos_ids(path: Path, config: dict[str, Any], control: dict[str, int]) -> tup
 
 def _read_file(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
+        with file_inside(path.parent, path.name, TokenizerError).open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise TokenizerError(f"{path}: must be a readable file (got {error.strerror})") from error

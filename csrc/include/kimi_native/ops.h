@@ -127,6 +127,17 @@ struct Int8GemmArgs {
   int64_t workspace_bytes;
 };
 
+// A bf16 matrix to INT4 in the checkpoint layout: per group of 32, scale = bf16(max|w| / 7), at
+// least 2^-126, and q = w / scale (in fp32) to the nearest integer, halves to even; -7 .. 7. Throws
+// std::invalid_argument, after writing, if a weight is NaN or infinite.
+struct Int4QuantizeArgs {
+  const bf16* w;           // [out, in]
+  uint8_t* weight_packed;  // [out, in / 2]
+  bf16* weight_scale;      // [out, in / 32]
+  int64_t out, in;
+  int32_t group_size;  // 32
+};
+
 // Attention of one new token per sequence over the paged latent cache (absorbed MLA). The key is
 // the whole cache row, the value its first kv_lora_rank entries. seq_lens counts the tokens to
 // attend to; 0 gives a zero row.
@@ -212,6 +223,7 @@ int64_t bf16_gemm_workspace_bytes(const Bf16GemmArgs&);
 void bf16_gemm(const Bf16GemmArgs&);
 int64_t int8_gemm_workspace_bytes(const Int8GemmArgs&);
 void int8_gemm(const Int8GemmArgs&);
+void int4_quantize(const Int4QuantizeArgs&);
 
 int64_t mla_decode_workspace_bytes(const MlaDecodeArgs&);
 void mla_decode(const MlaDecodeArgs&);
@@ -249,6 +261,10 @@ int64_t int4_grouped_gemm_workspace_bytes(const Int4GroupedGemmArgs&);
 void int4_grouped_gemm(const Int4GroupedGemmArgs&, void* stream);
 int64_t int4_grouped_swiglu_workspace_bytes(const Int4GroupedSwigluArgs&);
 void int4_grouped_swiglu(const Int4GroupedSwigluArgs&, void* stream);
+
+// weight and the rows of a bf16 x 16-byte aligned, `in` and weight_head_stride multiples of 8.
+int64_t bf16_gemm_workspace_bytes(const Bf16GemmArgs&);
+void bf16_gemm(const Bf16GemmArgs&, void* stream);
 
 void moe_route(const MoeRouteArgs&, void* stream);
 void moe_dispatch(const MoeDispatchArgs&, void* stream);

@@ -143,6 +143,13 @@ class OnnxExact(_Graphs):
             raise PeerMissing(
                 f"onnxruntime keeps the {OnnxExact.pool_threads} threads it began with (got {threads})"
             )
+        options = onnxruntime.SessionOptions()
+        options.use_per_session_threads = False  # many sessions' pools would spin side by side
+        return onnxruntime.InferenceSession(
+            self._onnx_model(onnx).SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+
+    def _onnx_model(self, onnx: Any) -> Any:
         helper, p = onnx.helper, self.problem
         blocks = p.in_ // GROUP_SIZE
         nodes, initializers = [], []
@@ -172,12 +179,7 @@ class OnnxExact(_Graphs):
         outputs = [value(f"y{i}", p.out) for i in range(NODES)]
         graph = helper.make_graph(nodes, "int4", [value("x", p.in_)], outputs, initializers)
         domains = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-        model = helper.make_model(graph, opset_imports=domains, ir_version=10)
-        options = onnxruntime.SessionOptions()
-        options.use_per_session_threads = False  # many sessions' pools would spin side by side
-        return onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        return helper.make_model(graph, opset_imports=domains, ir_version=10)
 
     def run(self, graph: Any) -> np.ndarray:
         return graph.run(None, {"x": self.x})[0]

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from kimi_native import ops
-from kimi_native.weights import Int4ExpertWeights, Int4Weight, Int8Weight, MoeDispatch
+from kimi_native.quant.int8 import quantize_int8
+from kimi_native.weights import (
+    GROUP_SIZE,
+    Int4ExpertWeights,
+    Int4Weight,
+    Int8Weight,
+    MoeDispatch,
+)
+
+Part = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of one of a weight's tensors
+Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 
 class Int4Linear(nn.Module):
-    """y = x W^T with an INT4 weight as the checkpoint stores it."""
+    """y = x W^T with an INT4 weight as the checkpoint stores it, or made while loading."""
 
     def __init__(self, weight: Int4Weight) -> None:
         super().__init__()
@@ -18,6 +30,18 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         return ops.int4_gemm(x, self.int4, out_dtype=out_dtype)
+
+    @staticmethod
+    def parts(out_features: int, in_features: int) -> list[Part]:
+        """The tensors of a weight."""
+        scale = (out_features, in_features // GROUP_SIZE)
+        return [((out_features, in_features // 8), torch.int32), (scale, torch.bfloat16)]
+
+    @classmethod
+    def quantized(cls, w: Tensor, empty: Empty) -> Int4Linear:
+        """w [out, in] bf16 rounded to INT4, into tensors that `empty` gives. ValueError if w is not finite."""
+        weight = Int4Weight(*(empty(*part) for part in cls.parts(*w.shape)))
+        return cls(ops.int4_quantize(w, out=weight))
 
 
 class Int8Linear(nn.Module):
@@ -29,6 +53,18 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         return ops.int8_gemm(x, self.int8, out_dtype=out_dtype)
+
+    @staticmethod
+    def parts(out_features: int, in_features: int) -> list[Part]:
+        """The tensors of a weight."""
+        scale = (out_features, in_features // GROUP_SIZE)
+        return [((out_features, in_features), torch.int8), (scale, torch.bfloat16)]
+
+    @classmethod
+    def quantized(cls, w: Tensor, empty: Empty) -> Int8Linear:
+        """w [out, in] bf16 rounded to INT8, into tensors that `empty` gives. ValueError if w is not finite."""
+        weight = Int8Weight(*(empty(*part) for part in cls.parts(*w.shape)))
+        return cls(quantize_int8(w, out=weight))
 
 
 class Int4Experts(nn.Module):

@@ -15,7 +15,8 @@ from kimi_native.checkpoint_writer import PlainTensor, split
 from kimi_native.config import MAX_CONFIG_BYTES, KimiConfig
 from kimi_native.errors import ConfigError, ModelFormatError
 from kimi_native.folder_names import CONFIG_NAME, INDEX_NAME
-from kimi_native.json_file import file_inside, printable, read_json
+from kimi_native.json_file import printable, read_json
+from kimi_native.model_file import file_inside, find_file
 from kimi_native.presets import QUANTIZATION
 from kimi_native.quant.ptq_tensors import Conversion
 from kimi_native.safetensors_file import TensorInfo
@@ -107,7 +108,7 @@ def _check_source(checkpoint: Checkpoint) -> None:
 def _is_side_file(folder: Path, name: str) -> bool:
     if name == CONFIG_NAME or name.endswith(".index.json") or not _SIDE_FILE.fullmatch(name):
         return False
-    return (folder / name).is_file() and file_inside(folder, name) is not None
+    return find_file(folder, name) is not None
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------

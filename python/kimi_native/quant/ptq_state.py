@@ -73,12 +73,12 @@ def changed_file(now: dict[str, list[int]], before: dict[str, list[int]]) -> str
 
 
 def stamps(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
-    """name -> [bytes, modification time in ns]: what tells a changed file. Names that are gone are left out."""
+    """name -> [bytes, modification time in ns]: what tells a changed file. What cannot be asked is left out."""
     found = {}
     for name in names:
         try:
             status = os.stat(folder / name)
-        except FileNotFoundError:
+        except OSError:
             continue
         found[name] = [status.st_size, status.st_mtime_ns]
     return found

@@ -130,7 +130,7 @@ MoeCombineArgs moe_combine(Address rows, Address row_index, Address topk_weights
 
 Int4GemmArgs int4_gemm(Address x, Address weight_packed, Address weight_scale, Address y,
                        int32_t x_dtype, int32_t y_dtype, int64_t tokens, int64_t out, int64_t in,
-                       int32_t group_size) {
+                       int32_t group_size, int32_t compute) {
   return {Pointer{x},
           Pointer{weight_packed},
           Pointer{weight_scale},
@@ -141,6 +141,7 @@ Int4GemmArgs int4_gemm(Address x, Address weight_packed, Address weight_scale, A
           out,
           in,
           group_size,
+          Compute(compute),
           nullptr,
           0};
 }
@@ -149,7 +150,7 @@ Int4GroupedGemmArgs int4_grouped_gemm(Address x, Address x_index, Address expert
                                       Address weight_packed, Address weight_scale, Address y,
                                       int32_t x_dtype, int32_t y_dtype, int64_t x_rows,
                                       int64_t rows, int64_t experts, int64_t out, int64_t in,
-                                      int32_t group_size) {
+                                      int32_t group_size, int32_t compute) {
   return {Pointer{x},
           Pointer{x_index},
           Pointer{expert_offsets},
@@ -164,6 +165,7 @@ Int4GroupedGemmArgs int4_grouped_gemm(Address x, Address x_index, Address expert
           out,
           in,
           group_size,
+          Compute(compute),
           nullptr,
           0};
 }
@@ -173,7 +175,7 @@ Int4GroupedSwigluArgs int4_grouped_swiglu(Address x, Address x_index, Address ex
                                           Address up_packed, Address up_scale, Address y,
                                           int32_t x_dtype, int32_t y_dtype, int64_t x_rows,
                                           int64_t rows, int64_t experts, int64_t out, int64_t in,
-                                          int32_t group_size) {
+                                          int32_t group_size, int32_t compute) {
   return {Pointer{x},
           Pointer{x_index},
           Pointer{expert_offsets},
@@ -190,6 +192,7 @@ Int4GroupedSwigluArgs int4_grouped_swiglu(Address x, Address x_index, Address ex
           out,
           in,
           group_size,
+          Compute(compute),
           nullptr,
           0};
 }

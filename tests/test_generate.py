@@ -116,7 +116,7 @@ def test_generate_without_a_chat_format_asks_for_raw_prompt(make_model):
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [
-        ([], {}, "a token, a message or a prompt"),
+        ([], {}, "at least one token, message or prompt"),
         ("", {"raw_prompt": True}, r"at least one token \(got none\)"),
         (["a", []], {}, r"at least one token \(got none\)"),
         ([[1, 2], [1, 9999]], {}, r"got 9999 at position 1"),

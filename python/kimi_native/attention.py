@@ -8,21 +8,14 @@ depends on its position alone. A pool of threads shares out the heads.
 
 from __future__ import annotations
 
-import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kimi_native import ops
+from kimi_native.single_threads import single_threads
 
 QUERY_BLOCK = 32  # the smallest that torch does not divide further
-
-_lock = threading.Lock()
-_pool: ThreadPoolExecutor | None = None
-_pool_threads = 0
 
 
 def attend_heads(query: Tensor, key: Tensor, value: Tensor, *, softmax_scale: float) -> Tensor:
@@ -36,6 +29,8 @@ def attend_heads(query: Tensor, key: Tensor, value: Tensor, *, softmax_scale: fl
 
     For inference: gradients do not pass, as through every native op.
     """
+    if query.is_cuda:
+        return _attend_on_gpu(query, key, value, softmax_scale)
     heads, queries, keys = *query.shape[:2], key.shape[1]
     value_width, start = value.shape[2], keys - queries
     if start < 0 or key.shape[2] != query.shape[2] or value.shape[1] != keys:
@@ -63,10 +58,24 @@ def attend_heads(query: Tensor, key: Tensor, value: Tensor, *, softmax_scale: fl
                 scale=softmax_scale,
             )[0, 0]
 
-    pool = _single_threads(ops.num_threads())
+    pool = single_threads(ops.num_threads())
     for done in [pool.submit(head, h) for h in range(heads)]:
         done.result()
     return out[:, start - first : keys - first, :value_width]
+
+
+def _attend_on_gpu(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float) -> Tensor:
+    """All heads in one call of torch's attention, which needs values as wide as the keys to be fast."""
+    start, width = key.shape[1] - query.shape[1], max(query.shape[2], value.shape[2])
+    positions = torch.arange(key.shape[1], device=query.device)
+    padded = (F.pad(x, (0, width - x.shape[2]))[None] for x in (query, key, value))
+    out = F.scaled_dot_product_attention(
+        *padded,
+        attn_mask=None if start == 0 else positions <= positions[start:, None],
+        is_causal=start == 0,
+        scale=softmax_scale,
+    )[0]
+    return out[..., : value.shape[2]]
 
 
 def _padded(x: Tensor, before: int, rows: int, width: int) -> Tensor:
@@ -81,41 +90,3 @@ def block_mask(keys: int) -> Tensor:
     last_seen = torch.arange(keys - QUERY_BLOCK, keys)
     hidden = torch.arange(keys) > last_seen[:, None]
     return torch.zeros(QUERY_BLOCK, keys).masked_fill_(hidden, -torch.inf)
-
-
-def _single_threads(count: int) -> ThreadPoolExecutor:
-    """`count` threads on which torch uses one thread; kept until another number is asked for."""
-    global _pool, _pool_threads
-    with _lock:
-        if _pool is None or _pool_threads != count:
-            if _pool is not None:
-                _pool.shutdown(wait=False)
-            _pool, _pool_threads = _start(count), count
-        return _pool
-
-
-def _start(count: int) -> ThreadPoolExecutor:
-    before = torch.get_num_threads()
-    started = threading.Barrier(count + 1)
-
-    def prepare() -> None:
-        torch.set_num_threads(1)
-        started.wait()
-
-    pool = ThreadPoolExecutor(count, "kimi-native-attention", prepare)
-    for _ in range(count):  # no thread is idle before all have started, so each call adds one
-        pool.submit(int)
-    started.wait()
-    # What the threads set for themselves is also the default of threads to come: give that back.
-    torch.set_num_threads(before)
-    return pool
-
-
-def _forget() -> None:
-    """A forked child has none of the threads."""
-    global _pool, _lock
-    _pool, _lock = None, threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)

@@ -30,10 +30,8 @@ from kimi_native.transcript import read_transcript
 
 if TYPE_CHECKING:
     from kimi_native.cache import LatentCache
-    from kimi_native.checkpoint import Checkpoint
     from kimi_native.config import KimiConfig
     from kimi_native.model import KimiModel
-    from kimi_native.recorded import RecordedModel
     from kimi_native.schema_grammar import GrammarCompiler
     from kimi_native.tokenizer import Tokenizer
 
@@ -54,6 +52,9 @@ def load(
     threads: int | None = None,
     dtype: str = "bfloat16",
     dense: str = "bf16",
+    device: str = "cpu",
+    experts: str | None = None,
+    compute: str = "exact",
     isa: str | None = None,
     prefetch: bool = True,
     ignore_config_keys: Sequence[str] = (),
@@ -67,6 +68,11 @@ def load(
     dtype               activations and cache: "bfloat16" or "float32"
     dense               dense matrices: "bf16" as published, or rounded while loading to "int8" or "int4": fewer bytes
                         to read per token, not exact
+    device              "cpu", or a GPU: "cuda", "cuda:1", ...
+    experts             "cpu" leaves the routed experts in host memory and on the CPU, beside a GPU (default: with the
+                        rest)
+    compute             activations that meet INT4 matrices: "exact", or "int8", rounded to 8 bits per 32: faster on
+                        long prompts, not exact (docs/kernels.md, int4_gemm)
     isa                 kernel tier, such as "avx2" (default: the best here); process-wide
     prefetch            read the weights into memory now, at the speed of the disk, if all of them fit; else each is
                         read when it is first used
@@ -80,6 +86,7 @@ def load(
     _check_counts(max_context=max_context, max_batch=max_batch, threads=threads)
     from kimi_native.config import load_config
     from kimi_native.machine_settings import machine_settings
+    from kimi_native.network import load_network
     from kimi_native.tokenizer import load_tokenizer
 
     started = time.perf_counter()
@@ -88,9 +95,11 @@ def load(
     tokenizer = load_tokenizer(path, vocab_size=config.vocab_size)
     chat_format = detect_format(config, tokenizer)
     sizes = {"max_context": max_context or default_context(config), "max_batch": max_batch}
-    weights = {"dtype": dtype, "dense": dense, "prefetch": prefetch, "progress": progress}
+    weights = {"dtype": dtype, "dense": dense, "compute": compute}
+    reading = {"prefetch": prefetch, "progress": progress, "ignored": ignored}
+    where = {"device": device, "experts": experts}
     with machine_settings(threads, isa):
-        network, cache, checkpoint = _load_network(path, **sizes, **weights, ignored=ignored)
+        network, cache, checkpoint = load_network(path, **sizes, **weights, **reading, **where)
         return Model(
             network,
             cache,
@@ -101,34 +110,6 @@ def load(
             check_weights=checkpoint.check_readable,
             load_s=time.perf_counter() - started,
         )
-
-
-def _load_network(
-    path: str | os.PathLike[str],
-    *,
-    max_context: int,
-    max_batch: int,
-    dtype: str,
-    ignored: tuple[str, ...],
-    **weights: Any,
-) -> tuple[RecordedModel, LatentCache, Checkpoint]:
-    """The network over the cache that it decodes with."""
-    from kimi_native.cache import PAGE_SIZE, LatentCache
-    from kimi_native.loader import DTYPES, load_model
-    from kimi_native.recorded import RecordedModel
-
-    network, checkpoint = load_model(
-        path,
-        max_context=max_context,
-        max_batch=max_batch,
-        dtype=dtype,
-        ignore_config_keys=ignored,
-        **weights,
-    )
-    # Every sequence may leave a part of its last page empty.
-    pages = max_batch * -(-max_context // PAGE_SIZE)
-    cache = LatentCache(network.config, max_tokens=pages * PAGE_SIZE, dtype=DTYPES[dtype])
-    return RecordedModel(network, cache), cache, checkpoint
 
 
 def _check_counts(**given: object) -> None:
@@ -331,14 +312,14 @@ class Model:
         before = [Message("system", system)] if system is not None else []
         before += as_messages(messages) if messages else []
         before += [] if transcript is None else read_transcript(transcript, declared)
-        limits = {"max_tool_calls": max_tool_calls, "tool_timeout": tool_timeout}
         return Chat(
             answer,
             lambda: self._drop(prefix),
             messages=before,
             tools=declared,
             run_tools=run_tools,
-            **limits,
+            max_tool_calls=max_tool_calls,
+            tool_timeout=tool_timeout,
             can_forbid_calls=constrain_tools,
             tool_choice=tool_choice,
         )
@@ -390,10 +371,14 @@ class Model:
         guide = None
         if guiding.is_used and not is_ids:
             start = answer_start(get_format(self.chat_format), self.tokenizer, ids)
-            index = 0 if isinstance(prompt, str) else next_call_index(prompt)
-            sizes = {"vocab_size": self.config.vocab_size, "eos_ids": self.eos_ids}
-            places = {"start": start, "first_index": index, "compiler": self._grammar_compiler}
-            guide = guiding.guide(self.tokenizer, **sizes, **places)
+            guide = guiding.guide(
+                self.tokenizer,
+                vocab_size=self.config.vocab_size,
+                eos_ids=self.eos_ids,
+                start=start,
+                first_index=0 if isinstance(prompt, str) else next_call_index(prompt),
+                compiler=self._grammar_compiler,
+            )
         return Run(ids, params, parser, guide=guide, prefix=prefix)
 
     def _grammar_compiler(self) -> GrammarCompiler:
@@ -496,5 +481,7 @@ def _as_list(prompt: Any) -> list[Prompt] | None:
     if not isinstance(prompt, (list, tuple)):
         return None
     if not prompt:
-        raise RequestError("generate: prompt must hold a token, a message or a prompt (got none)")
+        raise RequestError(
+            "generate: prompt must hold at least one token, message or prompt (got none)"
+        )
     return list(prompt) if isinstance(prompt[0], (str, list, tuple)) else None

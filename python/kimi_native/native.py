@@ -169,7 +169,18 @@ _synchronous = os.environ.get("KIMI_NATIVE_SYNC", "") == "1"
 
 def uses_cuda(device: torch.device) -> bool:
     """Whether the CUDA kernels take tensors of this device."""
-    return device.type == "cuda" or _cuda_on_host
+    on_host = _cuda_on_host and not getattr(_state, "cpu_kernels", False)
+    return device.type == "cuda" or on_host
+
+
+@contextlib.contextmanager
+def cpu_kernels() -> Iterator[None]:
+    """Inside the with-block this thread's CPU tensors stay with the CPU kernels, whatever cuda_on_host says."""
+    _state.cpu_kernels = True
+    try:
+        yield
+    finally:
+        _state.cpu_kernels = False
 
 
 @contextlib.contextmanager
@@ -192,7 +203,7 @@ def _call_cuda(name: str, device: torch.device, arguments: list[float]) -> None:
         return
     with torch.cuda.device(device):
         op(*arguments, torch.cuda.current_stream(device).cuda_stream)
-    if _synchronous:
+    if _synchronous and not torch.cuda.is_current_stream_capturing():
         try:
             torch.cuda.synchronize(device)
         except RuntimeError as error:
@@ -239,6 +250,8 @@ def record() -> Iterator[Recording]:
     """Record the native ops of this thread inside the with-block; see Recording. Not with the reference backend."""
     if active_backend() == "reference":
         raise RuntimeError("record: the reference backend has nothing to record")
+    if uses_cuda(_CPU):
+        raise RuntimeError("record: CUDA kernels on the host are not recorded")
     recording = Recording()
     recording._native.begin()
     _state.arena = recording._arena

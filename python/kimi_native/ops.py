@@ -29,6 +29,7 @@ from kimi_native.native import (  # noqa: F401  the settings, as attributes of t
     call,
     call_with_workspace,
     cpu_features,
+    cpu_kernels,
     cuda_library,
     empty,
     force_isa,
@@ -38,6 +39,7 @@ from kimi_native.native import (  # noqa: F401  the settings, as attributes of t
     set_num_threads,
     supported_isas,
     uses_cuda,
+    workspace,
 )
 from kimi_native.weights import (
     GROUP_SIZE,
@@ -66,6 +68,7 @@ __all__ = [
 ]
 
 _DTYPES = {torch.bfloat16: 0, torch.float32: 1}  # kn::DType
+_COMPUTE = {"exact": 0, "int8": 1}  # kn::Compute
 _SCORING = {"sigmoid": 0, "softmax": 1}  # kn::Scoring
 _GROUP_SCORE = {"top2_sum": 0, "max": 1}  # kn::GroupScore
 
@@ -198,11 +201,18 @@ def moe_combine(
 # ---- experts: INT4 matrices -----------------------------------------------------------------------------------------
 
 
-def int4_gemm(x: Tensor, weight: Int4Weight, *, out_dtype: torch.dtype | None = None) -> Tensor:
+def int4_gemm(
+    x: Tensor,
+    weight: Int4Weight,
+    *,
+    out_dtype: torch.dtype | None = None,
+    compute: str = "exact",
+) -> Tensor:
     """x times an INT4 matrix transposed.
 
     x        [tokens, in]   bf16 or float32; taken as 16-bit block fixed point per 32 (docs/kernels.md, int4_gemm):
                             exact for bf16 entries within 2**-7 of their group's largest, else within 2**-15 of it
+    compute  "int8": x is taken as 8 bits per entry instead, within 1/254 of its group's largest, which is not exact
     returns  [tokens, out]  out_dtype (default: of x); integer dot products are exact, sums in fp32
 
     Raises ValueError on a shape, TypeError on a dtype. Reference: reference.int4_gemm.
@@ -210,15 +220,28 @@ def int4_gemm(x: Tensor, weight: Int4Weight, *, out_dtype: torch.dtype | None = 
     out_dtype = out_dtype or x.dtype
     if active_backend() == "reference":
         return reference.int4_gemm(
-            x, weight.weight_packed, weight.weight_scale, out_dtype=out_dtype
+            x, weight.weight_packed, weight.weight_scale, out_dtype=out_dtype, compute=compute
         )
     check_layout("int4_gemm", weight, tiled=uses_cuda(x.device))
     parts = (weight.weight_packed, weight.weight_scale)
-    return _group_gemm("int4_gemm", x, *parts, weight.out_features, weight.in_features, out_dtype)
+    sizes = (weight.out_features, weight.in_features)
+    return _group_gemm("int4_gemm", x, *parts, *sizes, out_dtype, _compute("int4_gemm", compute))
+
+
+def _compute(op: str, name: str) -> int:
+    require(name in _COMPUTE, f"{op}: compute must be exact or int8 (got {name})")
+    return _COMPUTE[name]
 
 
 def _group_gemm(
-    op: str, x: Tensor, matrix: Tensor, scale: Tensor, out: int, in_: int, out_dtype: torch.dtype
+    op: str,
+    x: Tensor,
+    matrix: Tensor,
+    scale: Tensor,
+    out: int,
+    in_: int,
+    out_dtype: torch.dtype,
+    *compute: int,
 ) -> Tensor:
     """What int4_gemm and int8_gemm share: everything but the width of a weight."""
     check_activation(op, "x", x, (None, in_))
@@ -233,6 +256,7 @@ def _group_gemm(
         out,
         in_,
         GROUP_SIZE,
+        *compute,
     )
     return y
 
@@ -244,6 +268,7 @@ def _grouped(
     dispatch: MoeDispatch,
     projections: tuple[Int4ExpertWeights, ...],
     out_dtype: torch.dtype,
+    compute: str,
 ) -> Tensor:
     """What the grouped ops share: a row per token and slot, by the matrices of its expert."""
     first = projections[0]
@@ -269,6 +294,7 @@ def _grouped(
         first.out_features,
         first.in_features,
         GROUP_SIZE,
+        _compute(op, compute),
     )
     return y
 
@@ -280,11 +306,13 @@ def int4_grouped_swiglu(
     up: Int4ExpertWeights,
     *,
     out_dtype: torch.dtype | None = None,
+    compute: str = "exact",
 ) -> Tensor:
     """silu(x Wgate^T) * (x Wup^T) for every dispatched row, by its expert, in one pass over x.
 
     x         [tokens, in]    bf16 or float32; row r reads x[dispatch.token_index[r]]
     gate, up  per expert [out, in] INT4
+    compute   as in int4_gemm
     returns   [rows, out]     out_dtype (default: of x); products, silu and their product in fp32
 
     Raises ValueError on a shape or index, TypeError on a dtype. Reference: reference.int4_grouped_swiglu.
@@ -305,8 +333,9 @@ def int4_grouped_swiglu(
             [(w.weight_packed, w.weight_scale) for w in gate.weights],
             [(w.weight_packed, w.weight_scale) for w in up.weights],
             out_dtype=out_dtype,
+            compute=compute,
         )
-    return _grouped(op, x, dispatch.token_index, dispatch, (gate, up), out_dtype)
+    return _grouped(op, x, dispatch.token_index, dispatch, (gate, up), out_dtype, compute)
 
 
 def int4_grouped_gemm(
@@ -315,11 +344,13 @@ def int4_grouped_gemm(
     weights: Int4ExpertWeights,
     *,
     out_dtype: torch.dtype | None = None,
+    compute: str = "exact",
 ) -> Tensor:
     """x times the INT4 matrix of each row's expert (the down projection).
 
     x        [rows, in]   bf16 or float32, in the order of `dispatch`
     weights  per expert [out, in] INT4
+    compute  as in int4_gemm
     returns  [rows, out]  out_dtype (default: of x)
 
     Raises ValueError on a shape or index, TypeError on a dtype. Reference: reference.int4_grouped_gemm.
@@ -331,8 +362,9 @@ def int4_grouped_gemm(
             dispatch.expert_offsets,
             [(w.weight_packed, w.weight_scale) for w in weights.weights],
             out_dtype=out_dtype,
+            compute=compute,
         )
-    return _grouped("int4_grouped_gemm", x, None, dispatch, (weights,), out_dtype)
+    return _grouped("int4_grouped_gemm", x, None, dispatch, (weights,), out_dtype, compute)
 
 
 # ---- dense matrices -------------------------------------------------------------------------------------------------

@@ -400,6 +400,15 @@ def test_chat_asend_equals_send(make_chat):
     assert reply.text == make_chat(one_call(), **options).send("1 + 2?").text
 
 
+def test_chat_tells_the_timing_of_its_last_answer(make_chat):
+    chat = make_chat(one_call(), tools=[add], run_tools=["add"])
+    assert chat.timing is None
+    seen = [chat.timing for event in chat.stream("1 + 2?") if isinstance(event, Finish)]
+    assert len(seen) == len(set(map(id, seen))) == 2
+    assert all(t.prefill_s > 0 and t.decode_tokens_per_s > 0 for t in seen)
+    assert chat.timing == seen[-1]
+
+
 def test_chat_astream_ends_with_its_task(make_chat):
     chat = make_chat(long_answer, max_tokens=6000)
 

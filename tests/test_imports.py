@@ -63,6 +63,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     # text and events
     "generate": (
         {
+            "asynchronous",
             "checkpoint",
             "config",
             "plan",
@@ -75,8 +76,15 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         },
         {"torch"},
     ),
-    "generation": ({"engine", "guide", "prefixes", "sampling", "tokenizer", *CHAT}, set()),
-    "conversation": ({"guide", "tool_runner", "transcript", *CHAT}, set()),
+    "generation": (
+        {"config", "engine", "guide", "prefixes", "sampling", "tokenizer", *CHAT},
+        set(),
+    ),
+    "asynchronous": (set(), set()),
+    "conversation": (
+        {"asynchronous", "generation", "guide", "tool_runner", "transcript", *CHAT},
+        set(),
+    ),
     "tool_runner": (CHAT, set()),
     "transcript": (CHAT, set()),
     "guide": ({"schema_grammar", "tokenizer", *CHAT}, {"numpy"}),

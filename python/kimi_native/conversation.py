@@ -101,7 +101,7 @@ class Chat:
         self._calls: tuple[ToolCall, ...] = ()
         self._results: dict[int, ToolResult] = {}
         self._approved: set[int] = set()
-        self._num_calls = 0  # since the last user message
+        self._num_calls = 0  # that have a result, since the last user message
         self.timing: Timing | None = None
         self._canceled = threading.Event()
         self._busy = threading.Lock()
@@ -229,8 +229,8 @@ class Chat:
             choice = "none"
         return self._answer(tuple(self._messages), choice, self._canceled.is_set)
 
-    def _is_at_limit(self) -> bool:
-        return self._num_calls >= self._max_calls
+    def _is_at_limit(self, num_running: int = 0) -> bool:
+        return self._num_calls + num_running >= self._max_calls
 
     def _loop(self, answer: Iterator[Event] | None) -> Iterator[ChatEvent]:
         usages: list[Usage] = []
@@ -309,11 +309,9 @@ class Chat:
             if tool is None:
                 known = ", ".join(self._tools) or "none"
                 refusal = f"error: no tool is called {call.name} (declared: {known})"
-            elif self._is_at_limit():
-                self._num_calls += 1
+            elif self._is_at_limit(len(jobs)):
                 refusal = f"error: the limit of {self._max_calls} tool calls is reached"
             elif call.name in self._run_tools or index in self._approved:
-                self._num_calls += 1
                 jobs.append((index, tool, call))
                 continue
             else:
@@ -325,6 +323,7 @@ class Chat:
     def _set_result(self, result: ToolResult) -> ToolResult:
         """Keeps a result; when the last one is there, all become messages, in the order of the calls."""
         self._results[result.index] = result
+        self._num_calls += 1
         if len(self._results) == len(self._calls):
             for index, call in enumerate(self._calls):
                 content = self._results[index].content

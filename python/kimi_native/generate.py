@@ -299,7 +299,7 @@ class Model:
 
         system, messages, transcript  what it begins with: a system text, messages, or a file that Chat.save wrote
         run_tools       names of tools that run without asking; at a call of another the chat pauses
-        max_tool_calls  after one message of the user; then the model must answer without tools
+        max_tool_calls  after one message of the user, declined ones too; then the model must answer without tools
         tool_timeout    seconds for the calls of one answer
         tool_choice     of the first answer to a message; the later ones are free
 

@@ -197,7 +197,7 @@ def test_command_line_json_has_the_promised_fields(folders, model, capsys):
     assert result["prompt_ids"] == expected.prompt_ids == model.tokenizer.encode("Hi 🙂")
     assert result["finish_reason"] == expected.finish_reason
     tokens = {"prompt_tokens": len(expected.prompt_ids), "completion_tokens": len(expected.ids)}
-    assert result["usage"] == {**tokens, "total_tokens": sum(tokens.values())}
+    assert result["usage"] == {**tokens, "reused_tokens": 0, "total_tokens": sum(tokens.values())}
     assert set(result["timing"]) == {
         *("load_s", "waiting_s", "prefill_s", "decode_s"),
         *("prefill_tokens_per_s", "decode_tokens_per_s"),

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from kimi_native import model, plan
+from kimi_native import attention, model, plan
 from kimi_native.cache import LatentCache
 from kimi_native.checkpoint import Checkpoint
 from kimi_native.errors import MemoryPlanError
@@ -128,6 +128,7 @@ def test_plan_cache_is_what_the_cache_allocates(tmp_path, context, batch, dtype)
 def test_plan_uses_the_constants_of_the_model():
     assert plan.PREFILL_CHUNK == model.PREFILL_CHUNK
     assert plan.EXPANDED_BYTES == model._EXPANDED_BYTES
+    assert plan.QUERY_BLOCK == attention.QUERY_BLOCK
 
 
 def test_plan_working_memory_grows_with_the_context(tmp_path):
@@ -138,7 +139,7 @@ def test_plan_working_memory_grows_with_the_context(tmp_path):
     ]
     working = [sizes(p)[WORKING] for p in plans]
     assert working == sorted(set(working))
-    assert working[3] > 1024 * 65536 * 6  # the mask of the last chunk
+    assert working[3] > 32 * 65536 * 6  # the mask of a block of queries
 
 
 def test_plan_max_context_defaults_to_the_models_own(tmp_path):

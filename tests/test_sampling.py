@@ -488,3 +488,43 @@ def test_unknown_sampling_arguments_name_the_nearest(given, meant):
         SamplingParams.from_generation_config({}, **{given: 1})
     with pytest.raises(RequestError, match=f"unknown argument '{given}', did you mean '{meant}'"):
         SamplingParams().replace(**{given: 1})
+
+
+# ---- allowed tokens -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0),
+        SamplingParams(),
+        SamplingParams(temperature=0.01, top_p=0.9),
+        SamplingParams(top_k=3, min_p=0.05, logprobs=4),
+        SamplingParams(top_p=0.5, repetition_penalty=1.3, presence_penalty=1.0),
+    ],
+)
+def test_sample_with_allowed_tokens_equals_a_vocabulary_of_them(params):
+    rng = np.random.default_rng(3)
+    for seed in range(40):
+        logits = torch.from_numpy(rng.normal(size=50).astype(np.float32)) * 4
+        allowed = rng.random(50) < (0.02, 0.3, 0.9)[seed % 3]
+        allowed[seed] = True
+        history = TokenHistory([1, 2], [3, 4, 4])
+        token = sample(logits, params, seed=seed, position=9, history=history, allowed=allowed)
+        kept = np.flatnonzero(allowed)
+        small = TokenHistory(np.flatnonzero(np.isin(kept, [1, 2])))
+        for given in (3, 4, 4):
+            for place in np.flatnonzero(kept == given):
+                small.append(int(place))
+        plain = params.replace(logprobs=None)
+        expected = sample(logits[kept], plain, seed=seed, position=9, history=small)
+        assert token.id == kept[expected.id]
+        everything = sample(logits, SamplingParams(logprobs=4), seed=seed, position=9)
+        if params.logprobs is not None:
+            assert token.top_logprobs == everything.top_logprobs
+
+
+@pytest.mark.parametrize("allowed", [np.zeros(5, dtype=bool), np.ones(4, dtype=bool)])
+def test_sample_needs_an_allowed_token(allowed):
+    with pytest.raises(ValueError, match="allowed must be True for at least one of 5 tokens"):
+        sample(torch.zeros(5), SamplingParams(), seed=0, position=0, allowed=allowed)

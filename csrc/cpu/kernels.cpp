@@ -63,6 +63,9 @@ const Kernels table = {
     .int4_gemm_tile = int4_gemm_tile,
     .int4_swiglu_tile = int4_swiglu_tile,
     .int8_gemm_tile = int8_gemm_tile,
+    .int4_prepare_one_limb = int4_prepare_one_limb,
+    .int4_gemm_tile_one_limb = int4_gemm_tile_one_limb,
+    .int4_swiglu_tile_one_limb = int4_swiglu_tile_one_limb,
     .int4_quantize_run = int4_quantize_run,
 };
 

@@ -70,7 +70,7 @@ __device__ __forceinline__ void multiply_segment(const Bf16Problem& p, int64_t h
     __syncwarp();  // the copies of all lanes are in, and all have read the stage that is free now
     issue(c + kRowsStages - 1, stage == 0 ? kRowsStages - 1 : stage - 1);
     const auto pieces = shared_cast<uint4>(ring + stage * kRowsStageBytes);
-    const WeightFragment w{pieces[lane], pieces[32 + lane]};
+    const RowFragment w{pieces[lane], pieces[32 + lane]};
 #pragma unroll
     for (int limb = kLimbs - 1; limb >= 0; --limb)
 #pragma unroll

@@ -32,18 +32,18 @@ template <int kLimbs>
 __device__ __forceinline__ void multiply_stage(SharedPtr<uint8_t> stage, TileSums& acc) {
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const auto weights = shared_cast<uint4>(stage);
-  WeightFragment w[kWarpRowTiles];
+  RowFragment w[kWarpRowTiles];
 #pragma unroll
   for (int i = 0; i < kWarpRowTiles; ++i) {
-    const int at = (warp % 2 * 64 + i * 16) * kRowPieces + lane;
-    w[i] = {weights[at], weights[at + 8 * kRowPieces]};
+    const int at = (warp % 2 * 64 + i * 16) * kChunkPieces + lane;
+    w[i] = {weights[at], weights[at + 8 * kChunkPieces]};
   }
 #pragma unroll
   for (int limb = kLimbs - 1; limb >= 0; --limb) {
     const auto tokens = shared_cast<uint4>(stage + (1 + limb) * kTilePlaneBytes);
 #pragma unroll
     for (int j = 0; j < kWarpTokenTiles; ++j) {
-      const uint4 x = tokens[(warp / 2 * 32 + j * 8) * kRowPieces + lane];
+      const uint4 x = tokens[(warp / 2 * 32 + j * 8) * kChunkPieces + lane];
 #pragma unroll
       for (int i = 0; i < kWarpRowTiles; ++i) multiply_chunk(w[i], x, acc[i][j]);
     }

@@ -140,6 +140,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("model and machine")
     _add_settings(machine)
     machine.add_argument("--threads", type=int, metavar="N", help="default: the cores there are")
+    machine.add_argument("--device", default="cpu", help="cpu (default), cuda, or cuda:N")
+    machine.add_argument("--experts", choices=["cpu"], help="keep the routed experts off the GPU")
     machine.add_argument("--isa", metavar="NAME", help="kernel tier (default: the best here)")
     machine.add_argument(
         "--no-prefetch",
@@ -264,6 +266,8 @@ def _generate(args: argparse.Namespace) -> int:
             threads=args.threads,
             dtype=args.dtype,
             dense=args.dense,
+            device=args.device,
+            experts=args.experts,
             isa=args.isa,
             prefetch=args.prefetch,
             ignore_config_keys=args.ignore_config_key,

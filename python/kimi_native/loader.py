@@ -34,6 +34,7 @@ from kimi_native.tensor_table import FORM_SUFFIXES
 from kimi_native.weights import Int4ExpertWeights, Int4Weight
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+COMPUTE = ("exact", "int8")
 _QUANTIZED = {"int8": Int8Linear, "int4": Int4Linear}  # by what `dense` asks for
 _CONVERT_AHEAD_BYTES = 256 << 20  # asked of the disk while earlier weights are converted
 
@@ -45,6 +46,7 @@ def load_model(
     max_batch: int = 1,
     dtype: str = "bfloat16",
     dense: str = "bf16",
+    compute: str = "exact",
     prefetch: bool = True,
     ignore_config_keys: tuple[str, ...] = (),
     progress: Progress | None = None,
@@ -57,6 +59,7 @@ def load_model(
     dtype               activations and cache: "bfloat16", or "float32" for checking
     dense               dense matrices as stored ("bf16"), or quantized while loading, which is not exact: "int8", and
                         "int4" with about eighteen times the rounding error
+    compute             activations that meet INT4 matrices: "exact", or "int8", rounded to 8 bits per 32, not exact
     prefetch            read mapped weights into memory now, if all of them fit; else each is read when first used
     ignore_config_keys  config.json keys to accept although this package does not know them
     progress            called with (bytes done, bytes in all): weights converted, read ahead, or left where they are
@@ -68,13 +71,14 @@ def load_model(
     """
     _check_choice("dtype", dtype, tuple(DTYPES))
     _check_choice("dense", dense, DENSE_FORMATS)
+    _check_choice("compute", compute, COMPUTE)
     with paused_gc():
         checkpoint = Checkpoint.open(path, ignore_keys=ignore_config_keys)
         settings = {"max_batch": max_batch, "dtype": dtype, "dense": dense}
         plan = memory_plan(checkpoint, max_context=_context(checkpoint, max_context), **settings)
         plan.check()
         model = KimiModel(checkpoint.config, DTYPES[dtype])
-        filler = _Filler(checkpoint, dense)
+        filler = _Filler(checkpoint, dense, compute)
         filler.fill(model)
     _read_weights(checkpoint, filler, plan, prefetch, progress)
     filler.finish(model)
@@ -174,10 +178,11 @@ def _mapped_extents(checkpoint: Checkpoint, conversions: list[_Conversion]) -> I
 class _Filler:
     """Walks a built model and gives every module its weights: at once those used in place, later the `conversions`."""
 
-    def __init__(self, checkpoint: Checkpoint, dense: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, dense: str, compute: str) -> None:
         self.checkpoint = checkpoint
         self.prefix = checkpoint.config.tensor_prefix
         self.dense = dense
+        self.compute = compute
         self.conversions: list[_Conversion] = []
         self.pages = HugePages()  # of the quantized dense matrices
         stored = checkpoint.stored
@@ -203,6 +208,8 @@ class _Filler:
         for module in model.modules():
             if isinstance(module, Attention):
                 module.absorb()
+            elif isinstance(module, Int4Linear | Int4Experts):
+                module.compute = self.compute
 
     def _linear(self, model: KimiModel, name: str, module: Linear) -> None:
         stored = self.prefix + name

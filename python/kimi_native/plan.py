@@ -25,6 +25,7 @@ from kimi_native.tensor_table import (
 from kimi_native.units import bytes_text
 
 PREFILL_CHUNK = 1024  # as in model.py, which this module does not import: planning needs no kernels
+QUERY_BLOCK = 32  # as in attention.py
 EXPANDED_BYTES = 256 << 20
 INTERPRETER_BYTES = (
     400 << 20
@@ -268,8 +269,7 @@ def _prefill_bytes(c: KimiConfig, s: Settings) -> int:
       attention  heads * (query, its rotated parts and the fp32 copy that attends; the fp32 and rounded outputs)
       MLP        dense 3 * intermediate; experts topk * (3 * width + hidden in fp32), shared experts 3 * width
     Per cached token: the gathered row three times; keys and values in fp32 of as many heads as model.py expands at
-    once, each as expanded, as joined, and padded twice. A mask of chunk x context (6 bytes) from the second chunk on.
-    The logits in fp32.
+    once, each as expanded, as joined, and padded twice. A mask of QUERY_BLOCK x context (6 bytes). The logits in fp32.
     """
     item, keys = ITEM_BYTES[s.dtype], s.max_context
     chunk = min(PREFILL_CHUNK, keys)
@@ -284,7 +284,7 @@ def _prefill_bytes(c: KimiConfig, s: Settings) -> int:
     at_once = min(heads, max(1, EXPANDED_BYTES // (keys * padded * 12)))
     floats = c.qk_nope_head_dim + c.v_head_dim + c.qk_head_dim + 4 * padded
     expanded = keys * (at_once * floats * 4 + 3 * c.latent_width * 4)
-    mask = chunk * keys * 6 if keys > chunk else 0
+    mask = QUERY_BLOCK * keys * 6
     return tokens + expanded + mask + s.max_batch * c.vocab_size * 4
 
 

@@ -4,8 +4,8 @@ The draw is an inverse CDF over the surviving tokens in id order, with one unifo
 generator (Philox, keyed by the seed, counted by the sequence position). So the same seed gives the same tokens
 whatever else is in the batch and whatever the process did before, and a filter that removes nothing changes nothing.
 
-Order, as vLLM: repetition, frequency and presence penalty; temperature; min_p; top_k; top_p. Sums are float64 in a
-fixed order (numpy, one thread); ties go to the lowest id.
+Order, as vLLM: repetition, frequency and presence penalty; what is not allowed; temperature; min_p; top_k; top_p. Sums
+are float64 in a fixed order (numpy, one thread); ties go to the lowest id.
 """
 
 from __future__ import annotations
@@ -237,6 +237,7 @@ def sample(
     seed: int,
     position: int,
     history: TokenHistory | None = None,
+    allowed: np.ndarray | None = None,
 ) -> SampledToken:
     """Chooses one token.
 
@@ -244,6 +245,7 @@ def sample(
     seed      key of the random draw (params.seed is not read: the caller has settled it)
     position  index in the sequence, prompt included, of the token to choose: the counter of the random draw
     history   prompt and output so far; needed for the penalties only
+    allowed   [vocab] bool: the tokens to choose from, at least one; the logprobs stay those of all
 
     Raises NonFiniteLogitsError naming the position, ValueError on a shape, TypeError on a dtype.
     """
@@ -259,6 +261,13 @@ def sample(
             f"at position {position})"
         )
     scores = _penalized(raw, params, history)
+    if allowed is not None:
+        if allowed.shape != raw.shape or not allowed.any():
+            raise ValueError(
+                f"sample: allowed must be True for at least one of {raw.size} tokens "
+                f"(got {int(allowed.sum())} of {allowed.size})"
+            )
+        scores = np.where(allowed, scores, -np.inf)
     if params.temperature == 0:
         chosen = int(np.argmax(scores))
     else:

@@ -8,14 +8,12 @@ inside a character, so every token is reached by merging, and every whole one bu
 from __future__ import annotations
 
 import base64
-import collections
 import functools
-import heapq
 import itertools
 import json
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from kimi_native.byte_pairs import BYTE_TOKENS, count_pieces, learned_tokens
 from kimi_native.errors import ConfigError
 from kimi_native.presets import RESERVED_SLOTS
 
@@ -106,23 +104,19 @@ class Model:
 3 + 4 = 7, 17 * 23 = 391, 100 - 42 = 58, 144 / 12 = 12. a = b + c; x == y; n != 0; p <= q && r >= s || !t.
 """
 
-# The family's splitting pattern on ASCII, where its letter classes are A-Z and a-z.
-_PIECES = re.compile(
-    r"[^\r\nA-Za-z0-9]?[A-Z]*[a-z]+(?:'(?:s|t|re|ve|m|ll|d))?"
-    r"|[^\r\nA-Za-z0-9]?[A-Z]+[a-z]*(?:'(?:s|t|re|ve|m|ll|d))?"
-    r"|[0-9]{1,3}| ?[^\sA-Za-z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
 
 def tokenizer_files(vocab_size: int) -> dict[str, bytes]:
     """File name -> content: tiktoken.model with vocab_size - 256 ranks, and tokenizer_config.json.
 
     Raises ConfigError if the vocabulary is too small for the bytes or larger than the tokens this generator has.
     """
-    first_slot = vocab_size - RESERVED_SLOTS
-    tokens = ranked_tokens(first_slot)
+    return files_of(ranked_tokens(vocab_size - RESERVED_SLOTS))
+
+
+def files_of(tokens: Sequence[bytes]) -> dict[str, bytes]:
+    """File name -> content for the tokens by rank; the control tokens come after them."""
     lines = b"".join(b"%s %d\n" % (base64.b64encode(t), rank) for rank, t in enumerate(tokens))
-    config = json.dumps(_tokenizer_config(first_slot), indent=2, ensure_ascii=False) + "\n"
+    config = json.dumps(_tokenizer_config(len(tokens)), indent=2, ensure_ascii=False) + "\n"
     return {"tiktoken.model": lines, "tokenizer_config.json": config.encode()}
 
 
@@ -149,78 +143,16 @@ def ranked_tokens(count: int) -> list[bytes]:
     """The first `count` tokens by rank, all different. Raises ConfigError outside what this generator has."""
     if count < 256:
         raise ConfigError(f"tokenizer: 256 bytes need as many ranks (got {count})")
-    endless = itertools.chain(_byte_order(), _learned_tokens(), _han_tokens())
+    endless = itertools.chain(BYTE_TOKENS, _text_tokens(), _han_tokens())
     tokens = list(itertools.islice(endless, count))
     if len(tokens) < count:
         raise ConfigError(f"tokenizer: at most {len(tokens)} ranks can be made (got {count})")
     return tokens
 
 
-def _byte_order() -> list[bytes]:
-    """The published files' order, GPT-2's: printable bytes first, so that an id is not its byte."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in set(printable)]
-    return [bytes([b]) for b in printable + others]
-
-
-# ---- learned merges --------------------------------------------------------------------------------------------------
-
-
 @functools.lru_cache(maxsize=1)
-def _learned_tokens() -> tuple[bytes, ...]:
-    """Byte-pair merges of the text until every piece is one token; most frequent first, then the smallest bytes."""
-    pieces = collections.Counter(_PIECES.findall(_TEXT))
-    words = [[bytes([b]) for b in piece.encode()] for piece in pieces]
-    weights = list(pieces.values())
-    counts: collections.Counter[bytes] = collections.Counter()
-    where: dict[bytes, set[int]] = collections.defaultdict(set)
-    for index, word in enumerate(words):
-        _count_pairs(word, weights[index], counts)
-        for joined in _pairs(word):
-            where[joined].add(index)
-    heap = [(-n, joined) for joined, n in counts.items()]
-    heapq.heapify(heap)
-    learned: dict[bytes, None] = {}
-    while heap:
-        n, joined = heapq.heappop(heap)
-        if counts[joined] != -n or n == 0:
-            continue  # the count changed after this entry was pushed; a newer entry exists
-        learned[joined] = None
-        changed: set[bytes] = set()
-        for index in sorted(where.pop(joined)):
-            before = list(_pairs(words[index]))
-            _count_pairs(words[index], -weights[index], counts)
-            words[index] = _merged(words[index], joined)
-            _count_pairs(words[index], weights[index], counts)
-            for pair in _pairs(words[index]):
-                where[pair].add(index)
-            changed.update(before, _pairs(words[index]))
-        for pair in changed:
-            if counts[pair] > 0:
-                heapq.heappush(heap, (-counts[pair], pair))
-    return tuple(learned)
-
-
-def _pairs(word: list[bytes]) -> Iterator[bytes]:
-    return (a + b for a, b in itertools.pairwise(word))
-
-
-def _count_pairs(word: list[bytes], weight: int, counts: collections.Counter[bytes]) -> None:
-    for joined in _pairs(word):
-        counts[joined] += weight
-
-
-def _merged(word: list[bytes], joined: bytes) -> list[bytes]:
-    out: list[bytes] = []
-    i = 0
-    while i < len(word):
-        if i + 1 < len(word) and word[i] + word[i + 1] == joined:
-            out.append(joined)
-            i += 2
-        else:
-            out.append(word[i])
-            i += 1
-    return out
+def _text_tokens() -> tuple[bytes, ...]:
+    return learned_tokens(count_pieces(_TEXT))
 
 
 # ---- Han -------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from kimi_native.quant.groups import (
     quantize_groups,
     row_chunks,
 )
+from kimi_native.single_threads import single_threads
 from kimi_native.weights import GROUP_SIZE, Int8Weight
 
 
@@ -37,9 +38,16 @@ def quantize_int8(w: Tensor, *, out: Int8Weight | None = None) -> Int8Weight:
         out.weight.shape == w.shape,
         f"quantize_int8: out must be {list(w.shape)} (got {list(out.weight.shape)})",
     )
-    for rows, q, scale in quantize_groups("quantize_int8", w, 127.0, -127, 127):
-        out.weight[rows] = q
-        out.weight_scale[rows] = scale
+
+    def quantize_rows(block: slice) -> None:
+        weight, scales = out.weight[block], out.weight_scale[block]
+        for rows, q, scale in quantize_groups("quantize_int8", w[block], 127.0, -127, 127):
+            weight[rows] = q
+            scales[rows] = scale
+
+    pool = single_threads(torch.get_num_threads())
+    for _ in pool.map(quantize_rows, row_chunks(*w.shape)):
+        pass
     return out
 
 

@@ -24,12 +24,14 @@ Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 class Int4Linear(nn.Module):
     """y = x W^T with an INT4 weight as the checkpoint stores it, or made while loading."""
 
+    compute = "exact"  # as in ops.int4_gemm
+
     def __init__(self, weight: Int4Weight) -> None:
         super().__init__()
         self.int4 = weight
 
     def forward(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-        return ops.int4_gemm(x, self.int4, out_dtype=out_dtype)
+        return ops.int4_gemm(x, self.int4, out_dtype=out_dtype, compute=self.compute)
 
     @staticmethod
     def parts(out_features: int, in_features: int) -> list[Part]:
@@ -70,6 +72,8 @@ class Int8Linear(nn.Module):
 class Int4Experts(nn.Module):
     """The routed experts in INT4, all of a layer's hit experts in two native calls."""
 
+    compute = "exact"  # as in ops.int4_gemm
+
     def __init__(
         self, gate: Int4ExpertWeights, up: Int4ExpertWeights, down: Int4ExpertWeights
     ) -> None:
@@ -78,5 +82,8 @@ class Int4Experts(nn.Module):
 
     def forward(self, x: Tensor, dispatch: MoeDispatch) -> Tensor:
         """x [tokens, hidden] to the outputs of all dispatched rows, [tokens * topk, hidden] float32."""
-        inner = ops.int4_grouped_swiglu(x, dispatch, self.gate, self.up)
-        return ops.int4_grouped_gemm(inner, dispatch, self.down, out_dtype=torch.float32)
+        compute = self.compute
+        inner = ops.int4_grouped_swiglu(x, dispatch, self.gate, self.up, compute=compute)
+        return ops.int4_grouped_gemm(
+            inner, dispatch, self.down, out_dtype=torch.float32, compute=compute
+        )

@@ -1,0 +1,270 @@
+"""Conversations to train on: the expert at work in every mode, with tools of every reliability, and small talk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from kimi_native.chat.tool import Tool
+from kimi_native.chat.types import Message, ToolCall
+from kimi_native.nano import expert, questions
+from kimi_native.nano.dice import Dice
+from kimi_native.nano.modes import MODES, Mode, declared_tools, opening_messages
+from kimi_native.nano.planner import look_back, make_plan, think_alone
+from kimi_native.nano.problems import FACTORS, Problem, Sheet, Split, make_problem, read_sheet
+from kimi_native.nano.small_talk import make_exchange
+from kimi_native.nano.world import MODULUS, Failures, World
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What conversations are made, by weight, and how long and hard they are.
+
+    steps         fewest and most steps carried out in one conversation
+    plan_steps    the same for those that plan first: longer, so that a plan fails by its tools and not by its length
+    reliable      share of conversations whose tools never fail; the others fail at a rate even in 0 .. highest_failure
+    history       share of conversations with something before: small talk, or a problem of 1 or 2 steps
+    later_calls   share of conversations whose calls are numbered from 1 .. last_call on, as after earlier ones cut off
+    windows       share of interleaved conversations that are a piece of a longer one: of a list of longer_lists steps
+                  (fewest, most), no more than steps[1] are carried out. In lists of at most 12 labels the last digit
+                  alone tells one from another, and a model that learned to look at no more would be lost in longer ones
+    thinned       share of the windows whose list, of thinned_lists steps, lacks most lines; what is left beside the
+                  piece is chosen for labels that are easily mistaken, and costs few tokens
+    """
+
+    interleaved: float = 80
+    plan_first: float = 12
+    no_tools: float = 8
+    questions: float = 6
+    small_talk: float = 8
+    steps: tuple[int, int] = (1, 12)
+    plan_steps: tuple[int, int] = (1, 20)
+    reliable: float = 0.3
+    highest_failure: float = 0.25
+    history: float = 0.1
+    later_calls: float = 0.4
+    last_call: int = 499
+    windows: float = 0.12
+    longer_lists: tuple[int, int] = (13, 150)
+    thinned: float = 0.5
+    thinned_lists: tuple[int, int] = (150, 300)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of small talk, questions, and problems in each of MODES."""
+        modes = (self.interleaved, self.plan_first, self.no_tools)
+        return self.small_talk, self.questions, *modes
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages to learn from.
+
+    first_learned   index of the first message of the assistant that is to be learned; all after it are
+    number_is_open  nothing in the conversation tells the number of the first call to be learned
+    """
+
+    messages: tuple[Message, ...]
+    tools: tuple[Tool, ...]
+    first_learned: int
+    number_is_open: bool = False
+
+
+def make_conversation(dice: Dice, split: Split, recipe: Recipe) -> Conversation:
+    """A conversation of the recipe's kinds."""
+    kind = dice.weighted(("small talk", "question", *MODES), recipe.weights)
+    if kind == "small talk":
+        return _small_talk(dice, split, recipe)
+    if kind == "question":
+        return _question(dice, split, recipe)
+    if kind == "interleaved" and recipe.windows and dice.chance(recipe.windows):
+        return _window(dice, split, recipe)
+    return _problem(dice, split, recipe, kind)
+
+
+def _problem(dice: Dice, split: Split, recipe: Recipe, mode: Mode) -> Conversation:
+    lengths = recipe.plan_steps if mode == "plan-first" else recipe.steps
+    problem = make_problem(dice, dice.between(*lengths), split)
+    world = World(problem.prices, dice, _failures(dice, recipe))
+    opening = opening_messages(problem, mode)
+    history = _history(dice, split, recipe, mode)
+    number = sum(len(message.tool_calls) for message in history)
+    is_cut = mode == "interleaved" and not number and dice.chance(recipe.later_calls)
+    if is_cut:
+        number = dice.between(1, recipe.last_call)
+    turn = _solve(problem, mode, world, number)
+    messages = (*opening[:-1], *history, opening[-1], *turn)
+    tools = _tools(dice, messages, mode)
+    return Conversation(messages, tools, len(messages) - len(turn), is_cut)
+
+
+def _failures(dice: Dice, recipe: Recipe) -> Failures:
+    if dice.chance(recipe.reliable):
+        return Failures()
+    return Failures(dice.random() * recipe.highest_failure)
+
+
+def _history(dice: Dice, split: Split, recipe: Recipe, mode: Mode) -> list[Message]:
+    """What came before, its thoughts no longer shown."""
+    if not dice.chance(recipe.history):
+        return []
+    if mode != "interleaved" or dice.chance(0.5):
+        exchange = make_exchange(dice)
+        return [Message("user", exchange.question), Message("assistant", exchange.answer)]
+    problem = make_problem(dice, dice.between(1, 2), split)
+    world = World(problem.prices, dice, _failures(dice, recipe))
+    turn = _solve(problem, mode, world, 0)
+    return [Message("user", problem.text()), *(replace(m, reasoning_content=None) for m in turn)]
+
+
+def _small_talk(dice: Dice, split: Split, recipe: Recipe) -> Conversation:
+    exchange = make_exchange(dice)
+    history = _history(dice, split, recipe, "interleaved")
+    messages = (
+        *history,
+        Message("user", exchange.question),
+        Message("assistant", exchange.answer, reasoning_content=exchange.thought),
+    )
+    has_tools = bool(history) or dice.chance(0.5)
+    return Conversation(messages, _tools(dice, messages) if has_tools else (), len(messages) - 1)
+
+
+def _question(dice: Dice, split: Split, recipe: Recipe) -> Conversation:
+    """One calculation, with or without tools, or one price."""
+    history = _history(dice, split, recipe, "interleaved")
+    text, question = questions.make_question(dice, is_price=dice.chance(0.3))
+    before = [*history, Message("user", text)]
+    has_calls = any(message.tool_calls for message in history)
+    if question.op and not has_calls and dice.chance(0.5):
+        return Conversation((*before, questions.think_alone(question)), (), len(before))
+    prices = {question.key: dice.choice(FACTORS)}
+    world = World(prices, dice, _failures(dice, recipe))
+    message = questions.first_message(question, sum(len(m.tool_calls) for m in history))
+    turn = [message]
+    while message.tool_calls:
+        call = message.tool_calls[0]
+        turn.append(_result(world, call))
+        message = questions.next_message(question, call, turn[-1].content)
+        turn.append(message)
+    messages = (*before, *turn)
+    return Conversation(messages, _tools(dice, messages), len(before))
+
+
+def _tools(dice: Dice, messages: Sequence[Message], mode: Mode = "interleaved") -> tuple[Tool, ...]:
+    """The tools that are used, and each of the others half of the time."""
+    used = {call.name for message in messages for call in message.tool_calls}
+    return tuple(t for t in declared_tools(mode) if t.name in used or dice.chance(0.5))
+
+
+# ---- the expert at work --------------------------------------------------------------------------------------------
+
+
+def _solve(problem: Problem, mode: Mode, world: World, number: int) -> list[Message]:
+    """The expert's messages and the tools' from the user's message on. number: of the first call."""
+    sheet = _read(problem, shows_prices=mode == "no-tools")
+    if mode == "no-tools":
+        return [think_alone(sheet)]
+    if mode == "interleaved":
+        return _work(sheet, world, sheet.first_label, sheet.start, number, last_label=1000)
+    plan = make_plan(sheet, number)
+    results: dict[str, str] = {}
+    turn = [plan]
+    for call in plan.tool_calls:
+        arguments = {
+            name: _substituted(value, results) for name, value in json.loads(call.arguments).items()
+        }
+        result = _run(world, call.name, arguments)
+        results[call.id.rpartition(":")[2]] = result
+        turn.append(Message("tool", result, tool_call_id=call.id))
+    return [*turn, look_back(turn)]
+
+
+def _read(problem: Problem, *, shows_prices: bool = False) -> Sheet:
+    sheet = read_sheet(problem.text(shows_prices=shows_prices))
+    assert sheet is not None  # the generator's own text
+    return sheet
+
+
+def _substituted(value: int | str, results: dict[str, str]) -> int | str:
+    """As episode.with_results does it to the text."""
+    if isinstance(value, str) and value.startswith("#"):
+        result = results[value[1:]]
+        return int(result) if result.isdecimal() else value
+    return value
+
+
+def _run(world: World, name: str, arguments: dict) -> str:
+    if any(isinstance(value, str) and value.startswith("#") for value in arguments.values()):
+        return "error: bad arguments"
+    return getattr(world, name)(**arguments)
+
+
+def _result(world: World, call: ToolCall) -> Message:
+    result = getattr(world, call.name)(**json.loads(call.arguments))
+    return Message("tool", result, tool_call_id=call.id)
+
+
+def _work(
+    sheet: Sheet, world: World, label: int, value: int, number: int, last_label: int
+) -> list[Message]:
+    """The expert between the calls, from one step on, until it answers or comes to the step after last_label."""
+    message = expert.start_at(sheet, label, value, number)
+    turn = [message]
+    end = f"{last_label + 1}: "
+    while message.tool_calls:
+        call = message.tool_calls[0]
+        turn.append(_result(world, call))
+        message = expert.follow(sheet, message, turn[-1].content)
+        if _thought(message).startswith(end):
+            break
+        turn.append(message)
+    return turn
+
+
+def _thought(message: Message) -> str:
+    """The line of the reasoning that says where the expert is."""
+    return (message.reasoning_content or "").rpartition("\n")[2]
+
+
+# ---- windows -------------------------------------------------------------------------------------------------------
+
+
+def _window(dice: Dice, split: Split, recipe: Recipe) -> Conversation:
+    """A piece of a long conversation, cut out after the user's message.
+
+    The step before the piece is there, not to be learned, because the expert reads its own last message and no more.
+    """
+    is_thinned = dice.chance(recipe.thinned)
+    lengths = recipe.thinned_lists if is_thinned else recipe.longer_lists
+    problem = make_problem(dice, dice.between(*lengths), split)
+    start = dice.between(0, len(problem.steps) - 2)  # the step that is there but not learned
+    world = World(problem.prices, dice, _failures(dice, recipe))
+    for step in problem.steps[:start]:
+        if step.op == "save":
+            world.notes[step.argument] = dice.between(0, MODULUS - 1)
+    first = problem.first_label + start
+    last = first + dice.between(*recipe.steps)
+    text = _thinned(dice, problem, first, last) if is_thinned else problem.text()
+    sheet = read_sheet(text)
+    number = dice.between(start, 3 * start + 1)
+    turn = _work(sheet, world, first, dice.between(0, MODULUS - 1), number, last)
+    messages = (Message("user", text), *turn)
+    learned = next(
+        index
+        for index, message in enumerate(messages)
+        if message.role == "assistant" and not _thought(message).startswith(f"{first}: ")
+    )
+    return Conversation(messages, _tools(dice, messages), learned)
+
+
+def _thinned(dice: Dice, problem: Problem, first: int, last: int) -> str:
+    """The text with the lines first .. last + 1, the report, and for each of those one or two that share digits."""
+    opening, *lines = problem.text().split("\n")
+    end = problem.first_label + len(problem.steps)
+    kept = {*range(first, last + 2), end}
+    for label in range(first, last + 1):
+        distance = dice.choice((10, 20, 30, 50, 90, 100, 100, 200))
+        kept.update((label - distance, label + distance))
+    chosen = [line for label, line in enumerate(lines, problem.first_label) if label in kept]
+    return "\n".join([opening, *chosen])

@@ -1,0 +1,154 @@
+"""The policy that kimi-nano learns, as a function of the conversation's text.
+
+Made so that a small model can carry it out. Before every call it writes down where it is: the step's number, the value,
+what to do, and the last digit that must come. After the call it writes what it saw, and either the next step or the
+same one again. So each message follows from the user's list, the message before and its result, however long the
+conversation is, and every number in it is copied, counted up by one, or one digit of mental arithmetic.
+
+    137: 12+5=..7                    calc(12, "+", 5)       -> 17
+    7 ok, 138: 17 times fig          lookup("fig")          -> error: timeout
+    error, 138: 17 times fig         lookup("fig")          -> 23
+    fits, 138: 17*23=..1             calc(17, "*", 23)      -> 404
+    4 not 1, 138: 17*23=..1          calc(17, "*", 23)      -> 391
+    1 ok, 139: 391 as red            note_set("red", 391)   -> saved
+    ok, 140: 391                     The value is 391.
+
+(In the text the comma is a line break.)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from kimi_native.chat.types import Message
+from kimi_native.nano import questions
+from kimi_native.nano.modes import Mode, mode_of
+from kimi_native.nano.planner import look_back, make_plan, think_alone
+from kimi_native.nano.problems import Sheet, read_sheet
+from kimi_native.nano.texts import (
+    again,
+    answer_message,
+    calc_call,
+    call_number,
+    judge,
+    last_digit,
+    lookup_call,
+    note_get_call,
+    note_set_call,
+    thought_message,
+)
+
+_WORDS = {"+": "plus", "-": "minus", "*": "times"}
+_OPERATIONS = {word: op for op, word in _WORDS.items()}
+_STATE = re.compile(
+    r"([0-9]{3}): ([0-9]+)(?:([-+*])([0-9]+)=\.\.([0-9])| (plus|minus|times) ([a-z]+)| as ([a-z]+))\Z"
+)
+
+
+def answer(messages: Sequence[Message], *, first_call: int = 0, has_tools: bool = True) -> Message:
+    """The expert's next message in a conversation whose last user message is a problem or a single question.
+
+    first_call  number of the next call, if the conversation has none yet
+    has_tools   whether any are declared; a problem says so in its system message
+
+    Raises ValueError if there is neither, or the assistant's last message is not the expert's.
+    """
+    last_user = max(i for i, message in enumerate(messages) if message.role == "user")
+    text = messages[last_user].content or ""
+    turn = messages[last_user + 1 :]
+    calls = (m.tool_calls[-1] for m in reversed(messages) if m.tool_calls)
+    number = next((call_number(call) + 1 for call in calls), first_call)
+    sheet = _sheet(text)
+    if sheet is not None:
+        return _work(sheet, mode_of(messages), turn, number)
+    question = questions.read_question(text)
+    if question is None:
+        raise ValueError(f"expert: the user must pose a problem or question (got {text[:80]!r})")
+    if not has_tools:
+        return questions.think_alone(question)
+    if not turn:
+        return questions.first_message(question, number)
+    return questions.next_message(question, turn[-2].tool_calls[0], turn[-1].content or "")
+
+
+def _work(sheet: Sheet, mode: Mode, turn: Sequence[Message], number: int) -> Message:
+    if mode == "no-tools":
+        return think_alone(sheet)
+    if mode == "plan-first":
+        return look_back(turn) if turn else make_plan(sheet, number)
+    if not turn:
+        return start_at(sheet, sheet.first_label, sheet.start, number)
+    return follow(sheet, turn[-2], turn[-1].content or "")
+
+
+@lru_cache(maxsize=8)
+def _sheet(text: str) -> Sheet | None:
+    return read_sheet(text)
+
+
+# ---- interleaved ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _State:
+    """What the last reasoning says. digit: the last one that must come; op and name are empty where there is none."""
+
+    label: int
+    value: int
+    op: str
+    digit: str
+    text: str
+
+
+def start_at(sheet: Sheet, label: int, value: int, number: int) -> Message:
+    """The message that starts the step of that label from that value, with no call before it."""
+    return _step(sheet, None, label, value, number)
+
+
+def follow(sheet: Sheet, last: Message, result: str) -> Message:
+    """What comes after a message of the expert's and the result of its call."""
+    state = _read_state(last.reasoning_content or "")
+    call = last.tool_calls[0]
+    number = call_number(call) + 1
+    verdict, fine = judge(call.name, result, state.digit)
+    if not fine:
+        return thought_message(verdict, state.text, again(call, number))
+    if call.name in ("lookup", "note_get"):
+        return _calculate(verdict, state.label, state.value, state.op, int(result), number)
+    value = int(result) if call.name == "calc" else state.value
+    return _step(sheet, verdict, state.label + 1, value, number)
+
+
+def _read_state(reasoning: str) -> _State:
+    match = _STATE.search(reasoning)
+    if match is None:
+        raise ValueError(f"expert: reasoning must end with a state (got {reasoning!r})")
+    label, value, op, _, digit, word, _, _ = match.groups()
+    return _State(
+        int(label), int(value), op or _OPERATIONS.get(word, ""), digit or "", match.group()
+    )
+
+
+def _step(sheet: Sheet, verdict: str | None, label: int, value: int, number: int) -> Message:
+    """The first message of a step."""
+    step = sheet.steps[label]
+    if step is None:
+        thought = f"{label}: {value}"
+        return answer_message(thought if verdict is None else f"{verdict}\n{thought}", value)
+    if step.source == "number":
+        return _calculate(verdict, label, value, step.op, int(step.argument), number)
+    name = step.argument
+    if step.op == "save":
+        return thought_message(
+            verdict, f"{label}: {value} as {name}", note_set_call(number, name, str(value))
+        )
+    call = lookup_call(number, name) if step.source == "price" else note_get_call(number, name)
+    return thought_message(verdict, f"{label}: {value} {_WORDS[step.op]} {name}", call)
+
+
+def _calculate(verdict: str | None, label: int, a: int, op: str, b: int, number: int) -> Message:
+    thought = f"{label}: {a}{op}{b}=..{last_digit(a, op, b)}"
+    return thought_message(verdict, thought, calc_call(number, str(a), op, str(b)))

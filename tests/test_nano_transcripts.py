@@ -1,0 +1,215 @@
+"""Transcripts: training shows, id for id, what the model will see, and the assistant's words alone carry loss."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from kimi_native.chat.parser import parse
+from kimi_native.chat.template import render
+from kimi_native.chat.types import Message
+from kimi_native.nano import expert
+from kimi_native.nano.conversations import Conversation, Recipe, make_conversation
+from kimi_native.nano.dataset import Example
+from kimi_native.nano.dice import Dice
+from kimi_native.nano.modes import mode_of
+from kimi_native.nano.problems import held_out_compositions, read_sheet
+from kimi_native.nano.transcripts import TranscriptDataset, answer_mask, encode
+from kimi_native.nano.vocabulary import nano_tokenizer
+
+PROBLEMS = Recipe(small_talk=0, questions=0)
+BETWEEN = replace(PROBLEMS, plan_first=0, no_tools=0)
+WINDOWS = replace(BETWEEN, windows=1.0)
+QUESTIONS = replace(PROBLEMS, interleaved=0, plan_first=0, no_tools=0, questions=1)
+COUNT = 150
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return nano_tokenizer()
+
+
+def some(recipe, count=COUNT, split="train"):
+    for index in range(count):
+        yield make_conversation(Dice("test", index), split, recipe)
+
+
+def learned(conversation):
+    return [
+        (index, message)
+        for index, message in enumerate(conversation.messages)
+        if message.role == "assistant" and index >= conversation.first_learned
+    ]
+
+
+def runs(loss):
+    """(start, end) of every stretch that carries loss."""
+    position, found = 0, []
+    for value, group in itertools.groupby(loss):
+        size = len(list(group))
+        if value:
+            found.append((position, position + size))
+        position += size
+    return found
+
+
+@pytest.mark.parametrize("recipe", [Recipe(later_calls=0), WINDOWS], ids=["whole", "windows"])
+def test_transcripts_show_what_the_model_will_see(tokenizer, recipe):
+    """Before every learned message stands the prompt that generation would start from; in it, the message itself."""
+    for conversation in some(recipe):
+        example = encode(conversation, tokenizer)
+        stretches = runs(example.loss)
+        assert len(stretches) == len(learned(conversation))
+        for (index, message), (start, end) in zip(learned(conversation), stretches, strict=True):
+            prompt = render(
+                conversation.messages[:index],
+                format="k2-thinking",
+                tokenizer=tokenizer,
+                tools=conversation.tools,
+            )
+            assert example.ids[:start] == prompt
+            output = parse(tokenizer, example.ids[start:end], format="k2-thinking")
+            assert output.finish_reason in ("stop", "tool_calls")
+            assert (output.reasoning, output.content) == (
+                message.reasoning_content,
+                message.content,
+            )
+            assert output.tool_calls == message.tool_calls
+
+
+def test_transcripts_hide_a_number_that_nothing_tells(tokenizer):
+    """Where the calls are numbered on from a cut, the first call's id carries no loss, all else does."""
+    seen = 0
+    for conversation in some(replace(BETWEEN, later_calls=1.0)):
+        example = encode(conversation, tokenizer)
+        whole = answer_mask(
+            example.ids,
+            tokenizer,
+            sum(m.role == "assistant" for m in conversation.messages[: conversation.first_learned]),
+        )
+        hidden = [i for i, (a, b) in enumerate(zip(whole, example.loss, strict=True)) if a != b]
+        first = learned(conversation)[0][1].tool_calls[0]
+        if conversation.number_is_open:
+            seen += 1
+            assert hidden == list(range(hidden[0], hidden[-1] + 1))
+            assert tokenizer.decode(example.ids[hidden[0] : hidden[-1] + 1]) == first.id
+            assert int(first.id.rpartition(":")[2]) > 0
+        else:
+            assert hidden == []
+    assert seen > COUNT / 2
+
+
+def test_transcripts_are_the_experts_words():
+    """Every learned message is what the expert says to the conversation so far."""
+    for recipe in (PROBLEMS, WINDOWS, QUESTIONS):
+        for conversation in some(recipe):
+            for index, message in learned(conversation):
+                before = conversation.messages[:index]
+                first = message.tool_calls[0].id if message.tool_calls else ":0"
+                said = expert.answer(
+                    before,
+                    first_call=int(first.rpartition(":")[2]),
+                    has_tools=bool(conversation.tools),
+                )
+                assert said == message
+
+
+def test_transcripts_come_in_the_recipes_shares():
+    recipe, count = Recipe(windows=0), 1500
+    kinds = collections.Counter(
+        mode_of(c.messages) if read_sheet(c.messages[c.first_learned - 1].content) else "other"
+        for c in some(recipe, count)
+    )
+    total = sum(recipe.weights)
+    for kind, weight in [
+        ("interleaved", recipe.interleaved),
+        ("plan-first", recipe.plan_first),
+        ("no-tools", recipe.no_tools),
+        ("other", recipe.small_talk + recipe.questions),
+    ]:
+        share = weight / total
+        assert abs(kinds[kind] - share * count) < 5 * (count * share * (1 - share)) ** 0.5
+
+
+@pytest.mark.parametrize("split", ["train", "held-out"])
+def test_transcripts_keep_to_their_split(split):
+    for conversation in some(replace(PROBLEMS, windows=0), split=split):
+        user = conversation.messages[conversation.first_learned - 1]
+        steps = tuple(step for step in read_sheet(user.content).steps.values() if step)
+        assert bool(list(held_out_compositions(steps))) == (split == "held-out")
+
+
+@pytest.mark.parametrize("thinned", [0, 1])
+def test_transcripts_windows_carry_out_few_steps_of_a_long_list(thinned):
+    lengths, with_twins = [], 0
+    for conversation in some(replace(WINDOWS, thinned=thinned)):
+        listed = list(read_sheet(conversation.messages[0].content).steps)
+        carried_out = {
+            int(message.reasoning_content.rpartition("\n")[2][:3])
+            for _, message in learned(conversation)
+        }
+        assert 1 <= len(carried_out) <= 12 + 1  # the report is no step
+        assert carried_out <= set(listed)
+        assert sorted(carried_out) == list(range(min(carried_out), max(carried_out) + 1))
+        lengths.append(len(listed) - 1)
+        with_twins += any(a != b and (a - b) % 10 == 0 for a in carried_out for b in listed)
+    if thinned:
+        assert max(lengths) < 45
+    else:
+        assert min(lengths) >= 13
+        assert 100 < max(lengths) <= 150
+    assert with_twins > 0.9 * COUNT
+
+
+def test_transcripts_other_lists_are_no_longer_than_what_is_carried_out():
+    for conversation in some(replace(PROBLEMS, windows=0)):
+        user = conversation.messages[conversation.first_learned - 1]
+        longest = 20 if mode_of(conversation.messages) == "plan-first" else 12
+        assert len(read_sheet(user.content).steps) - 1 <= longest
+
+
+def test_transcripts_declare_the_tools_they_use():
+    for conversation in some(Recipe()):
+        declared = {tool.name for tool in conversation.tools}
+        assert declared >= {c.name for m in conversation.messages for c in m.tool_calls}
+
+
+def test_transcripts_dataset_is_a_function_of_seed_and_index(tokenizer):
+    dataset = TranscriptDataset(tokenizer, 10, seed=3)
+    assert len(dataset) == 10
+    assert dataset.example(7) == TranscriptDataset(tokenizer, 1000, seed=3).example(7)
+    assert dataset.example(7) != dataset.example(8)
+    assert dataset.example(7) != TranscriptDataset(tokenizer, 10, seed=4).example(7)
+    assert dataset.example(7) != TranscriptDataset(tokenizer, 10, 3, "held-out").example(7)
+
+
+@pytest.mark.parametrize("index", [-1, 10])
+def test_transcripts_dataset_ends_at_its_size(tokenizer, index):
+    with pytest.raises(IndexError, match=rf"in 0 \.\. 9 \(got {index}\)"):
+        TranscriptDataset(tokenizer, 10).example(index)
+    with pytest.raises(ValueError, match=r"must not be negative \(got -1\)"):
+        TranscriptDataset(tokenizer, -1)
+
+
+def test_transcripts_cost_few_tokens_a_step(tokenizer):
+    """A step with a lookup and a calculation: about 110 tokens, of which 60 are the model's."""
+    user = Message("user", "Start with 512.\n137: times price of fig\n138: report the value")
+    first = expert.answer([user], first_call=40)
+    price = Message("tool", "23", tool_call_id=first.tool_calls[0].id)
+    second = expert.answer([user, first, price])
+    product = Message("tool", "776", tool_call_id=second.tool_calls[0].id)
+    step = Conversation((user, first, price, second, product), (), 1)
+    example = encode(step, tokenizer)
+    without = encode(Conversation((user,), (), 1), tokenizer)
+    assert len(example.ids) - len(without.ids) <= 112
+    assert sum(example.loss) <= 72
+
+
+def test_example_checks_its_fields():
+    with pytest.raises(ValueError, match=r"same length \(got 2 and 1\)"):
+        Example([1, 2], [False])
+    with pytest.raises(ValueError, match="first token"):
+        Example([1, 2], [True, True])

@@ -10,11 +10,16 @@ import threading
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from fakes import make_fake_model
+from kimi_native import cli
 from kimi_native.chat.jinja_template import JinjaTemplate, find_template
 from kimi_native.chat.masking import Mask
 from kimi_native.chat.sandbox import Limits, Sandbox
 from kimi_native.chat.template import render
 from kimi_native.errors import ConfigError, RequestError, TokenizerError
+from kimi_native.generate import Model
+from kimi_native.make_checkpoint import make_checkpoint
+from kimi_native.tokenizer import load_tokenizer
 from tokenizer_files import small_tokenizer
 
 CHAT = (
@@ -323,3 +328,50 @@ def test_find_template_names_what_is_wrong(tmp_path):
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match="must be UTF-8"):
         find_template(tmp_path)
+
+
+# ---- a checkpoint with a template ----------------------------------------------------------------------------------
+
+
+def test_a_model_without_a_known_format_answers_by_its_template(tokenizer, sandbox):
+    model, network, cache = make_fake_model(tokenizer, lambda ids: "a<think>b</think>c")
+    template = JinjaTemplate(CHAT, {}, sandbox)
+    model = Model(
+        network, cache, tokenizer, generation_config={}, chat_format=None, chat_template=template
+    )
+    result = model.generate("Hi")
+    assert result.prompt_ids == template.render([user()], tokenizer=tokenizer)
+    assert (result.text, result.reasoning) == ("ac", "b")
+    with pytest.raises(RequestError, match="keep_thinking must be 'auto'"):
+        model.generate("Hi", keep_thinking="all")
+    with pytest.raises(RequestError, match="tool_choice needs a prompt that the chat format"):
+        model.generate("Hi", tools=[WEATHER], tool_choice="required")
+
+
+def test_render_uses_the_template_of_a_checkpoint_without_a_known_format(tmp_path, capsys):
+    make_checkpoint(tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps({**config, "model_type": "deepseek_v2"}))
+    (tmp_path / "messages.json").write_text(json.dumps([user("a <|im_end|>")]))
+    command = ["render", "--model", str(tmp_path / "model"), "--messages"]
+    command.append(str(tmp_path / "messages.json"))
+    assert cli.main(command) == 1
+    assert "no chat format known here and no chat template" in capsys.readouterr().err
+    (tmp_path / "model/chat_template.jinja").write_text(CHAT)
+    assert cli.main([*command, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["format"] is None
+    assert printed["prompt"].endswith(
+        "a <|im_end|><|im_end|><|im_assistant|>assistant<|im_middle|>"
+    )
+    tokenizer = load_tokenizer(tmp_path / "model")
+    assert printed["ids"].count(tokenizer.control_ids["<|im_end|>"]) == 1
+
+
+def test_a_known_format_never_runs_a_template(tmp_path, capsys):
+    make_checkpoint(tmp_path / "model")
+    (tmp_path / "model/chat_template.jinja").write_text("{{ raise_exception('ran') }}")
+    (tmp_path / "messages.json").write_text(json.dumps([user()]))
+    command = ["render", "--model", str(tmp_path / "model"), "--messages"]
+    assert cli.main([*command, str(tmp_path / "messages.json")]) == 0
+    assert "<|im_user|>user<|im_middle|>Hi" in capsys.readouterr().out

@@ -48,14 +48,20 @@ class JinjaTemplate:
         tools: Iterable[ToolLike] | None = None,
         add_generation_prompt: bool = True,
         thinking: bool | None = None,
+        keep_thinking: str = "auto",
     ) -> list[int]:
         """Token ids of the prompt for a conversation; arguments as chat.template.render has them.
 
-        thinking  given to the template as `thinking` and `enable_thinking`; what it makes of them is its own
+        thinking       given to the template as `thinking` and `enable_thinking`; what it makes of them is its own
+        keep_thinking  "auto": which reasoning is shown is the template's decision
 
         Raises RequestError on a bad conversation, an error in the template (with its line), a broken limit, or a
         template that reads text which looks like control tokens; TokenizerError for a lone surrogate.
         """
+        if keep_thinking != "auto":
+            raise RequestError(
+                f"chat template: keep_thinking must be 'auto', the template decides (got {keep_thinking!r})"
+            )
         given = {
             "messages": [_message_dict(m) for m in as_messages(messages)],
             "tools": json.loads(json_text("chat: tools", declarations(tools))) or None,

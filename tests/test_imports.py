@@ -18,6 +18,7 @@ PACKAGE = ROOT / "python" / "kimi_native"
 # module: (modules of this package it may import, packages outside the standard library). `errors` is open to all.
 TOOLS = {"chat.tool", "chat.function_schema", "chat.arguments", "chat.docstrings"}
 CHAT = {"chat.types", "chat.template", "chat.parser", "chat.typescript", "chat.call_ids", *TOOLS}
+CHAT |= {"chat.jinja_template", "chat.masking", "chat.sandbox"}
 QUANT = {"quant.int4", "quant.int8", "quant.fp8", "quant.modules"}
 FORMATS = {"quant.groups", "checks", "weights"}
 FILES = {"safetensors_file", "tensor_table", "json_file", "model_file", "mapped_file", "gc_pause"}
@@ -92,8 +93,16 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "chat.typescript": (set(), set()),
     "chat.template": (
         {"chat.types", "chat.tool", "chat.typescript", "tokenizer", "config"},
-        {"jinja2"},
+        set(),
     ),
+    "chat.jinja_template": (
+        {"chat.types", "chat.tool", "chat.masking", "chat.sandbox", "tokenizer"}
+        | {"json_file", "model_file"},
+        set(),
+    ),
+    "chat.masking": (set(), set()),
+    "chat.sandbox": (set(), set()),
+    "chat.sandbox_worker": (set(), {"jinja2"}),  # a program of its own, run by its path
     "chat.call_ids": ({"chat.tool", "tokenizer"}, set()),
     "chat.parser": (
         {"chat.types", "chat.template", "chat.tool", "chat.call_ids", "tokenizer"},

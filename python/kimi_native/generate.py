@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kimi_native.chat.jinja_template import JinjaTemplate, find_template
 from kimi_native.chat.parser import OutputParser
 from kimi_native.chat.template import KeepThinking, detect_format, get_format, render
 from kimi_native.chat.tool import ToolLike, as_tools
@@ -106,6 +107,7 @@ def load(
             tokenizer,
             generation_config=checkpoint.generation_config,
             chat_format=chat_format,
+            chat_template=find_template(path) if chat_format is None else None,
             **sizes,
             check_weights=checkpoint.check_readable,
             load_s=time.perf_counter() - started,
@@ -149,9 +151,10 @@ def end_ids(
 class Model:
     """A loaded checkpoint that answers prompts; made by `load`. Safe to use from several threads at once.
 
-    network      KimiModel
-    cache        LatentCache, used by this Model alone
-    chat_format  one of chat.template.FORMATS, or None: then only raw prompts and ids are answered
+    network        KimiModel
+    cache          LatentCache, used by this Model alone
+    chat_format    one of chat.template.FORMATS, or None: then
+    chat_template  the checkpoint's own makes the prompts; None: only raw prompts and ids are answered
 
     Besides what each method names, an answer ends with ModelFormatError if a weight file was truncated meanwhile.
     """
@@ -164,6 +167,7 @@ class Model:
         *,
         generation_config: Mapping[str, Any],
         chat_format: str | None,
+        chat_template: JinjaTemplate | None = None,
         max_context: int | None = None,
         max_batch: int = DEFAULT_BATCH,
         check_weights: Callable[[], None] = lambda: None,
@@ -172,6 +176,7 @@ class Model:
         self.tokenizer = tokenizer
         self.config = network.config
         self.chat_format = chat_format
+        self.chat_template = chat_template
         self.generation_config = dict(generation_config)
         self.load_s = load_s
         self.eos_ids = end_ids(network.config, generation_config, tokenizer)
@@ -363,13 +368,13 @@ class Model:
         is_ids = isinstance(prompt, (list, tuple)) and not _is_conversation(prompt)
         if raw_prompt or is_ids or self.chat_format is None:
             guiding.check_unused()
-        if raw_prompt or self.chat_format is None:
+        if raw_prompt or (self.chat_format is None and self.chat_template is None):
             return Run(ids, params, PlainOutput(self.tokenizer))
         parser = OutputParser(
             self.tokenizer, format=self.chat_format, prompt_ids=ids, tools=options.get("tools")
         )
         guide = None
-        if guiding.is_used and not is_ids:
+        if guiding.is_used and not is_ids and self.chat_format is not None:
             start = answer_start(get_format(self.chat_format), self.tokenizer, ids)
             guide = guiding.guide(
                 self.tokenizer,
@@ -407,13 +412,15 @@ class Model:
             raise RequestError(
                 f"generate: prompt must be a text, messages, or ids (got {type(prompt).__name__})"
             )
-        if self.chat_format is None:
-            raise RequestError(
-                "generate: this checkpoint has no chat format known here "
-                f"(got model_type={self.config.model_type}); pass raw_prompt=True to continue a text as it stands"
-            )
         messages = [Message("user", prompt)] if isinstance(prompt, str) else prompt
-        return render(messages, format=self.chat_format, tokenizer=self.tokenizer, **given)
+        if self.chat_format is not None:
+            return render(messages, format=self.chat_format, tokenizer=self.tokenizer, **given)
+        if self.chat_template is not None:
+            return self.chat_template.render(messages, tokenizer=self.tokenizer, **given)
+        raise RequestError(
+            "generate: this checkpoint has no chat format known here and no chat template "
+            f"(got model_type={self.config.model_type}); pass raw_prompt=True to continue a text as it stands"
+        )
 
     # ---- the shared engine ------------------------------------------------------------------------------------------
 

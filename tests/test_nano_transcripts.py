@@ -213,3 +213,23 @@ def test_example_checks_its_fields():
         Example([1, 2], [False])
     with pytest.raises(ValueError, match="first token"):
         Example([1, 2], [True, True])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("small_talk", -1),
+        ("windows", 1.5),
+        ("highest_failure", -0.1),
+        ("steps", (0, 3)),
+        ("plan_steps", (5, 3)),
+        ("longer_lists", (1, 3)),
+        ("thinned_lists", (2, 900)),
+        ("last_call", 0),
+    ],
+)
+def test_transcripts_recipe_out_of_range_is_named(field, value):
+    with pytest.raises(ValueError, match=rf"recipe: ({field}|weights) must .*got"):
+        Recipe(**{field: value})
+    with pytest.raises(ValueError, match="weights must not be negative, one positive"):
+        Recipe(0, 0, 0, 0, 0)

@@ -12,7 +12,15 @@ from kimi_native.nano import expert, questions
 from kimi_native.nano.dice import Dice
 from kimi_native.nano.modes import MODES, Mode, declared_tools, opening_messages
 from kimi_native.nano.planner import look_back, make_plan, think_alone
-from kimi_native.nano.problems import FACTORS, Problem, Sheet, Split, make_problem, read_sheet
+from kimi_native.nano.problems import (
+    FACTORS,
+    MAX_STEPS,
+    Problem,
+    Sheet,
+    Split,
+    make_problem,
+    read_sheet,
+)
 from kimi_native.nano.small_talk import make_exchange
 from kimi_native.nano.world import MODULUS, Failures, World
 
@@ -31,6 +39,8 @@ class Recipe:
                   alone tells one from another, and a model that learned to look at no more would be lost in longer ones
     thinned       share of the windows whose list, of thinned_lists steps, lacks most lines; what is left beside the
                   piece is chosen for labels that are easily mistaken, and costs few tokens
+
+    Raises ValueError naming the field that is out of range.
     """
 
     interleaved: float = 80
@@ -49,6 +59,25 @@ class Recipe:
     longer_lists: tuple[int, int] = (13, 150)
     thinned: float = 0.5
     thinned_lists: tuple[int, int] = (150, 300)
+
+    def __post_init__(self) -> None:
+        if min(self.weights) < 0 or sum(self.weights) <= 0:
+            raise ValueError(
+                f"recipe: weights must not be negative, one positive (got {self.weights})"
+            )
+        for name in ("reliable", "highest_failure", "history", "later_calls", "windows", "thinned"):
+            if not 0 <= (share := getattr(self, name)) <= 1:
+                raise ValueError(f"recipe: {name} must be in 0 .. 1 (got {share})")
+        for name in ("steps", "plan_steps", "longer_lists", "thinned_lists"):
+            fewest, most = getattr(self, name)
+            lowest = 1 if "steps" in name else 2  # a window needs the step before it
+            if not lowest <= fewest <= most <= MAX_STEPS:
+                raise ValueError(
+                    f"recipe: {name} must be two numbers, ascending, in {lowest} .. {MAX_STEPS} "
+                    f"(got {fewest} and {most})"
+                )
+        if self.last_call < 1:
+            raise ValueError(f"recipe: last_call must be at least 1 (got {self.last_call})")
 
     @property
     def weights(self) -> tuple[float, ...]:

@@ -250,7 +250,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "nano.transcripts": (
         {"chat.template", "tokenizer", "nano.conversations", "nano.dataset", "nano.dice"}
-        | {"nano.problems"},
+        | {"nano.problems", "nano.texts"},
         set(),
     ),
     "nano.vocabulary": (

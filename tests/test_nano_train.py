@@ -19,6 +19,7 @@ from kimi_native.nano.toy import CopyTask
 from kimi_native.nano.train_log import LOG_NAME, read_log
 from kimi_native.nano.train_state import STATE_NAME
 from kimi_native.nano.trainer import Trainer, evaluate
+from kimi_native.nano.vocabulary import MODEL_FOLDER
 from kimi_native.quant.export import export_checkpoint
 from kimi_native.tokenizer_files import tokenizer_files
 from oracle import assert_same_bits
@@ -328,7 +329,7 @@ def test_train_settings_are_checked(changes, message):
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
-SHORT = "--steps 3 --warmup-steps 1 --decay-steps 1 --tokens-per-step 60 --log-every 1".split()  # noqa: SIM905
+SHORT = "--data copy --steps 3 --warmup-steps 1 --decay-steps 1 --tokens-per-step 60 --log-every 1".split()  # noqa: SIM905
 
 
 def config_file(tmp_path) -> str:
@@ -357,11 +358,24 @@ def test_train_command_reads_rows_and_reports_bad_ones(tmp_path, capsys):
     )
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "Once upon a time"}\n{"txt": 1}\n{"text": "Good morning, how"}\n')
-    arguments = ["--start", str(tmp_path / "start"), "--data", str(rows), *SHORT]
+    arguments = ["--start", str(tmp_path / "start"), *SHORT, "--data", str(rows)]
     assert train.main([str(tmp_path / "run"), *arguments]) == 0
     said = capsys.readouterr()
     assert "2 rows used, 1 not (line 2: must be" in said.err
     assert json.loads(said.out)["format"] == "bf16"
+
+
+def test_train_command_learns_kimi_nanos_conversations(tmp_path, capsys):
+    """The default data with the default preset's vocabulary; what is looked at is held out."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(small_values(vocab_size=1024)))
+    model = ["--config", str(file), "--tokenizer", str(MODEL_FOLDER)]
+    looks = ["--held-out-every", "2", "--held-out-tokens", "3000", "--tokens-per-step", "3000"]
+    assert train.main([str(tmp_path / "run"), *model, *SHORT, "--data", "world", *looks]) == 0
+    steps = read_log(tmp_path / "run" / LOG_NAME)
+    assert [s["held_out_loss"] is not None for s in steps] == [False, True, True]
+    folder = json.loads(capsys.readouterr().out)["path"]
+    assert kimi_native.load(folder).generate("1 + 1", max_tokens=1).ids
 
 
 def test_train_command_stops_at_an_interrupt_and_goes_on(tmp_path, capsys, monkeypatch):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import sys
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from graphs import small_graph, small_values
 from kimi_native.checkpoint import Checkpoint
 from kimi_native.errors import CheckpointWriteError, DivergedError, ModelFormatError, RequestError
 from kimi_native.nano import train
+from kimi_native.nano.plot import plot_log
 from kimi_native.nano.settings import TrainSettings
 from kimi_native.nano.toy import CopyTask
 from kimi_native.nano.train_log import LOG_NAME, read_log
@@ -363,6 +366,37 @@ def test_train_command_reads_rows_and_reports_bad_ones(tmp_path, capsys):
     said = capsys.readouterr()
     assert "2 rows used, 1 not (line 2: must be" in said.err
     assert json.loads(said.out)["format"] == "bf16"
+
+
+def test_train_command_shows_its_progress_on_a_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "120")
+    assert train.main([str(tmp_path / "run"), "--config", config_file(tmp_path), *SHORT]) == 0
+    shown = capsys.readouterr().err
+    assert re.search(r"step 3/3 .*loss \d+\.\d{4}  [\d,]+ tokens/s", shown)
+
+
+def test_train_command_without_matplotlib_says_so_before_it_trains(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    arguments = [str(tmp_path / "run"), "--config", config_file(tmp_path), *SHORT]
+    assert train.main([*arguments, "--plot", str(tmp_path / "log.png")]) == 1
+    assert "plot: matplotlib must be installed" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_plot_refuses_what_it_cannot_draw(whole, tmp_path):
+    log = whole.folder.path / LOG_NAME
+    with pytest.raises(RequestError, match=r"log\.txyz cannot be written"):
+        plot_log(log, tmp_path / "log.txyz")
+    with pytest.raises(RequestError, match=r"must have steps \(got none\)"):
+        plot_log(tmp_path / "none.jsonl", tmp_path / "log.png")
+
+
+def test_log_with_a_broken_line_is_refused(tmp_path):
+    file = tmp_path / "log.jsonl"
+    file.write_text('{"step": 0}\nbroken\n{"step": 2}\n{"st')
+    with pytest.raises(ModelFormatError, match="line 2 must be a step"):
+        read_log(file)
 
 
 def test_train_command_learns_kimi_nanos_conversations(tmp_path, capsys):

@@ -22,6 +22,7 @@ from kimi_native.errors import KimiNativeError, RequestError
 from kimi_native.folder_names import CONFIG_NAME
 from kimi_native.json_file import read_json
 from kimi_native.nano.dataset import Dataset
+from kimi_native.nano.plot import new_figure, plot_log
 from kimi_native.nano.settings import TrainSettings
 from kimi_native.nano.text_rows import read_rows
 from kimi_native.nano.toy import CopyTask
@@ -72,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
     """Train as the arguments say; errors (KimiNativeError, ValueError) are the caller's to print."""
     names = [f.name for f in dataclasses.fields(TrainSettings)]
     settings = TrainSettings(**{name: getattr(args, name) for name in names})
+    if args.plot is not None:
+        new_figure()  # what cannot be drawn in the end is said before hours of training
     start = None if args.start is None else Checkpoint.open(args.start)
     values = _values(args)
     files = _files(args, values)
@@ -82,8 +85,6 @@ def run(args: argparse.Namespace) -> int:
     with progress_line(settings.steps, trainer.steps_done) as progress:
         complete = trainer.run(progress)
     if args.plot is not None:
-        from kimi_native.nano.plot import plot_log
-
         plot_log(Path(args.out) / LOG_NAME, Path(args.plot))
     if not complete:
         note(f"stopped after step {trainer.steps_done}; the same command goes on from there")

@@ -152,7 +152,7 @@ def test_parse_json_prints_the_events(run, folder, tokenizer, capsys, form):
     assert finish == {
         "event": "Finish",
         "reason": "tool_calls",
-        "usage": {"prompt_tokens": 0, "completion_tokens": len(ids)},
+        "usage": {"prompt_tokens": 0, "completion_tokens": len(ids), "reused_tokens": 0},
         "unfinished_call": False,
     }
 
@@ -275,7 +275,9 @@ def test_render_of_a_model_without_a_known_format(tmp_path, folder, capsys):
     names.write_text(names.read_text().replace("<|im_middle|>", "<|other|>"))
     argv = ["--model", str(tmp_path / "tiny")]
     assert cli.main(["render", *argv, "--messages", str(folder / "messages.json")]) == 1
-    assert "no chat format known here; pass --format" in capsys.readouterr().err
+    assert (
+        "no chat format known here and no chat template; pass --format" in capsys.readouterr().err
+    )
     assert cli.main(["parse", *argv, str(folder / "answer.txt"), "--text", "--json"]) == 0
 
 

@@ -18,6 +18,7 @@ PACKAGE = ROOT / "python" / "kimi_native"
 # module: (modules of this package it may import, packages outside the standard library). `errors` is open to all.
 TOOLS = {"chat.tool", "chat.function_schema", "chat.arguments", "chat.docstrings"}
 CHAT = {"chat.types", "chat.template", "chat.parser", "chat.typescript", "chat.call_ids", *TOOLS}
+CHAT |= {"chat.jinja_template", "chat.masking", "chat.sandbox"}
 QUANT = {"quant.int4", "quant.int8", "quant.fp8", "quant.modules"}
 FORMATS = {"quant.groups", "checks", "weights"}
 FILES = {"safetensors_file", "tensor_table", "json_file", "model_file", "mapped_file", "gc_pause"}
@@ -64,6 +65,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "generate": (
         {
             "asynchronous",
+            "prompts",
             "checkpoint",
             "config",
             "plan",
@@ -81,6 +83,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         set(),
     ),
     "asynchronous": (set(), set()),
+    "prompts": ({"chat.types"}, set()),
     "conversation": (
         {"asynchronous", "generation", "guide", "tool_runner", "transcript", *CHAT},
         set(),
@@ -100,8 +103,16 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "chat.typescript": (set(), set()),
     "chat.template": (
         {"chat.types", "chat.tool", "chat.typescript", "tokenizer", "config"},
-        {"jinja2"},
+        set(),
     ),
+    "chat.jinja_template": (
+        {"chat.types", "chat.tool", "chat.masking", "chat.sandbox", "tokenizer"}
+        | {"json_file", "model_file"},
+        set(),
+    ),
+    "chat.masking": (set(), set()),
+    "chat.sandbox": (set(), set()),
+    "chat.sandbox_worker": (set(), {"jinja2"}),  # a program of its own, run by its path
     "chat.call_ids": ({"chat.tool", "tokenizer"}, set()),
     "chat.parser": (
         {"chat.types", "chat.template", "chat.tool", "chat.call_ids", "tokenizer"},
@@ -208,7 +219,8 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "nano.train": (
         {"checkpoint", "folder_names", "json_file", "presets", "tokenizer", "tokenizer_files"}
         | {"quant.export", "nano.trainer", "nano.plot", "nano.text_rows", "nano.toy"}
-        | {"nano.dataset", "nano.settings", "nano.train_log"},
+        | {"nano.dataset", "nano.settings", "nano.train_log", "nano.transcripts"}
+        | {"nano.vocabulary"},
         {"rich"},
     ),
     "nano.plot": ({"nano.train_log"}, {"matplotlib"}),
@@ -249,7 +261,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "nano.transcripts": (
         {"chat.template", "tokenizer", "nano.conversations", "nano.dataset", "nano.dice"}
-        | {"nano.problems"},
+        | {"nano.problems", "nano.texts"},
         set(),
     ),
     "nano.vocabulary": (

@@ -104,20 +104,26 @@ def _format_and_tokenizer(args: argparse.Namespace) -> tuple[str | None, Tokeniz
 def render(args: argparse.Namespace) -> int:
     """Prints the prompt of a conversation, control tokens by their names, and its ids."""
     from kimi_native.chat import template
+    from kimi_native.chat.jinja_template import find_template
 
     _check_stdin(args, "messages", "tools")
     format, tokenizer = _format_and_tokenizer(args)
-    if format is None:
-        raise RequestError("render: this checkpoint has no chat format known here; pass --format")
-    ids = template.render(
-        _read_list(args.messages, "messages"),
-        format=format,
-        tokenizer=tokenizer,
-        tools=_read_list(args.tools, "tools") if args.tools else None,
-        add_generation_prompt=args.add_generation_prompt,
-        thinking=args.thinking,
-        keep_thinking=args.keep_thinking,
-    )
+    messages = _read_list(args.messages, "messages")
+    options = {
+        "tokenizer": tokenizer,
+        "tools": _read_list(args.tools, "tools") if args.tools else None,
+        "add_generation_prompt": args.add_generation_prompt,
+        "thinking": args.thinking,
+        "keep_thinking": args.keep_thinking,
+    }
+    if format is not None:
+        ids = template.render(messages, format=format, **options)
+    elif own := find_template(args.model):
+        ids = own.render(messages, **options)
+    else:
+        raise RequestError(
+            "render: this checkpoint has no chat format known here and no chat template; pass --format"
+        )
     prompt = tokenizer.decode(ids)
     if args.json:
         print_json({"format": format, "prompt": prompt, "ids": ids})

@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kimi_native.asynchronous import in_thread, iterate
+from kimi_native.chat.jinja_template import JinjaTemplate, find_template
 from kimi_native.chat.parser import OutputParser
 from kimi_native.chat.template import KeepThinking, detect_format, get_format, render
 from kimi_native.chat.tool import ToolLike, as_tools
@@ -27,6 +28,7 @@ from kimi_native.generation import Generation, PlainOutput, Run, end_ids
 from kimi_native.guide import UNGUIDED, Guiding, ToolChoice, answer_start, next_call_index
 from kimi_native.prefixes import KeptPrefix
 from kimi_native.progress_bar import Progress
+from kimi_native.prompts import Prompt, as_prompts, is_conversation
 from kimi_native.sampling import SamplingParams
 from kimi_native.transcript import read_transcript
 
@@ -40,7 +42,6 @@ if TYPE_CHECKING:
 # Context when none is asked for: the published limits (up to 262,144 tokens) would reserve 18 GB of cache a sequence.
 DEFAULT_CONTEXT = 8192
 DEFAULT_BATCH = 8
-Prompt = str | Sequence[int] | Sequence[Message | Mapping[str, Any]]
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------
@@ -108,6 +109,7 @@ def load(
             tokenizer,
             generation_config=checkpoint.generation_config,
             chat_format=chat_format,
+            chat_template=find_template(path) if chat_format is None else None,
             **sizes,
             check_weights=checkpoint.check_readable,
             load_s=time.perf_counter() - started,
@@ -133,9 +135,10 @@ def default_context(config: KimiConfig) -> int:
 class Model:
     """A loaded checkpoint that answers prompts; made by `load`. Safe to use from several threads at once.
 
-    network      KimiModel
-    cache        LatentCache, used by this Model alone
-    chat_format  one of chat.template.FORMATS, or None: then only raw prompts and ids are answered
+    network        KimiModel
+    cache          LatentCache, used by this Model alone
+    chat_format    one of chat.template.FORMATS, or None: then
+    chat_template  the checkpoint's own makes the prompts; None: only raw prompts and ids are answered
 
     Besides what each method names, an answer ends with ModelFormatError if a weight file was truncated meanwhile.
     """
@@ -148,6 +151,7 @@ class Model:
         *,
         generation_config: Mapping[str, Any],
         chat_format: str | None,
+        chat_template: JinjaTemplate | None = None,
         max_context: int | None = None,
         max_batch: int = DEFAULT_BATCH,
         check_weights: Callable[[], None] = lambda: None,
@@ -156,6 +160,7 @@ class Model:
         self.tokenizer = tokenizer
         self.config = network.config
         self.chat_format = chat_format
+        self.chat_template = chat_template
         self.generation_config = dict(generation_config)
         self.load_s = load_s
         self.eos_ids = end_ids(network.config, generation_config, tokenizer)
@@ -209,7 +214,7 @@ class Model:
         params = self._params(sampling, overrides)
         options = {"tools": tools, "thinking": thinking, "keep_thinking": keep_thinking}
         guiding = Guiding(tools, tool_choice, constrain_tools, thinking_budget)
-        prompts = _as_list(prompt)
+        prompts = as_prompts(prompt)
         runs = [self._prepare(p, raw_prompt, params, options, guiding) for p in prompts or [prompt]]
         try:
             self._submit(runs)
@@ -254,7 +259,7 @@ class Model:
         params = self._params(sampling, overrides)
         options = {"tools": tools, "thinking": thinking, "keep_thinking": keep_thinking}
         guiding = Guiding(tools, tool_choice, constrain_tools, thinking_budget)
-        if _as_list(prompt) is not None:
+        if as_prompts(prompt) is not None:
             raise RequestError("stream: one prompt at a time (got a list of prompts)")
         return self._events(
             self._prepare(prompt, raw_prompt, params, options, guiding), is_canceled
@@ -329,7 +334,7 @@ class Model:
             run_tools=run_tools,
             max_tool_calls=max_tool_calls,
             tool_timeout=tool_timeout,
-            can_forbid_calls=constrain_tools,
+            can_forbid_calls=constrain_tools and self.chat_format is not None,
             tool_choice=tool_choice,
         )
 
@@ -369,16 +374,16 @@ class Model:
         """Renders and checks one prompt; nothing is computed and nothing is queued."""
         ids = self._prompt_ids(prompt, raw_prompt, options)
         self._engine.check(ids)
-        is_ids = isinstance(prompt, (list, tuple)) and not _is_conversation(prompt)
+        is_ids = isinstance(prompt, (list, tuple)) and not is_conversation(prompt)
         if raw_prompt or is_ids or self.chat_format is None:
             guiding.check_unused()
-        if raw_prompt or self.chat_format is None:
+        if raw_prompt or (self.chat_format is None and self.chat_template is None):
             return Run(ids, params, PlainOutput(self.tokenizer))
         parser = OutputParser(
             self.tokenizer, format=self.chat_format, prompt_ids=ids, tools=options.get("tools")
         )
         guide = None
-        if guiding.is_used and not is_ids:
+        if guiding.is_used and not is_ids and self.chat_format is not None:
             start = answer_start(get_format(self.chat_format), self.tokenizer, ids)
             guide = guiding.guide(
                 self.tokenizer,
@@ -401,7 +406,7 @@ class Model:
 
     def _prompt_ids(self, prompt: Prompt, raw_prompt: bool, options: dict[str, Any]) -> list[int]:
         given = {name: value for name, value in options.items() if value is not None}
-        is_ids = isinstance(prompt, (list, tuple)) and not _is_conversation(prompt)
+        is_ids = isinstance(prompt, (list, tuple)) and not is_conversation(prompt)
         if (raw_prompt or is_ids) and given:
             raise RequestError(
                 f"generate: {next(iter(given))} needs a prompt that the chat format renders"
@@ -416,13 +421,15 @@ class Model:
             raise RequestError(
                 f"generate: prompt must be a text, messages, or ids (got {type(prompt).__name__})"
             )
-        if self.chat_format is None:
-            raise RequestError(
-                "generate: this checkpoint has no chat format known here "
-                f"(got model_type={self.config.model_type}); pass raw_prompt=True to continue a text as it stands"
-            )
         messages = [Message("user", prompt)] if isinstance(prompt, str) else prompt
-        return render(messages, format=self.chat_format, tokenizer=self.tokenizer, **given)
+        if self.chat_format is not None:
+            return render(messages, format=self.chat_format, tokenizer=self.tokenizer, **given)
+        if self.chat_template is not None:
+            return self.chat_template.render(messages, tokenizer=self.tokenizer, **given)
+        raise RequestError(
+            "generate: this checkpoint has no chat format known here and no chat template "
+            f"(got model_type={self.config.model_type}); pass raw_prompt=True to continue a text as it stands"
+        )
 
     # ---- the shared engine ------------------------------------------------------------------------------------------
 
@@ -479,18 +486,3 @@ class Model:
                         self._engine.cancel(run.request_id)
             finally:
                 self._lock.release()
-
-
-def _is_conversation(prompt: Sequence[Any]) -> bool:
-    return len(prompt) > 0 and isinstance(prompt[0], (Message, Mapping))
-
-
-def _as_list(prompt: Any) -> list[Prompt] | None:
-    """The prompts of a list of prompts; None for a single prompt."""
-    if not isinstance(prompt, (list, tuple)):
-        return None
-    if not prompt:
-        raise RequestError(
-            "generate: prompt must hold at least one token, message or prompt (got none)"
-        )
-    return list(prompt) if isinstance(prompt[0], (str, list, tuple)) else None

@@ -5,16 +5,24 @@ The program is tests/chat_program.py, whose model says what the user's message a
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+import kimi_native
+from chat_program import make_parser
+from chat_program import say as answer
+from fakes import make_scripted_model
+from kimi_native import cli, generate
+from kimi_native.tokenizer import load_tokenizer
 from pseudo_terminal import PseudoTerminal
 from tokenizer_files import small_tokenizer
 
@@ -22,7 +30,7 @@ TESTS = Path(__file__).resolve().parent
 ASK = "[y]es, [n]o, [a]lways:"
 
 TOOLS = '''
-from pathlib import Path
+import time
 
 def weather(city: str) -> dict:
     """Tells the weather."""
@@ -33,14 +41,25 @@ def send_mail(to: str) -> str:
     with open("mails", "a") as file:
         file.write(f"{to}\\n")
     return f"sent to {to}"
+
+def hang() -> str:
+    """Takes its time."""
+    time.sleep(100)
+    return ""
 '''
 
 
-@pytest.fixture
-def folder(tmp_path):
-    small_tokenizer(tmp_path)
-    (tmp_path / "tools.py").write_text(TOOLS)
-    return tmp_path
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("chat")
+    small_tokenizer(path)
+    (path / "tools.py").write_text(TOOLS)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_mails(folder):
+    (folder / "mails").unlink(missing_ok=True)
 
 
 def command(folder: Path, *argv: str) -> list[str]:
@@ -48,29 +67,38 @@ def command(folder: Path, *argv: str) -> list[str]:
     return [*program, "--model", "demo", "--temperature", "0", *argv]
 
 
-@pytest.fixture
-def environment(monkeypatch):
-    """What the program imports: tests/ and the package this process has."""
-    import kimi_native
-
+def environment() -> dict[str, str]:
+    """With what the program imports: tests/ and the package this process has."""
     package = Path(kimi_native.__file__).resolve().parents[1]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), str(package)]))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(package)])}
+
+
+@contextlib.contextmanager
+def started(folder: Path, *argv: str):
+    """The chat in a pseudo-terminal, at its prompt."""
+    terminal = PseudoTerminal(command(folder, *argv), cwd=folder, env=environment())
+    try:
+        terminal.wait_for_prompt()
+        yield terminal
+    finally:
+        terminal.close()
+
+
+@pytest.fixture(scope="module")
+def asking(folder):
+    """A chat that asks about every tool; one process for many tests, since it imports torch."""
+    with started(folder, "--tools", "tools.py") as terminal:
+        yield terminal
+        leave(terminal)
 
 
 @pytest.fixture
-def start(folder, environment):
-    """Starts the chat in a pseudo-terminal and waits for its prompt."""
-    terminals = []
-
-    def start(*argv: str) -> PseudoTerminal:
-        terminal = PseudoTerminal(command(folder, *argv), cwd=folder)
-        terminals.append(terminal)
-        terminal.wait_for_prompt()
-        return terminal
-
-    yield start
-    for terminal in terminals:
-        terminal.close()
+def terminal(asking):
+    """The same with a new conversation and an empty screen."""
+    say(asking, "/reset", "a new conversation")
+    asking.forget()
+    asking.wait_for_prompt()
+    return asking
 
 
 def mails(folder: Path) -> list[str]:
@@ -95,41 +123,37 @@ def say(terminal: PseudoTerminal, text: str, *expected: str) -> None:
 # ---- terminal: answers ----------------------------------------------------------------------------------------------
 
 
-def test_terminal_shows_reasoning_dimmed_then_content_and_what_it_cost(start):
-    terminal = start()
+def test_terminal_shows_reasoning_dimmed_then_content_and_what_it_cost(terminal):
     say(terminal, "Hello é月", "context:")
     lines = terminal.lines()
     at = lines.index("> Hello é月")
     assert lines[at + 1 : at + 4] == ["Message 1 came.", "", "You said 'Hello é月'."]
-    assert " tokens/s | prompt: 0 reused, " in lines[at + 4]
-    assert lines[at + 4].endswith(" of 8192")
+    assert re.fullmatch(
+        r"[\d.]+ tokens/s \| prompt: \d+ reused, \d+ prefilled \| context: \d+ of 8192",
+        lines[at + 4],
+    )
     assert "Message 1 came." in terminal.dimmed()
     assert "You said" not in terminal.dimmed()
     assert lines[at + 4] in terminal.dimmed()
-    say(terminal, "More", "Message 2 came.")
-    assert "prompt: 0 reused" not in terminal.lines()[-3]  # the first message is in the cache
-    leave(terminal)
 
 
-def test_terminal_greets_with_model_context_and_tools(start):
-    terminal = start("--tools", "tools.py", "--allow", "weather")
-    lines = terminal.lines()
-    assert "demo: k2-thinking, 8192 tokens of context" in lines
-    assert "tools: weather (runs), send_mail (asks)" in lines
-    leave(terminal)
+def test_terminal_tells_what_the_cache_held(terminal):
+    say(terminal, "Hello", "context:")
+    say(terminal, "More", "context:")
+    costs = [re.findall(r"(\d+) reused, (\d+) prefilled", line) for line in terminal.lines()]
+    (_, new), (reused, more) = [tuple(map(int, found[0])) for found in costs if found]
+    assert reused > 10 * more
+    assert reused >= new
 
 
-def test_terminal_shows_no_control_characters_of_the_model(start):
-    terminal = start()
+def test_terminal_shows_no_control_characters_of_the_model(terminal):
     say(terminal, "Hello", "You said 'Hello'.")
     say(terminal, "escape", "owned")
     assert "a�]0;owned��[2Jb" in terminal.lines()
     assert "You said 'Hello'." in terminal.text()  # the screen was not cleared
-    leave(terminal)
 
 
-def test_terminal_takes_messages_of_many_lines(start):
-    terminal = start()
+def test_terminal_takes_messages_of_many_lines(terminal):
     terminal.enter("a\\")
     terminal.wait_for_prompt(".")
     say(terminal, "b", r"You said 'a\nb'.")
@@ -138,46 +162,24 @@ def test_terminal_takes_messages_of_many_lines(start):
     for line in ("c", "", "/d\\"):
         terminal.enter(line)
     say(terminal, '"""', r"You said 'c\n\n/d\\'.")
-    leave(terminal)
 
 
-def test_terminal_remembers_messages(start):
-    terminal = start()
+def test_terminal_remembers_messages(terminal):
     say(terminal, "first", "You said 'first'.")
     say(terminal, "\x1b[A", "You said 'first'.")  # the arrow up, then return
     assert "Message 2 came." in terminal.lines()
-    leave(terminal)
 
 
-def test_terminal_leaves_empty_lines_alone(start):
-    terminal = start()
+def test_terminal_leaves_empty_lines_alone(terminal):
     terminal.enter()
     terminal.enter("   ")
     say(terminal, "Hello", "Message 1 came.")
-    leave(terminal)
 
 
 # ---- terminal: tools ------------------------------------------------------------------------------------------------
 
 
-def test_terminal_runs_an_allowed_tool_and_shows_call_and_result(start):
-    terminal = start("--tools", "tools.py", "--allow", "weather")
-    say(terminal, "weather", "The tool said")
-    lines = terminal.lines()
-    at = next(i for i, line in enumerate(lines) if "call functions.weather:0" in line)
-    assert lines[at] == "╭─ call functions.weather:0 ─╮"
-    assert lines[at + 1] == '│ city: "Berlin"             │'
-    at = next(i for i, line in enumerate(lines) if "result of functions.weather:0" in line)
-    assert lines[at + 1] == '│ {"city": "Berlin", "sky": "clear"} │'
-    assert lines[at + 2].endswith(" ms ─╯")
-    assert 'The tool said: {"city": "Berlin", "sky": "clear"}' in lines
-    assert sum(" tokens/s | " in line for line in lines) == 2  # a line for each answer
-    assert ASK not in terminal.text()
-    leave(terminal)
-
-
-def test_terminal_refusal_is_the_result(start, folder):
-    terminal = start("--tools", "tools.py")
+def test_terminal_refusal_is_the_result(terminal, folder):
     terminal.enter("mail")
     terminal.wait_for(f"run functions.send_mail:0? {ASK}")
     assert '│ to: "anna"                   │' in terminal.lines()
@@ -186,50 +188,79 @@ def test_terminal_refusal_is_the_result(start, folder):
     say(terminal, "n", "The tool said: error: the user declined this call")
     assert mails(folder) == []
     say(terminal, "Hello", "You said 'Hello'.")
-    leave(terminal)
 
 
-def test_terminal_runs_what_the_user_says_yes_to_and_asks_again(start, folder):
-    terminal = start("--tools", "tools.py")
+def test_terminal_runs_what_the_user_says_yes_to_and_asks_again(terminal, folder):
     for count in (1, 2):
         terminal.enter("mail")
         terminal.wait_for(ASK, times=count)
         say(terminal, "y", "The tool said: sent to anna")
     assert mails(folder) == ["anna", "anna"]
-    leave(terminal)
 
 
-def test_terminal_always_allows_one_tool_from_then_on(start, folder):
-    terminal = start("--tools", "tools.py")
-    terminal.enter("both")
-    terminal.wait_for(f"run functions.weather:0? {ASK}")
-    terminal.enter("y")
-    terminal.wait_for(f"run functions.send_mail:1? {ASK}")
-    say(terminal, "a", "The tool said: sent to ben")
-    say(terminal, "mail", "The tool said: sent to anna")
-    say(terminal, "/reset", "a new conversation")
-    say(terminal, "mail", "The tool said: sent to anna")
-    assert terminal.text().count(ASK) == 2
-    assert mails(folder) == ["ben", "anna", "anna"]
-    leave(terminal)
-
-
-def test_terminal_answers_to_questions_are_no_messages_to_remember(start):
-    terminal = start("--tools", "tools.py")
+def test_terminal_answers_to_questions_are_no_messages_to_remember(terminal):
     terminal.enter("mail")
     terminal.wait_for(ASK)
-    say(terminal, "n", "declined this call", "context:")
+    say(terminal, "n", "The tool said", "context:")
     terminal.enter("\x1b[A")  # mail, not n
     terminal.wait_for(ASK, times=2)
-    say(terminal, "n", "context:")
-    leave(terminal)
+    say(terminal, "n", "The tool said")
 
 
-# ---- terminal: leaving and stopping ---------------------------------------------------------------------------------
+def test_terminal_shows_calls_and_results_and_stops_a_tool_that_hangs(folder):
+    argv = ("--tools", "tools.py", "--allow", "weather", "--allow", "hang")
+    with started(folder, *argv) as terminal:
+        assert "demo: k2-thinking, 8192 tokens of context" in terminal.lines()
+        assert "tools: weather (runs), send_mail (asks), hang (runs)" in terminal.lines()
+        say(terminal, "weather", "The tool said")
+        lines = terminal.lines()
+        at = lines.index("╭─ call functions.weather:0 ─╮")
+        assert lines[at + 1] == '│ city: "Berlin"             │'
+        at = lines.index("╭─ result of functions.weather:0 ────╮")
+        assert lines[at + 1] == '│ {"city": "Berlin", "sky": "clear"} │'
+        assert lines[at + 2].endswith(" ms ─╯")
+        assert sum(" tokens/s | " in line for line in lines) == 2  # a line for each answer
+        assert ASK not in terminal.text()
+        terminal.enter("hang")
+        terminal.wait_for("call functions.hang:1")
+        terminal.wait_for("context:", times=3)
+        terminal.press_ctrl("c")
+        terminal.wait_for("stopped")
+        terminal.wait_for_prompt()
+        say(terminal, "Hello", "You said 'Hello'.")
+        terminal.enter("mail")
+        terminal.wait_for(ASK)
+        leave(terminal)  # Ctrl-D at the question
+    assert mails(folder) == []
 
 
-def test_terminal_ctrl_c_stops_the_answer_and_not_the_program(start):
-    terminal = start()
+def test_terminal_always_allows_one_tool_from_then_on_and_ctrl_c_twice_leaves(folder):
+    with started(folder, "--tools", "tools.py") as terminal:
+        terminal.enter("both")
+        terminal.wait_for(f"run functions.weather:0? {ASK}")
+        terminal.enter("y")
+        terminal.wait_for(f"run functions.send_mail:1? {ASK}")
+        say(terminal, "a", "The tool said: sent to ben")
+        say(terminal, "mail", "The tool said: sent to anna")
+        say(terminal, "/reset", "a new conversation")
+        say(terminal, "mail", "The tool said: sent to anna")
+        assert terminal.text().count(ASK) == 2
+        assert mails(folder) == ["ben", "anna", "anna"]
+        press_ctrl_c_at_prompt(terminal, times=1)
+        terminal.press_ctrl("c")
+        assert terminal.wait_for_exit() == 130
+
+
+# ---- terminal: stopping ---------------------------------------------------------------------------------------------
+
+
+def press_ctrl_c_at_prompt(terminal: PseudoTerminal, *, times: int) -> None:
+    terminal.press_ctrl("c")
+    terminal.wait_for("Ctrl-C again, or Ctrl-D, leaves", times=times)
+    terminal.wait_for_prompt()
+
+
+def test_terminal_ctrl_c_stops_the_answer_and_not_the_program(terminal):
     terminal.enter("long")
     terminal.wait_for("word20 ")
     terminal.press_ctrl("c")
@@ -237,11 +268,9 @@ def test_terminal_ctrl_c_stops_the_answer_and_not_the_program(start):
     terminal.wait_for_prompt()
     assert "word399" not in terminal.text()
     say(terminal, "Hello", "Message 2 came.", "You said 'Hello'.")
-    leave(terminal)
 
 
-def test_terminal_ctrl_c_at_a_question_runs_nothing(start, folder):
-    terminal = start("--tools", "tools.py")
+def test_terminal_ctrl_c_at_a_question_runs_nothing(terminal, folder):
     terminal.enter("mail")
     terminal.wait_for(ASK)
     terminal.press_ctrl("c")
@@ -249,122 +278,86 @@ def test_terminal_ctrl_c_at_a_question_runs_nothing(start, folder):
     terminal.wait_for_prompt()
     assert mails(folder) == []
     say(terminal, "Hello", "You said 'Hello'.")  # no call waits any more
-    leave(terminal)
 
 
-def test_terminal_ctrl_d_at_a_question_leaves_and_runs_nothing(start, folder):
-    terminal = start("--tools", "tools.py")
-    terminal.enter("mail")
-    terminal.wait_for(ASK)
-    leave(terminal)
-    assert mails(folder) == []
-
-
-def test_terminal_ctrl_c_twice_at_the_prompt_leaves(start):
-    terminal = start()
-    terminal.type("half a mess")
-    terminal.press_ctrl("c")
-    terminal.wait_for("Ctrl-C again, or Ctrl-D, leaves")
-    say(terminal, "Hello", "You said 'Hello'.")  # and what was typed is gone
-    terminal.press_ctrl("c")
-    terminal.wait_for("Ctrl-C again, or Ctrl-D, leaves", times=2)
-    terminal.wait_for_prompt()
-    terminal.press_ctrl("c")
-    assert terminal.wait_for_exit() == 130
-
-
-def test_terminal_stops_a_tool_that_hangs(start, folder):
-    (folder / "slow.py").write_text(
-        "import time\ndef weather(city: str) -> str:\n    time.sleep(100)\n    return ''\n"
-    )
-    terminal = start("--tools", "slow.py", "--allow", "weather")
-    terminal.enter("weather")
-    terminal.wait_for("context:")
-    terminal.press_ctrl("c")
-    terminal.wait_for("stopped")
-    terminal.wait_for_prompt()
-    say(terminal, "Hello", "You said 'Hello'.")
-    leave(terminal)
+def test_terminal_ctrl_c_at_the_prompt_drops_what_is_typed(terminal):
+    for times in (1, 2):  # not one after the other, so they do not leave
+        terminal.type("half a mess")
+        terminal.wait_for("half a mess", times=times)
+        press_ctrl_c_at_prompt(terminal, times=times)
+        say(terminal, "Hello", "You said 'Hello'.")
 
 
 # ---- terminal: commands ---------------------------------------------------------------------------------------------
 
 
-def test_terminal_commands_save_reset_and_load(start, folder):
-    terminal = start("--system", "Be brief.")
-    say(terminal, "Hello", "Message 1 came.")
-    say(terminal, "/save talk.json", "3 messages saved in talk.json")
-    assert len(json.loads((folder / "talk.json").read_text())["messages"]) == 3
-    say(terminal, "/reset", "a new conversation")
-    say(terminal, "Again", "Message 1 came.")
-    say(terminal, "/load talk.json", "3 messages loaded from talk.json")
-    say(terminal, "More", "Message 2 came.")
-    say(terminal, "system", "Be brief.")
-    terminal.enter("/exit")
-    assert terminal.wait_for_exit() == 0
+def test_terminal_commands_keep_and_change_the_conversation(folder):
+    with started(folder, "--system", "Be brief.") as terminal:
+        say(terminal, "Hello", "Message 1 came.")
+        say(terminal, "/save talk.json", "3 messages saved in talk.json")
+        assert len(json.loads((folder / "talk.json").read_text())["messages"]) == 3
+        say(terminal, "/reset", "a new conversation")
+        say(terminal, "Again", "Message 1 came.")
+        say(terminal, "/load talk.json", "3 messages loaded from talk.json")
+        say(terminal, "More", "Message 2 came.")
+        say(terminal, "/system", "system: Be brief.")
+        say(terminal, "/system Speak Latin.", "system: Speak Latin.")
+        say(terminal, "system", "\nSpeak Latin.")
+        say(terminal, "More", "Message 4 came.")
+        terminal.enter("/exit")
+        assert terminal.wait_for_exit() == 0
 
 
-def test_terminal_system_command_changes_the_text_and_keeps_the_conversation(start):
-    terminal = start()
-    say(terminal, "/system", "system: none")
-    say(terminal, "Hello", "Message 1 came.")
-    say(terminal, "/system Speak Latin.", "system: Speak Latin.")
-    say(terminal, "system", "Speak Latin.")
-    say(terminal, "More", "Message 3 came.")
-    leave(terminal)
-
-
-def test_terminal_asks_about_calls_of_a_loaded_conversation(start, folder):
+def test_terminal_asks_about_calls_of_a_loaded_conversation(terminal, folder):
     call = {"name": "send_mail", "arguments": '{"to":"carl"}'}
     calls = [{"id": "functions.send_mail:0", "type": "function", "function": call}]
     messages = [{"role": "user", "content": "mail"}, {"role": "assistant", "tool_calls": calls}]
     tools = [
         {"type": "function", "function": {"name": name, "parameters": {}}}
-        for name in ("weather", "send_mail")
+        for name in ("weather", "send_mail", "hang")
     ]
     transcript = {"version": 1, "tools": tools, "messages": messages}
-    (folder / "talk.json").write_text(json.dumps(transcript))
-    terminal = start("--tools", "tools.py")
-    terminal.enter("/load talk.json")
+    (folder / "waiting.json").write_text(json.dumps(transcript))
+    terminal.enter("/load waiting.json")
     terminal.wait_for(ASK)
     say(terminal, "y", "The tool said: sent to carl")
     assert mails(folder) == ["carl"]
-    leave(terminal)
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("/help", "sets the system text"),
+def test_terminal_commands_answer_in_a_line_and_go_on(terminal):
+    for text, words in (
+        ("/help", "Ctrl-C stops an answer"),
         ("/none", "error: chat: no command is called /none; /help lists them"),
         ("/save", "error: chat: /save must be followed by a file's name"),
         ("/save no/such/folder/x", "error: [Errno 2]"),
-        ("/load no.json", "error: [Errno 2]"),
+        ("/load none.json", "error: [Errno 2]"),
         ("/load tools.py", "error: transcript: tools.py must be JSON"),
         ("//help", "You said '/help'."),
-    ],
-)
-def test_terminal_commands_answer_in_a_line_and_go_on(start, text, words):
-    terminal = start()
-    say(terminal, text, words)
+    ):
+        say(terminal, text, words)
     assert "Traceback" not in terminal.text()
-    say(terminal, "Hello", "You said 'Hello'.")
-    leave(terminal)
+    say(terminal, "Hello", "Message 2 came.")
 
 
 # ---- pipe -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def pipe(folder, environment):
+def pipe(folder, monkeypatch, capsys):
     """Runs the chat with this standard input; gives exit code, stdout and stderr."""
+    model, _, _ = make_scripted_model(load_tokenizer(folder), answer)
+    monkeypatch.setattr(generate, "load", lambda path, **options: model)
+    monkeypatch.setattr(cli, "_parser", lambda argv: make_parser())
+    monkeypatch.chdir(folder)
 
     def pipe(text: str | bytes, *argv: str) -> tuple[int, str, str]:
         data = text.encode() if isinstance(text, str) else text
-        done = subprocess.run(
-            command(folder, *argv), input=data, capture_output=True, cwd=folder, timeout=120
-        )
-        return done.returncode, done.stdout.decode(), done.stderr.decode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+        try:
+            code = cli.main(["--model", "demo", "--temperature", "0", *argv])
+        except SystemExit as end:  # argparse, on wrong usage
+            code = end.code
+        return code, *capsys.readouterr()
 
     return pipe
 
@@ -431,7 +424,7 @@ def test_pipe_says_where_an_answer_was_cut_off(pipe):
     [
         ("", [], 1, "chat: stdin must hold a message (got none)"),
         (" \n\n", [], 1, "chat: stdin must hold a message (got none)"),
-        (b"a\xffb\n", [], 1, "UTF-8"),
+        (b"a\xffb\n", [], 1, "chat: stdin must be UTF-8 text"),
         ("a", ["--allow", "weather"], 1, "--allow must name a tool of --tools"),
         ("a", ["--tools", "none.py"], 1, "none.py: must be a Python file"),
         ("a", ["--temperature", "-1"], 1, "temperature must be"),
@@ -449,15 +442,31 @@ def test_pipe_errors_are_one_line(pipe, text, argv, code, message):
         assert err.count("\n") == 1
 
 
-def test_pipe_interrupted_ends_with_130(folder, environment):
-    process = subprocess.Popen(
-        command(folder), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder
-    )  # fmt: skip
-    with process:
+def test_pipe_interrupted_ends_with_130(folder):
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command(folder), cwd=folder, env=environment(), **pipes) as process:
         process.stdin.write(b"long\n")
         process.stdin.flush()
-        assert process.stdout.read(20)
-        time.sleep(0.05)
+        assert process.stdout.read(20) == b"word0 word1 word2 wo"
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, b"")
+
+
+# ---- arguments ------------------------------------------------------------------------------------------------------
+
+
+def test_chat_takes_the_sampling_and_machine_arguments_of_generate():
+    def options(parser):
+        return {
+            option: (action.type, action.choices, action.default, action.help)
+            for action in parser._actions
+            for option in action.option_strings
+        }
+
+    (verbs,) = (a for a in cli._parser([])._actions if a.dest == "verb")
+    generate_options, chat_options = options(verbs.choices["generate"]), options(make_parser())
+    own = {"--raw-prompt", "--stream", "--json", "--debug"}
+    assert len(generate_options) > 15
+    for option in set(generate_options) - own:
+        assert chat_options[option] == generate_options[option], option

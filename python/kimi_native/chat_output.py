@@ -181,7 +181,10 @@ class JsonLines:
         pass
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: float) -> str | None:
+    """None for what did not run."""
+    if seconds == 0:
+        return None
     return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
 
 

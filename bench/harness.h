@@ -107,6 +107,7 @@ void bf16_gemm(Report&);
 void int4_gemm(Report&);
 void int4_grouped_gemm(Report&);
 void int4_grouped_swiglu(Report&);
+void int4_quantize(Report&);
 void int8_gemm(Report&);
 void mla_decode(Report&);
 void moe_combine(Report&);

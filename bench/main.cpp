@@ -27,6 +27,7 @@ const std::pair<const char*, void (*)(Report&)> kPrograms[] = {
     {"moe_combine", programs::moe_combine},
     {"bf16_gemm", programs::bf16_gemm},
     {"int8_gemm", programs::int8_gemm},
+    {"int4_quantize", programs::int4_quantize},
     {"mla_decode", programs::mla_decode},
     {"rms_norm", programs::rms_norm},
     {"add_rms_norm", programs::add_rms_norm},

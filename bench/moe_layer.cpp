@@ -71,7 +71,7 @@ class Layer {
             r.gate.scale.data(), r.up.packed.data(),  r.up.scale.data(), inner_.data(),
             DType::kBf16,        DType::kBf16,        tokens_,           rows_,
             shape_.experts,      shape_.intermediate, shape_.hidden,     kGroupSize,
-            workspace_.data(),   workspace_.size()};
+            Compute::kExact,     workspace_.data(),   workspace_.size()};
   }
   Int4GroupedGemmArgs gemm_args(const Routing& r) const {
     return {inner_.data(),
@@ -88,6 +88,7 @@ class Layer {
             shape_.hidden,
             shape_.intermediate,
             kGroupSize,
+            Compute::kExact,
             workspace_.data(),
             workspace_.size()};
   }

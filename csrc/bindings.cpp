@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include "kimi_native/cuda_library.h"
+#include "kimi_native/layout.h"
 #include "kimi_native/mapped_files.h"
 #include "kimi_native/ops.h"
 #include "kimi_native/recording.h"
@@ -27,26 +28,56 @@ struct Pointer {
   }
 };
 
-// NAME(arguments of `make`): `make` puts them into the op's Args.
+// One function per op, on the CPU and on a GPU; arguments follow ops.h.
+struct Modules {
+  py::module_ cpu, cuda;
+};
+
+// NAME(arguments of `make`): `make` puts them into the op's Args. On a GPU a stream follows.
 template <typename Args, typename... P>
-void def_op(py::module_& m, const char* name, Args (*make)(P...), void (*op)(const Args&)) {
-  m.def(name, [make, op](P... p) { run(op, make(p...)); }, NoGil());
+void def_op(Modules& m, const char* name, Args (*make)(P...), void (*op)(const Args&)) {
+  m.cpu.def(name, [make, op](P... p) { run(op, make(p...)); }, NoGil());
+  m.cuda.def(
+      name,
+      [make, name](P... p, Address stream) {
+        const Args a = make(p...);
+        cuda_call(name, &a, Pointer{stream});
+      },
+      NoGil());
 }
 
 // An op with scratch is bound twice: NAME_workspace_bytes and NAME, with the same arguments before
 // the scratch.
 template <typename Args, typename... P>
-void def_op(py::module_& m, const char* name, Args (*make)(P...), void (*op)(const Args&),
+void def_op(Modules& m, const char* name, Args (*make)(P...), void (*op)(const Args&),
             int64_t (*workspace_bytes)(const Args&)) {
-  m.def((std::string(name) + "_workspace_bytes").c_str(),
-        [make, workspace_bytes](P... p) { return workspace_bytes(make(p...)); }, NoGil());
-  m.def(
+  const std::string sizes = std::string(name) + "_workspace_bytes";
+  m.cpu.def(
+      sizes.c_str(), [make, workspace_bytes](P... p) { return workspace_bytes(make(p...)); },
+      NoGil());
+  m.cpu.def(
       name,
       [make, op, workspace_bytes](P... p, Address workspace, int64_t bytes) {
         Args a = make(p...);
         a.workspace = Pointer{workspace};
         a.workspace_bytes = bytes;
         run(op, workspace_bytes, a);
+      },
+      NoGil());
+  m.cuda.def(
+      sizes.c_str(),
+      [make, name](P... p) {
+        const Args a = make(p...);
+        return cuda_workspace_bytes(name, &a);
+      },
+      NoGil());
+  m.cuda.def(
+      name,
+      [make, name](P... p, Address workspace, int64_t bytes, Address stream) {
+        Args a = make(p...);
+        a.workspace = Pointer{workspace};
+        a.workspace_bytes = bytes;
+        cuda_call(name, &a, Pointer{stream});
       },
       NoGil());
 }
@@ -99,7 +130,7 @@ MoeCombineArgs moe_combine(Address rows, Address row_index, Address topk_weights
 
 Int4GemmArgs int4_gemm(Address x, Address weight_packed, Address weight_scale, Address y,
                        int32_t x_dtype, int32_t y_dtype, int64_t tokens, int64_t out, int64_t in,
-                       int32_t group_size) {
+                       int32_t group_size, int32_t compute) {
   return {Pointer{x},
           Pointer{weight_packed},
           Pointer{weight_scale},
@@ -110,6 +141,7 @@ Int4GemmArgs int4_gemm(Address x, Address weight_packed, Address weight_scale, A
           out,
           in,
           group_size,
+          Compute(compute),
           nullptr,
           0};
 }
@@ -118,7 +150,7 @@ Int4GroupedGemmArgs int4_grouped_gemm(Address x, Address x_index, Address expert
                                       Address weight_packed, Address weight_scale, Address y,
                                       int32_t x_dtype, int32_t y_dtype, int64_t x_rows,
                                       int64_t rows, int64_t experts, int64_t out, int64_t in,
-                                      int32_t group_size) {
+                                      int32_t group_size, int32_t compute) {
   return {Pointer{x},
           Pointer{x_index},
           Pointer{expert_offsets},
@@ -133,6 +165,7 @@ Int4GroupedGemmArgs int4_grouped_gemm(Address x, Address x_index, Address expert
           out,
           in,
           group_size,
+          Compute(compute),
           nullptr,
           0};
 }
@@ -142,7 +175,7 @@ Int4GroupedSwigluArgs int4_grouped_swiglu(Address x, Address x_index, Address ex
                                           Address up_packed, Address up_scale, Address y,
                                           int32_t x_dtype, int32_t y_dtype, int64_t x_rows,
                                           int64_t rows, int64_t experts, int64_t out, int64_t in,
-                                          int32_t group_size) {
+                                          int32_t group_size, int32_t compute) {
   return {Pointer{x},
           Pointer{x_index},
           Pointer{expert_offsets},
@@ -159,6 +192,7 @@ Int4GroupedSwigluArgs int4_grouped_swiglu(Address x, Address x_index, Address ex
           out,
           in,
           group_size,
+          Compute(compute),
           nullptr,
           0};
 }
@@ -200,6 +234,11 @@ Int8GemmArgs int8_gemm(Address x, Address weight, Address weight_scale, Address 
           group_size,
           nullptr,
           0};
+}
+
+Int4QuantizeArgs int4_quantize(Address w, Address weight_packed, Address weight_scale, int64_t out,
+                               int64_t in, int32_t group_size) {
+  return {Pointer{w}, Pointer{weight_packed}, Pointer{weight_scale}, out, in, group_size};
 }
 
 MlaDecodeArgs mla_decode(Address q, Address cache, Address page_table, Address seq_lens,
@@ -274,7 +313,7 @@ SwigluArgs swiglu(Address gate, Address up, Address y, int32_t dtype, int64_t to
   return {Pointer{gate}, Pointer{up}, Pointer{y}, DType(dtype), tokens, width};
 }
 
-void bind_ops(py::module_& m) {
+void bind_ops(Modules& m) {
   def_op(m, "moe_route", moe_route, cpu::moe_route);
   def_op(m, "moe_dispatch", moe_dispatch, cpu::moe_dispatch);
   def_op(m, "moe_combine", moe_combine, cpu::moe_combine);
@@ -285,11 +324,26 @@ void bind_ops(py::module_& m) {
          cpu::int4_grouped_swiglu_workspace_bytes);
   def_op(m, "bf16_gemm", bf16_gemm, cpu::bf16_gemm, cpu::bf16_gemm_workspace_bytes);
   def_op(m, "int8_gemm", int8_gemm, cpu::int8_gemm, cpu::int8_gemm_workspace_bytes);
+  def_op(m, "int4_quantize", int4_quantize, cpu::int4_quantize);
   def_op(m, "mla_decode", mla_decode, cpu::mla_decode, cpu::mla_decode_workspace_bytes);
   def_op(m, "rms_norm", rms_norm, cpu::rms_norm);
   def_op(m, "add_rms_norm", add_rms_norm, cpu::add_rms_norm);
   def_op(m, "rope_append", rope_append, cpu::rope_append);
   def_op(m, "swiglu", swiglu, cpu::swiglu);
+  m.cuda.def(
+      "int4_pack",
+      [](Address weight_packed, Address weight_scale, Address tiles, Address tile_scales,
+         int64_t out, int64_t in, int32_t group_size, Address stream) {
+        const cuda::Int4PackArgs a{Pointer{weight_packed},
+                                   Pointer{weight_scale},
+                                   Pointer{tiles},
+                                   Pointer{tile_scales},
+                                   out,
+                                   in,
+                                   group_size};
+        cuda_call("int4_pack", &a, Pointer{stream});
+      },
+      NoGil());
 }
 
 void bind_mapped_files(py::module_& m) {
@@ -319,6 +373,9 @@ PYBIND11_MODULE(_native, m) {
       .def_readonly("architectures", &CudaLibrary::architectures)
       .def_readonly("error", &CudaLibrary::error);
   m.def("cuda_library", &cuda_library, py::return_value_policy::reference);
+  m.def("open_cuda_library", &open_cuda_library, py::arg("path"));
+  m.def("int4_tiled_bytes", &int4_tiled_bytes, py::arg("out"), py::arg("in"));
+  m.def("int4_tiled_scale_bytes", &int4_tiled_scale_bytes, py::arg("out"), py::arg("in"));
   py::class_<Recording>(m, "Recording", "Calls of ops, to be made again; use ops.record().")
       .def(py::init<>())
       .def("begin", &Recording::begin)
@@ -328,6 +385,7 @@ PYBIND11_MODULE(_native, m) {
 
   bind_mapped_files(m);
 
-  py::module_ cpu_module = m.def_submodule("cpu", "One function per op; arguments follow ops.h.");
-  bind_ops(cpu_module);
+  Modules modules{m.def_submodule("cpu", "One function per op; arguments follow ops.h."),
+                  m.def_submodule("cuda", "The same on a GPU; a stream is the last argument.")};
+  bind_ops(modules);
 }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kimi_native.chat.parser import ParsedOutput, tool_name
+from kimi_native.chat.call_ids import tool_name
+from kimi_native.chat.parser import ParsedOutput
 from kimi_native.chat.types import ToolCall
 
 THINK, CLOSE = "<think>", "</think>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from kimi_native import ops
 
@@ -28,3 +29,12 @@ def simd_isas():
         )
     yield names
     ops.force_isa("")
+
+
+@pytest.fixture
+def one_thread():
+    """Torch on one thread: for small work faster than two, and by far where other processes want the cores too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

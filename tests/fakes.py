@@ -50,6 +50,13 @@ class FakeCache:
         self.free_pages += seq.pages
         seq.pages = []
 
+    def truncate(self, seq: FakeSequence, length: int) -> None:
+        seq.length = min(seq.length, length)
+        kept = -(-seq.length // self.page_size)
+        self.storage[seq.pages[kept:]] = -1
+        self.free_pages += seq.pages[kept:]
+        seq.pages = seq.pages[:kept]
+
     def append(self, seq: FakeSequence, ids: list[int]) -> None:
         for i in ids:
             assert seq.length < len(seq.pages) * self.page_size, "an unreserved token was appended"
@@ -85,10 +92,13 @@ class FakeModel:
         self.batches: list[int] = []  # rows of every decode
 
     def logits(self, ids: list[int]) -> torch.Tensor:
-        seed = zlib.crc32(bytes(str(ids), "ascii"))
-        row = 2 * torch.randn(self.config.vocab_size, generator=torch.Generator().manual_seed(seed))
         if (scripted := self.script(ids)) is not None:
+            row = torch.zeros(self.config.vocab_size)
             row[scripted] = 1e4
+        else:
+            seed = zlib.crc32(bytes(str(ids), "ascii"))
+            generator = torch.Generator().manual_seed(seed)
+            row = 2 * torch.randn(self.config.vocab_size, generator=generator)
         return row.fill_(torch.nan) if self.spoil(ids) else row
 
     def _count(self, kind: str, calls: list[int], size: int) -> None:
@@ -137,6 +147,40 @@ def make_fake_model(
 
     network = FakeModel(context=context, vocab_size=tokenizer.vocab_size, script=script, **options)
     cache = FakeCache(max_tokens=CACHE_TOKENS, page_size=16)
+    model = Model(
+        network,
+        cache,
+        tokenizer,
+        generation_config={},
+        chat_format=chat_format,
+        max_batch=max_batch,
+    )
+    return model, network, cache
+
+
+def make_scripted_model(
+    tokenizer, say, *, chat_format="k2-thinking", context=8192, max_batch=2, **options
+):
+    """A generate.Model that says what it is told, for conversations that grow; with its network and cache.
+
+    say  function of the prompt, as a text with control tokens' names in it, to an answer like it; then <|im_end|>
+    """
+    from kimi_native.generate import Model
+
+    said: dict[tuple[int, ...], list[int]] = {}
+    middle = tokenizer.control_ids["<|im_middle|>"]
+
+    def script(ids):
+        start = len(ids) - ids[::-1].index(middle)  # answers hold no such token
+        prompt = tuple(ids[:start])
+        if prompt not in said:
+            said.clear()
+            answer = tokenizer.encode_with_control(say(tokenizer.decode(prompt)))
+            said[prompt] = [*answer, tokenizer.control_ids["<|im_end|>"]]
+        return said[prompt][min(len(ids) - start, len(said[prompt]) - 1)]
+
+    network = FakeModel(context=context, vocab_size=tokenizer.vocab_size, script=script, **options)
+    cache = FakeCache(max_tokens=context * max_batch, page_size=16)
     model = Model(
         network,
         cache,

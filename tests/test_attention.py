@@ -1,4 +1,4 @@
-"""Prefill's attention: right, and the same to the last bit on any number of threads."""
+"""Prefill's attention: right, and the same to the last bit on any number of threads, however it is cut."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kimi_native import ops
-from kimi_native.attention import attend_heads, causal_mask
+from kimi_native.attention import attend_heads, block_mask
 from oracle import assert_same_bits, assert_within, threads
 
 # (heads, queries, keys, width): blocks of few queries, lengths that fill no block, one head, a K2-like head
@@ -32,11 +32,11 @@ U = 2.0**-24
 def make_case(heads, queries, keys, width):
     g = torch.Generator().manual_seed(queries + keys)
     query, key, value = (torch.randn(heads, n, width, generator=g) for n in (queries, keys, keys))
-    return query, key, value, causal_mask(queries, keys) if keys > queries else None
+    return query, key, value
 
 
-def run(query, key, value, mask):
-    return attend_heads(query, key, value, mask=mask, softmax_scale=SCALE)
+def run(query, key, value):
+    return attend_heads(query, key, value, softmax_scale=SCALE)
 
 
 def expected_attention(query, key, value):
@@ -65,7 +65,34 @@ def expected_attention(query, key, value):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_attend_heads_matches_float64(shape):
     case = make_case(*shape)
-    assert_within(run(*case), *expected_attention(*case[:3]))
+    assert_within(run(*case), *expected_attention(*case))
+
+
+@pytest.mark.parametrize("value_width", [16, 24, 40])
+def test_attend_heads_takes_values_of_another_width(value_width):
+    query, key, _ = make_case(3, 9, 70, 24)
+    value = torch.randn(3, 70, value_width)
+    padded = torch.zeros(3, 70, 24)
+    padded[..., : min(24, value_width)] = value[..., :24]
+    actual = run(query, key, value)
+    assert actual.shape == (3, 9, value_width)
+    expected, bound = expected_attention(query, key, padded)
+    assert_within(actual[..., :24], expected[..., :value_width], bound[..., :value_width])
+
+
+@pytest.mark.parametrize("keys", [1, 31, 32, 33, 64, 200, 700, 1111])
+def test_attend_heads_row_does_not_depend_on_the_call_it_is_in(keys):
+    query, key, value = make_case(2, keys, keys, 48)
+    whole = run(query, key, value)
+    for cut in {1, 16, 17, 31, 32, 33, 64, keys // 2, keys - 33, keys - 32, keys - 1}:
+        if not 0 < cut < keys:
+            continue
+        first = run(query[:, :cut], key[:, :cut], value[:, :cut])
+        # As the model passes them: heads between the rows.
+        rest = [
+            t.transpose(0, 1).contiguous().transpose(0, 1) for t in (query[:, cut:], key, value)
+        ]
+        assert_same_bits(torch.cat([first, run(*rest)], dim=1), whole)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -80,11 +107,11 @@ def test_attend_heads_does_not_depend_on_threads(shape):
 
 
 def test_attend_heads_head_does_not_depend_on_the_others():
-    query, key, value, mask = make_case(16, 5, 300, 192)
-    together = run(query, key, value, mask)
+    query, key, value = make_case(16, 5, 300, 192)
+    together = run(query, key, value)
     for h in (0, 7, 15):
         one = [t[h : h + 1].clone() for t in (query, key, value)]
-        assert_same_bits(run(*one, mask)[0], together[h])
+        assert_same_bits(run(*one)[0], together[h])
 
 
 def test_attend_heads_leaves_the_number_of_torch_threads_alone():
@@ -99,10 +126,13 @@ def test_attend_heads_leaves_the_number_of_torch_threads_alone():
     assert seen == [before]
 
 
-def test_attend_heads_passes_errors_on():
-    query, key, value, mask = make_case(2, 3, 5, 8)
-    with pytest.raises(RuntimeError):
-        run(query, key[..., :7], value, mask)
+@pytest.mark.parametrize(
+    ("queries", "keys", "values", "key_width"), [(6, 5, 5, 8), (3, 5, 5, 7), (3, 5, 4, 8)]
+)
+def test_attend_heads_refuses_shapes_that_do_not_fit(queries, keys, values, key_width):
+    query, key, value = (torch.zeros(2, n, 8) for n in (queries, keys, values))
+    with pytest.raises(ValueError, match="attend_heads: keys must be as wide"):
+        run(query, key[..., :key_width], value)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -122,6 +152,10 @@ def test_attend_heads_works_in_a_forked_child():
     assert os.waitstatus_to_exitcode(status) == 0
 
 
-def test_causal_mask_hand_case():
-    inf = float("inf")
-    assert causal_mask(2, 4).tolist() == [[0, 0, 0, -inf], [0, 0, 0, 0]]
+def test_block_mask_shows_each_query_itself_and_what_is_before():
+    mask = block_mask(40)
+    for row, column in [(0, 8), (0, 0), (5, 13), (31, 39)]:
+        assert mask[row, column] == 0
+    for row, column in [(0, 9), (5, 14), (30, 39)]:
+        assert mask[row, column] == -torch.inf
+    assert torch.equal(mask[:, 8:], block_mask(32))

@@ -237,7 +237,7 @@ def test_e2e_counts_the_bytes_that_a_token_reads(folder):
     assert flops == 2 * (summary["parameters"]["active_per_token"] - embedding)
 
 
-@pytest.mark.parametrize("dense", ["bf16", "int8"])
+@pytest.mark.parametrize("dense", ["bf16", "int8", "int4"])
 def test_e2e_measures_a_folder(folder, one_thread, dense):
     rows = []
     e2e.measure(

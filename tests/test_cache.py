@@ -72,6 +72,13 @@ def test_cache_rows_of_different_tokens_never_meet():
         if len(seqs) < 4 and rng.random() < 0.5:
             seqs.append(cache.new_sequence())
             written[id(seqs[-1])] = []
+        if seqs and rng.random() < 0.2:
+            cut = rng.choice(seqs)
+            length = rng.randint(0, cut.length + 2)
+            cache.truncate(cut, length)
+            del written[id(cut)][length:]
+            assert cut.length == len(written[id(cut)])
+            assert len(cut.pages) == -(-cut.length // 4)
         for seq in seqs:
             tokens = rng.randint(0, 3)
             try:

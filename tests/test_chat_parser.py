@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import random
-import re
 
 import pytest
 
@@ -27,18 +25,19 @@ from chat_corpus import (
     one,
     out,
 )
-from kimi_native.chat.parser import OutputParser, ParsedOutput, merge_events, parse, tool_name
+from kimi_native.chat.call_ids import tool_name
+from kimi_native.chat.parser import OutputParser, merge_events, parse
 from kimi_native.chat.template import FORMATS, render
 from kimi_native.chat.types import (
     ContentDelta,
     Finish,
     ReasoningDelta,
-    ToolCall,
     ToolCallDelta,
     Usage,
 )
 from kimi_native.errors import RequestError, TokenizerError
 from kimi_native.tokenizer import load_tokenizer
+from naive_parser import naive_parse, to_ids
 from tokenizer_files import (
     KIMI_SLOTS,
     SLOTS_WITHOUT_THINK,
@@ -72,27 +71,6 @@ def without_think(tmp_path_factory):
 @pytest.fixture(scope="session")
 def published():
     return load_tokenizer(published_folder())
-
-
-def to_ids(tokenizer, text: str, by_byte: bool) -> list[int]:
-    """Ids of a corpus text: control names to their ids, <E6> to that byte; the rest merged, or byte by byte."""
-    names = [re.escape(name) for name in tokenizer.control_ids]
-    ids = []
-    for piece in re.split(f"({'|'.join(names)}|<[0-9A-F]{{2}}>)", text.replace("<EOS>", "[EOS]")):
-        if piece in tokenizer.control_ids:
-            ids.append(tokenizer.control_ids[piece])
-        elif re.fullmatch("<[0-9A-F]{2}>", piece):
-            ids.append(byte_id(tokenizer, int(piece[1:3], 16)))
-        elif by_byte:
-            ids += [byte_id(tokenizer, b) for b in piece.encode()]
-        else:
-            ids += tokenizer.encode(piece)
-    return ids
-
-
-@functools.cache
-def byte_id(tokenizer, byte: int) -> int:
-    return next(i for i in range(256) if tokenizer.decode_bytes([i]) == bytes([byte]))
 
 
 def run(tokenizer, ids, format, prompt_ids=()):
@@ -176,53 +154,6 @@ def test_stream_resumed_at_any_token_equals_the_whole(small, format, name):
 
 
 # ---- a one-shot oracle over random streams -------------------------------------------------------------------------
-
-
-def naive_parse(tokenizer, ids, thinks):
-    """Whole segments first, rules afterwards: nothing is held back because everything is known."""
-    name_of = {i: n for n, i in tokenizer.control_ids.items()}
-    segments = [["reasoning" if thinks else "content", b""]]
-    ended = False
-    for token_id in ids:
-        name = name_of.get(token_id)
-        kind = segments[-1][0]
-        if name in ("[EOS]", END):
-            ended = True
-            break
-        if name is None:
-            segments[-1][1] += tokenizer.decode_bytes([token_id])
-        elif (name == THINK and kind == "content") or (name == CLOSE and kind == "reasoning"):
-            segments.append(["reasoning" if name == THINK else "content", b""])
-        elif (name == SECTION and kind in ("reasoning", "content")) or (
-            name in (SECTION_END, CALL_END) and kind in ("header", "arguments")
-        ):
-            segments.append(["between", b""])
-        elif name == CALL:
-            segments.append(["header", b""])
-        elif name == ARGS and kind == "header":
-            segments.append(["arguments", b""])
-    reasoning, content, tool_calls = "", "", []
-    last = len(segments) - 1
-    unfinished = False
-    for i, (kind, data) in enumerate(segments):
-        text = data.decode(errors="replace")
-        if kind == "reasoning":
-            reasoning += text.rstrip()
-        elif kind == "content":
-            content += text if text.strip() or i == last else ""
-        elif kind == "header":
-            has_arguments = i < last and segments[i + 1][0] == "arguments"
-            unfinished |= i == last
-            if tool_name(text.strip()) and i < last:
-                arguments = segments[i + 1][1].decode(errors="replace") if has_arguments else ""
-                if has_arguments and i + 1 == last:
-                    unfinished = True
-                    arguments = arguments.lstrip()
-                else:
-                    arguments = arguments.strip() or "{}"
-                tool_calls.append(ToolCall(text.strip(), tool_name(text.strip()), arguments))
-    reason = "length" if not ended else "tool_calls" if tool_calls else "stop"
-    return ParsedOutput(reasoning or None, content or None, tuple(tool_calls), unfinished, reason)
 
 
 def random_stream(rng, tokenizer, length):

@@ -191,7 +191,7 @@ def test_generate_passes_options_on(loaded, monkeypatch, capsys):
     options = "--max-tokens 3 --temperature 0.5 --top-p 0.9 --top-k 4 --min-p 0.1 --seed 0 --stop a --stop b"
     machine = (
         "--threads 2 --max-context 99 --dtype float32 --dense int8 --isa avx2 --no-prefetch "
-        "--ignore-config-key k"
+        "--ignore-config-key k --device cuda:1 --experts cpu"
     )
     argv = f"generate --model m Hi --raw-prompt {options} {machine}".split()
     assert run(*argv) == 0
@@ -214,6 +214,8 @@ def test_generate_passes_options_on(loaded, monkeypatch, capsys):
         "threads": 2,
         "dtype": "float32",
         "dense": "int8",
+        "device": "cuda:1",
+        "experts": "cpu",
         "isa": "avx2",
         "prefetch": False,
         "ignore_config_keys": ["k"],
@@ -464,14 +466,14 @@ def test_plan_passes_settings_on(folder):
         "--dtype",
         "float32",
         "--dense",
-        "int8",
+        "int4",
     ]
     assert run(*argv) == 0
     assert folder.asked[1] == {
         "max_context": 100,
         "max_batch": 3,
         "dtype": "float32",
-        "dense": "int8",
+        "dense": "int4",
     }
 
 

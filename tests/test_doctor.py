@@ -40,7 +40,7 @@ def test_self_check_notices_a_result_that_is_slightly_off(monkeypatch, name):
             result = honest(*args, **kwargs)
         if native:
             value = result[0] if isinstance(result, tuple) else result
-            value = getattr(value, "token_index", value)
+            value = getattr(value, "token_index", getattr(value, "weight_packed", value))
             step = 0.01 * value.abs().max() if value.is_floating_point() else 1
             value.view(-1)[-1] += step
         return result

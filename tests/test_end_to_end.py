@@ -78,6 +78,29 @@ def test_int4_and_bf16_of_one_seed_give_the_same_tokens(folders, model):
             assert a.id == b.id
 
 
+@pytest.mark.parametrize("dense", ["int8", "int4"])
+def test_dense_formats_generate_alone_in_a_batch_and_from_the_command_line(folders, capsys, dense):
+    model = kn.load(folders["int4"], max_context=512, max_batch=5, dense=dense)
+    together = model.generate(PROMPTS, raw_prompt=True, seed=11, **SAMPLING)
+    alone = [model.generate(p, raw_prompt=True, seed=11, **SAMPLING) for p in PROMPTS]
+    assert [outcome(r) for r in together] == [outcome(r) for r in alone]
+    argv = ["generate", "--model", str(folders["int4"]), "--dense", dense, "--raw-prompt"]
+    sampling = [
+        "--max-tokens",
+        "12",
+        "--temperature",
+        "0.9",
+        "--top-p",
+        "0.95",
+        "--min-p",
+        "0.01",
+        "--seed",
+        "11",
+    ]
+    assert cli.main([*argv, *sampling, "--json", PROMPTS[1]]) == 0
+    assert json.loads(capsys.readouterr().out)["ids"] == alone[1].ids
+
+
 # ---- the same tokens whatever happens beside them -------------------------------------------------------------------
 
 
@@ -174,7 +197,7 @@ def test_command_line_json_has_the_promised_fields(folders, model, capsys):
     assert result["prompt_ids"] == expected.prompt_ids == model.tokenizer.encode("Hi 🙂")
     assert result["finish_reason"] == expected.finish_reason
     tokens = {"prompt_tokens": len(expected.prompt_ids), "completion_tokens": len(expected.ids)}
-    assert result["usage"] == {**tokens, "total_tokens": sum(tokens.values())}
+    assert result["usage"] == {**tokens, "reused_tokens": 0, "total_tokens": sum(tokens.values())}
     assert set(result["timing"]) == {
         *("load_s", "waiting_s", "prefill_s", "decode_s"),
         *("prefill_tokens_per_s", "decode_tokens_per_s"),

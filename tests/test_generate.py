@@ -180,6 +180,20 @@ def test_generate_separates_reasoning_content_and_tool_calls(make_model):
     assert result.finish_reason == "tool_calls"
 
 
+def test_tools_are_declared_and_repair_the_ids_of_their_calls(make_model, tokenizer):
+    def get_weather(city: str):
+        """Tells the weather."""
+
+    answer = ANSWER.replace("functions.get:0", "get-weather_5")
+    model, _, _ = make_model(lambda ids: answer, chat_format="k2-thinking")
+    result = model.generate("Hi", tools=[get_weather], keep_thinking="all", constrain_tools=False)
+    assert '"name":"get_weather"' in tokenizer.decode(result.prompt_ids)
+    assert [(c.id, c.name) for c in result.tool_calls] == [
+        ("functions.get_weather:0", "get_weather")
+    ]
+    assert [c.id for c in model.generate("Hi").tool_calls] == ["get-weather_5"]
+
+
 def test_stream_events_add_up_to_the_generation(make_model):
     model, _, cache = make_model(lambda ids: ANSWER, chat_format="k2-thinking")
     result = model.generate("q")

@@ -201,7 +201,7 @@ def test_int4_gemm_reads_and_writes_misaligned_memory(isa, tokens, offset):
     parts = [misaligned(p, offset) for p in (x, w.weight_packed, w.weight_scale)]
     y = misaligned(torch.zeros(tokens, out), offset)
     call_native(
-        "int4_gemm", *[p.data_ptr() for p in parts], y.data_ptr(), 0, 1, tokens, out, in_, GROUP
+        "int4_gemm", *[p.data_ptr() for p in parts], y.data_ptr(), 0, 1, tokens, out, in_, GROUP, 0
     )
     aligned = ops.int4_gemm(x, w, out_dtype=FP32)
     assert torch.equal(y, aligned.view(torch.uint8).flatten())
@@ -214,7 +214,7 @@ def test_int4_gemm_writes_every_output_and_nothing_else(isa, tokens, out, dtype)
     x, w = make_x(tokens, 96), make_int4(out, 96).int4()
     y = GuardedRows(tokens, out, dtype)
     pointers = [t.data_ptr() for t in (x, w.weight_packed, w.weight_scale, y.rows)]
-    call_native("int4_gemm", *pointers, 0, DTYPES[dtype], tokens, out, 96, GROUP)
+    call_native("int4_gemm", *pointers, 0, DTYPES[dtype], tokens, out, 96, GROUP, 0)
     assert bool(y.rows.isfinite().all())
     y.assert_guards_untouched()
 
@@ -242,12 +242,27 @@ def test_int4_gemm_checks_every_size_again_in_the_kernel():
     buffer = torch.zeros(4096, dtype=torch.uint8)
     p = buffer.data_ptr() + -buffer.data_ptr() % 64
 
-    def call(x=p, w=p, s=p, y=p, xd=0, yd=0, tokens=1, out=2, in_=64, group=32, space=p, n=4000):
-        _native.cpu.int4_gemm(x, w, s, y, xd, yd, tokens, out, in_, group, space, n)
+    def call(
+        x=p,
+        w=p,
+        s=p,
+        y=p,
+        xd=0,
+        yd=0,
+        tokens=1,
+        out=2,
+        in_=64,
+        group=32,
+        compute=0,
+        space=p,
+        n=4000,
+    ):
+        _native.cpu.int4_gemm(x, w, s, y, xd, yd, tokens, out, in_, group, compute, space, n)
 
     call()
     for change, message in [
         ({"group": 64}, r"group_size must be 32 \(got 64\)"),
+        ({"compute": 2}, r"compute must be exact \(0\) or int8 \(1\) \(got 2\)"),
         ({"in_": 48}, r"in must be a positive multiple of 32 \(got 48\)"),
         ({"in_": 0}, r"in must be a positive multiple of 32 \(got 0\)"),
         ({"tokens": -1}, "sizes must be non-negative"),

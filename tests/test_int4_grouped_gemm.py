@@ -133,7 +133,7 @@ def test_int4_grouped_gemm_reads_and_writes_misaligned_memory_and_only_its_rows(
         y.address,
         0,
         DTYPES[FP32],
-        *(11, 11, 3, out, in_, GROUP),
+        *(11, 11, 3, out, in_, GROUP, 0),
     )
     expected = ops.int4_grouped_gemm(x, dispatch, pack(experts, counts), out_dtype=FP32)
     assert_same_bits(y.values(), expected)
@@ -184,13 +184,14 @@ def test_int4_grouped_gemm_checks_every_size_again_in_the_kernel():
     at, ids = offsets.data_ptr(), index.data_ptr()
 
     def call(x=p, i=ids, o=at, w=e, s=e, y=p, xd=0, yd=0, x_rows=2,
-             rows=1, n=2, out=2, in_=64, group=32, space=p, nbytes=8000):  # fmt: skip
+             rows=1, n=2, out=2, in_=64, group=32, compute=0, space=p, nbytes=8000):  # fmt: skip
         _native.cpu.int4_grouped_gemm(
-            x, i, o, w, s, y, xd, yd, x_rows, rows, n, out, in_, group, space, nbytes
+            x, i, o, w, s, y, xd, yd, x_rows, rows, n, out, in_, group, compute, space, nbytes
         )
 
     call()
     for change, message in [
+        ({"compute": -1}, r"compute must be exact \(0\) or int8 \(1\) \(got -1\)"),
         ({"group": 128}, r"group_size must be 32 \(got 128\)"),
         ({"in_": 48}, r"in must be a positive multiple of 32 \(got 48\)"),
         ({"rows": -1}, "sizes must be non-negative"),

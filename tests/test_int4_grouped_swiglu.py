@@ -211,7 +211,7 @@ def test_int4_grouped_swiglu_reads_and_writes_misaligned_memory_and_only_its_row
         y.address,
         0,
         DTYPES[dtype],
-        *(4, 11, 3, out, in_, GROUP),
+        *(4, 11, 3, out, in_, GROUP, 0),
     )
     expected = ops.int4_grouped_swiglu(
         x, dispatch, pack(gate, counts), pack(up, counts), out_dtype=dtype
@@ -250,13 +250,32 @@ def test_int4_grouped_swiglu_checks_every_size_again_in_the_kernel():
     at, ids = offsets.data_ptr(), index.data_ptr()
 
     def call(x=p, i=ids, o=at, gp=e, gs=e, up=e, us=e, y=p, xd=0, yd=0,
-             x_rows=2, rows=1, n=2, out=2, in_=64, group=32, space=p, nbytes=8000):  # fmt: skip
+             x_rows=2, rows=1, n=2, out=2, in_=64, group=32, compute=0, space=p, nbytes=8000):  # fmt: skip
         _native.cpu.int4_grouped_swiglu(
-            x, i, o, gp, gs, up, us, y, xd, yd, x_rows, rows, n, out, in_, group, space, nbytes
+            x,
+            i,
+            o,
+            gp,
+            gs,
+            up,
+            us,
+            y,
+            xd,
+            yd,
+            x_rows,
+            rows,
+            n,
+            out,
+            in_,
+            group,
+            compute,
+            space,
+            nbytes,
         )
 
     call()
     for change, message in [
+        ({"compute": -1}, r"compute must be exact \(0\) or int8 \(1\) \(got -1\)"),
         ({"group": 64}, r"group_size must be 32 \(got 64\)"),
         ({"in_": 48}, r"in must be a positive multiple of 32 \(got 48\)"),
         ({"rows": 2}, r"expert_offsets must go from 0 to rows=2 \(got 0 to 1\)"),

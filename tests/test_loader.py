@@ -9,13 +9,17 @@ import warnings
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import kimi_native as kn
 from kimi_native import loader, ops, plan
 from kimi_native.cache import LatentCache
 from kimi_native.errors import MemoryPlanWarning, ModelFormatError
+from kimi_native.huge_pages import HugePages
 from kimi_native.loader import load_model
 from kimi_native.mapped_file import MappedFile
+from kimi_native.model import Experts
 from kimi_native.quant.modules import Int4Experts
 from made_checkpoints import make_tiny_folders
 from page_table import present_pages
@@ -89,7 +93,8 @@ def test_load_reads_ahead_what_stays_mapped_and_nothing_else(folders, monkeypatc
     monkeypatch.setattr(
         MappedFile, "release", lambda self, *at: (copied.append(at), release(self, *at))
     )
-    for format, dense in (("int4", "bf16"), ("int4", "int8"), ("fp8", "bf16")):
+    cases = (("int4", "bf16"), ("int4", "int8"), ("int4", "int4"), ("fp8", "bf16"))
+    for format, dense in cases:
         read.clear()
         copied.clear()
         _, checkpoint = load_model(folders[format], dense=dense)
@@ -101,6 +106,36 @@ def test_load_reads_ahead_what_stays_mapped_and_nothing_else(folders, monkeypatc
             assert start == first
             first += nbytes
         assert first == checkpoint.files[0].mapped.size
+
+
+@pytest.mark.parametrize("dense", ["int8", "int4"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_load_allocates_what_the_plan_counts(folders, monkeypatch, format, dense):
+    made = []
+    monkeypatch.setattr(loader, "HugePages", lambda: made.append(HugePages()) or made[-1])
+    model, checkpoint = load_model(folders[format], dense=dense)
+    (pages,) = made
+    with pytest.raises(RuntimeError, match="0 left"):  # all that was reserved is in use
+        pages.empty((1,), torch.int8)
+    copied = pages.nbytes
+    if format == "fp8":  # these became BF16
+        experts = [m for m in model.modules() if isinstance(m, Experts)]
+        copied += sum(w.nbytes for m in experts for w in (*m.gate, *m.up, *m.down))
+        copied += sum(p.nbytes for n, p in model.named_parameters() if "kv_b_proj" in n)
+    planned = dict(plan.memory_plan(checkpoint, dense=dense).items)
+    assert planned["weights copied or converted while loading"] == copied > 0
+
+
+@pytest.mark.parametrize("dense", ["int8", "int4"])
+def test_load_names_a_dense_weight_that_is_not_finite(folders, tmp_path, dense):
+    folder = shutil.copytree(folders["bf16"], tmp_path / "nan")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    with safe_open(shard(folder), "pt") as file:
+        tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+    tensors[name][3, 5] = torch.nan
+    save_file(tensors, shard(folder))
+    with pytest.raises(ModelFormatError, match=rf"{name}: .*w must be finite"):
+        load_model(folder, dense=dense)
 
 
 def test_load_of_a_model_beyond_the_memory_maps_it_and_says_so(folders, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kimi_native import reference
 from kimi_native.cache import LatentCache
 from kimi_native.checkpoint import Checkpoint
 from kimi_native.loader import load_model
@@ -186,3 +187,25 @@ def test_dense_int8_replaces_the_dense_matrices_only(tmp_path, folders):
         *("gate_proj", "up_proj", "down_proj"),
     }
     assert all(isinstance(model.model.layers[i].mlp.experts, Experts) for i in (1, 2, 3))
+
+
+@torch.no_grad()
+def test_dense_int4_gives_the_logits_of_the_published_model_with_rounded_weights(folders):
+    """The oracle's own dense matrices are rounded and multiplied out in float64, by the specification of the format."""
+    mixed, twin = folders
+    oracle = read_oracle(twin).double()
+    oracle.set_experts_implementation("eager")  # the other ways know no float64
+    unrounded = oracle_logits(oracle, IDS)[PROMPT - 1 :]
+    for name, parameter in oracle.named_parameters():
+        if (is_dense(name) or name == "lm_head.weight") and "kv_b_proj" not in name:
+            packed, scale = reference.int4_quantize(parameter.bfloat16())
+            parameter.copy_(reference.dequantize_int4(packed, scale.double()))
+    expected = oracle_logits(oracle, IDS)[PROMPT - 1 :]
+    actual, model = logits(mixed, dtype="float32", dense="int4")
+    assert_close(actual, expected)
+    assert (expected - unrounded).abs().max() > 0.01 * (expected.max() - expected.min())
+    kinds = {n.rpartition(".")[2]: type(m) for n, m in model.named_modules()}
+    assert {k for k, kind in kinds.items() if kind is Int4Linear} == {
+        *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj", "lm_head"),
+        *("gate_proj", "up_proj", "down_proj"),
+    }

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from kimi_native import model, plan
+from kimi_native import attention, model, plan
 from kimi_native.cache import LatentCache
 from kimi_native.checkpoint import Checkpoint
 from kimi_native.errors import MemoryPlanError
@@ -31,12 +31,15 @@ def sizes(p) -> list[int]:
 
 
 def is_dense(name: str) -> bool:
-    """Matrices that dense="int8" turns into 8 bits."""
+    """Matrices that dense="int8" turns into 8 bits, and "int4" into 4."""
     return ".experts." not in name and "kv_b_proj" not in name
 
 
-def int8_bytes(shape) -> int:
-    return shape[0] * shape[1] + shape[0] * shape[1] // 32 * 2
+def copy_bytes(shape, dense: str) -> int:
+    """Integers and scales, each in whole cache lines."""
+    weights = shape[0] * shape[1]
+    integers = {"int8": weights, "int4": weights // 2}[dense]
+    return -(-integers // 64) * 64 + -(-weights // 32 * 2 // 64) * 64
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------
@@ -62,29 +65,24 @@ def test_plan_fp8_weights_become_bf16(tmp_path):
     assert p.mapped_bytes == sum(nbytes(*t) for t in rest)
 
 
+@pytest.mark.parametrize("dense", ["int8", "int4"])
 @pytest.mark.parametrize("d", [TINY, TINY_FP8], ids=["bf16", "fp8"])
-def test_plan_int8_copies_the_dense_matrices(tmp_path, d):
-    p = memory_plan(open_tiny(tmp_path, d), max_context=64, dense="int8", available_bytes=PLENTY)
-    expected = sum(int8_bytes(s) for m, s in matrices(TINY).items() if is_dense(m))
+def test_plan_int8_and_int4_copy_the_dense_matrices(tmp_path, d, dense):
+    p = memory_plan(open_tiny(tmp_path, d), max_context=64, dense=dense, available_bytes=PLENTY)
+    expected = sum(copy_bytes(s, dense) for m, s in matrices(TINY).items() if is_dense(m))
     if d is TINY_FP8:  # experts and kv_b_proj become BF16
         expected += sum(2 * o * i for m, (o, i) in matrices(TINY).items() if not is_dense(m))
     assert sizes(p)[COPIES] == expected
 
 
-def test_plan_int8_leaves_int4_matrices_and_a_tied_head(tmp_path):
-    p = memory_plan(
-        open_tiny(tmp_path / "int4", TINY_INT4),
-        max_context=64,
-        dense="int8",
-        available_bytes=PLENTY,
-    )
-    dense = {m: s for m, s in matrices(TINY).items() if is_dense(m)}
-    assert sizes(p)[COPIES] == sum(int8_bytes(s) for s in dense.values())
-    tied = TINY | {"tie_word_embeddings": True}
-    p = memory_plan(
-        open_tiny(tmp_path / "tied", tied), max_context=64, dense="int8", available_bytes=PLENTY
-    )
-    assert sizes(p)[COPIES] == sum(int8_bytes(s) for m, s in dense.items() if m != "lm_head")
+@pytest.mark.parametrize("dense", ["int8", "int4"])
+def test_plan_int8_and_int4_leave_int4_matrices_and_a_tied_head(tmp_path, dense):
+    options = {"max_context": 64, "dense": dense, "available_bytes": PLENTY}
+    p = memory_plan(open_tiny(tmp_path / "int4", TINY_INT4), **options)
+    copied = {m: copy_bytes(s, dense) for m, s in matrices(TINY).items() if is_dense(m)}
+    assert sizes(p)[COPIES] == sum(copied.values())
+    p = memory_plan(open_tiny(tmp_path / "tied", TINY | {"tie_word_embeddings": True}), **options)
+    assert sizes(p)[COPIES] == sum(copied.values()) - copied["lm_head"]
 
 
 @pytest.mark.parametrize("dtype", ["F16", "F32"])
@@ -130,6 +128,7 @@ def test_plan_cache_is_what_the_cache_allocates(tmp_path, context, batch, dtype)
 def test_plan_uses_the_constants_of_the_model():
     assert plan.PREFILL_CHUNK == model.PREFILL_CHUNK
     assert plan.EXPANDED_BYTES == model._EXPANDED_BYTES
+    assert plan.QUERY_BLOCK == attention.QUERY_BLOCK
 
 
 def test_plan_working_memory_grows_with_the_context(tmp_path):
@@ -140,7 +139,7 @@ def test_plan_working_memory_grows_with_the_context(tmp_path):
     ]
     working = [sizes(p)[WORKING] for p in plans]
     assert working == sorted(set(working))
-    assert working[3] > 1024 * 65536 * 6  # the mask of the last chunk
+    assert working[3] > 32 * 65536 * 6  # the mask of a block of queries
 
 
 def test_plan_max_context_defaults_to_the_models_own(tmp_path):
@@ -151,7 +150,7 @@ def test_plan_max_context_defaults_to_the_models_own(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [{"max_context": 0}, {"max_context": -1}, {"max_context": 1.5}, {"max_batch": 0}, {"max_batch": True},
-     {"dtype": "float16"}, {"dense": "int4"}],
+     {"dtype": "float16"}, {"dense": "int2"}],
 )  # fmt: skip
 def test_plan_bad_setting_is_an_error_naming_it(tmp_path, changes):
     with pytest.raises(ValueError, match=f"memory_plan: {next(iter(changes))} must be"):
@@ -223,6 +222,20 @@ def test_plan_suggests_fewer_sequences_when_that_is_enough(tmp_path):
     available = memory_plan(checkpoint, max_context=64, available_bytes=0).needed_bytes
     p = memory_plan(checkpoint, max_context=64, max_batch=100, available_bytes=available)
     assert p.suggestions == ("max_batch=1",)
+
+
+def test_plan_suggests_the_most_exact_dense_format_that_fits(tmp_path):
+    checkpoint = open_tiny(tmp_path, TINY_FP8 | {"hidden_size": 512, "vocab_size": 96})
+    needed = {
+        dense: memory_plan(checkpoint, max_context=64, dense=dense, available_bytes=0).needed_bytes
+        for dense in ("bf16", "int8", "int4")
+    }
+    assert needed["int4"] < needed["int8"] < needed["bf16"]
+    for dense in ("int8", "int4"):
+        p = memory_plan(checkpoint, max_context=64, available_bytes=needed[dense])
+        assert p.suggestions == (f'dense="{dense}"',)
+    p = memory_plan(checkpoint, max_context=64, dense="int8", available_bytes=needed["int4"])
+    assert p.suggestions == ('dense="int4"',)
 
 
 def test_plan_suggests_int8_where_it_saves_and_bf16_where_int8_costs(tmp_path):

@@ -131,6 +131,7 @@ def test_wrapped_preset_nests_the_config_and_prefixes_the_names(tmp_path):
 def test_model_types_of_the_presets():
     types = {name: presets.text_config(name, {})["model_type"] for name in PRESETS}
     assert types == {
+        "nano": "kimi_k2",
         "tiny": "kimi_k2",
         "tiny-noqlora": "kimi_k2",
         "tiny-yarn": "kimi_k2",

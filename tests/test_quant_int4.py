@@ -257,6 +257,31 @@ def test_quantize_returns_what_it_made_when_the_scale_is_exact():
     assert torch.equal(int4.unpack(again.weight_packed), q)
 
 
+def test_quantize_int8_is_the_same_on_any_number_of_threads():
+    w = torch.randn(700, 1024, generator=torch.Generator().manual_seed(4))  # three chunks
+    before, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(quantize_int8(w))
+            assert torch.get_num_threads() == n
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert torch.equal(result.weight, results[0].weight)
+        assert torch.equal(result.weight_scale, results[0].weight_scale)
+    assert (dequantize_int8(results[0], torch.float32) - w).abs().max() < w.abs().max() / 250
+
+
+def test_quantize_int8_writes_where_it_is_told():
+    w = torch.randn(5, 64, generator=torch.Generator().manual_seed(4))
+    out = quantize_int8(torch.zeros(5, 64))
+    assert quantize_int8(w, out=out) is out
+    assert torch.equal(out.weight, quantize_int8(w).weight)
+    with pytest.raises(ValueError, match=r"out must be \[2, 64\] \(got \[5, 64\]\)"):
+        quantize_int8(w[:2], out=out)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("quantize", [int4.quantize, quantize_int8])
 def test_quantize_refuses_non_finite_weights(quantize, bad):

@@ -99,6 +99,19 @@ def test_int8_gemm_hand_case():
     assert y.tolist() == [[48.0, -48.0]]
 
 
+def test_int4_quantize_hand_case():
+    """The largest is 14, so the scale is 2: halves of it go to the even neighbor, whole ones are kept."""
+    w = torch.zeros(1, 32, dtype=torch.bfloat16)
+    w[0, :8] = torch.tensor([14.0, -14.0, 1.0, 3.0, -5.0, 0.99, -2.0, 8.0])
+    packed, scale = reference.int4_quantize(w)
+    assert scale.tolist() == [[2.0]]
+    q = [7, -7, 0, 2, -2, 0, -1, 4]
+    assert int(packed[0, 0]) % 2**32 == sum((v + 8) << 4 * k for k, v in enumerate(q))
+    assert packed[0, 1:].tolist() == [0x88888888 - 2**32] * 3
+    with pytest.raises(ValueError, match=r"must be finite \(got .* in 1 groups of 32\)"):
+        reference.int4_quantize(torch.tensor([[1.0] * 63 + [torch.nan]]))
+
+
 def test_bf16_gemm_per_head_is_an_einsum():
     x, weight = randn(3, 4, 8), randn(4, 5, 8, seed=1)
     expected = torch.einsum("thi,hoi->tho", x, weight)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from kimi_native import sampling
 from kimi_native.errors import ConfigError, NonFiniteLogitsError, RequestError
 from kimi_native.sampling import SampledToken, SamplingParams, TokenHistory, sample
 
@@ -118,6 +119,77 @@ def test_sample_ties_are_kept_by_lowest_id():
     ]:
         params = SamplingParams(**options)
         assert {sample(logits, params, seed=3, position=p).id for p in range(200)} == expected
+
+
+# ---- top_p without a full sort --------------------------------------------------------------------------------------
+
+
+def sorted_top_p(scores: np.ndarray, weights: np.ndarray, top_p: float) -> list[int]:
+    """The definition: all tokens sorted, whole steps of probability added up in integers."""
+    steps = 2.0 ** (53 - len(weights).bit_length())
+    counts = [round(w * steps) for w in weights.tolist()]
+    order = sorted(range(len(counts)), key=lambda i: (-scores[i], i))
+    bound, reached, kept = top_p * float(sum(counts)), 0, []
+    for i in order:
+        if reached >= bound:
+            break
+        kept.append(i)
+        reached += counts[i]
+    return sorted(kept)
+
+
+def distributions(vocab: int) -> dict[str, np.ndarray]:
+    """Rows of logits, float32, and float64 as penalties make them."""
+    g = np.random.default_rng(vocab)
+    normal = g.standard_normal(vocab)
+    peaked = normal.copy()
+    peaked[g.integers(vocab, size=5)] += 12
+    steps = np.round(2 * normal) / 2  # many ties
+    two = np.where(np.arange(vocab) % 3 == 1, 1.0, 0.0)
+    flat = np.zeros(vocab)
+    spread = 100 * normal  # most weights are 0
+    rows = {"normal": 3 * normal, "peaked": peaked, "steps": steps, "two": two, "flat": flat}
+    rows |= {
+        "spread": spread,
+        "nearly flat": 1e-6 * normal,
+        "signed zeros": flat * -(1 ** (normal > 0)),
+    }
+    rows |= {"huge": np.where(normal > 1, 3e38, -3e38), "falling": -0.01 * np.arange(vocab)}
+    return {n: x.astype(np.float32) for n, x in rows.items()} | {"float64": normal / 3}
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 7, 300, 5000])
+@pytest.mark.parametrize("max_sorted", [0, 2048, 10**9])  # the histogram, as it is, the sort
+def test_sample_top_p_keeps_what_a_full_sort_keeps(monkeypatch, vocab, max_sorted):
+    monkeypatch.setattr(sampling, "_MAX_SORTED", max_sorted)
+    for name, scores in distributions(vocab).items():
+        for top_p in (1e-9, 0.1, 1 / 3, 0.5, 0.95, 0.999999, 1 - 2**-53):
+            for temperature in (0.05, 0.6, 1.0, 30.0):
+                params = SamplingParams(temperature=temperature, top_p=top_p)
+                every, _ = sampling._surviving(scores, params.replace(top_p=1.0))
+                weights, ids = sampling._surviving(scores, params)
+                expected = sorted_top_p(scores, every, top_p)
+                assert ids.tolist() == expected, (name, top_p, temperature)
+                assert weights.tobytes() == every[expected].tobytes()
+
+
+@pytest.mark.parametrize("options", [{"top_k": 500}, {"min_p": 0.01}, {"top_k": 90, "min_p": 0.2}])
+def test_sample_top_p_after_other_filters_keeps_what_a_full_sort_keeps(options):
+    for name, scores in distributions(3000).items():
+        params = SamplingParams(temperature=0.8, **options)
+        before, among = sampling._surviving(scores, params)
+        _, ids = sampling._surviving(scores, params.replace(top_p=0.9))
+        assert ids.tolist() == among[sorted_top_p(scores[among], before, 0.9)].tolist(), name
+
+
+def test_sample_top_p_of_a_peaked_row_makes_no_histogram(monkeypatch):
+    monkeypatch.setattr(sampling, "_kept_of_many", None)  # not called
+    logits = make_logits(163_840)
+    logits[[70_000, 9, 163_839]] += torch.tensor([30.0, 29.5, 29.0])
+    params = SamplingParams(temperature=0.6, top_p=0.95)
+    drawn = {sample(logits, params, seed=1, position=p).id for p in range(50)}
+    assert drawn <= {70_000, 9, 163_839}
+    assert len(drawn) > 1
 
 
 @pytest.mark.parametrize("draws_over", ["position", "seed"])
@@ -416,3 +488,43 @@ def test_unknown_sampling_arguments_name_the_nearest(given, meant):
         SamplingParams.from_generation_config({}, **{given: 1})
     with pytest.raises(RequestError, match=f"unknown argument '{given}', did you mean '{meant}'"):
         SamplingParams().replace(**{given: 1})
+
+
+# ---- allowed tokens -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0),
+        SamplingParams(),
+        SamplingParams(temperature=0.01, top_p=0.9),
+        SamplingParams(top_k=3, min_p=0.05, logprobs=4),
+        SamplingParams(top_p=0.5, repetition_penalty=1.3, presence_penalty=1.0),
+    ],
+)
+def test_sample_with_allowed_tokens_equals_a_vocabulary_of_them(params):
+    rng = np.random.default_rng(3)
+    for seed in range(40):
+        logits = torch.from_numpy(rng.normal(size=50).astype(np.float32)) * 4
+        allowed = rng.random(50) < (0.02, 0.3, 0.9)[seed % 3]
+        allowed[seed] = True
+        history = TokenHistory([1, 2], [3, 4, 4])
+        token = sample(logits, params, seed=seed, position=9, history=history, allowed=allowed)
+        kept = np.flatnonzero(allowed)
+        small = TokenHistory(np.flatnonzero(np.isin(kept, [1, 2])))
+        for given in (3, 4, 4):
+            for place in np.flatnonzero(kept == given):
+                small.append(int(place))
+        plain = params.replace(logprobs=None)
+        expected = sample(logits[kept], plain, seed=seed, position=9, history=small)
+        assert token.id == kept[expected.id]
+        everything = sample(logits, SamplingParams(logprobs=4), seed=seed, position=9)
+        if params.logprobs is not None:
+            assert token.top_logprobs == everything.top_logprobs
+
+
+@pytest.mark.parametrize("allowed", [np.zeros(5, dtype=bool), np.ones(4, dtype=bool)])
+def test_sample_needs_an_allowed_token(allowed):
+    with pytest.raises(ValueError, match="allowed must be True for at least one of 5 tokens"):
+        sample(torch.zeros(5), SamplingParams(), seed=0, position=0, allowed=allowed)

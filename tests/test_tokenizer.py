@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import random
-from itertools import pairwise
 
 import pytest
-import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +12,7 @@ from kimi_native import tokenizer as tokenizer_module
 from kimi_native.errors import TokenizerError
 from kimi_native.tokenizer import load_tokenizer
 from kimi_native.tokenizer_formats import read_ranks
+from naive_tokenizer import naive_encode
 from tokenizer_files import (
     BYTES,
     KIMI_SLOTS,
@@ -66,39 +65,6 @@ def small(tmp_path_factory):
 @pytest.fixture(params=["small", "published"])
 def tokenizer(request):
     return request.getfixturevalue(request.param)
-
-
-# ---- oracle: the pattern written with lookaheads for another regex engine, and a plain merge loop ---------------
-
-NO_HAN = r"(?!\p{Han})"
-UPPER = rf"(?:{NO_HAN}[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}])"
-LOWER = rf"(?:{NO_HAN}[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}])"
-ORACLE_PATTERN = regex.compile(
-    r"\p{Han}+"
-    rf"|[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+(?i:'(?:s|t|re|ve|m|ll|d))?"
-    rf"|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*(?i:'(?:s|t|re|ve|m|ll|d))?"
-    r"|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+"
-    r"|\s+(?!\S)"
-    r"|\s+"
-)
-
-
-def naive_encode(ranks: dict[bytes, int], text: str) -> list[int]:
-    ids = []
-    for match in ORACLE_PATTERN.finditer(text):
-        parts = [bytes([b]) for b in match.group().encode()]
-        while len(parts) > 1:
-            pairs = [ranks.get(a + b, len(ranks)) for a, b in pairwise(parts)]
-            best = min(pairs)
-            if best == len(ranks):
-                break
-            at = pairs.index(best)
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        whole = b"".join(parts)
-        ids += [ranks[whole]] if whole in ranks else [ranks[p] for p in parts]
-    return ids
 
 
 # ---- encoding ------------------------------------------------------------------------------------------------------

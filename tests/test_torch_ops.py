@@ -43,6 +43,7 @@ def calls(experts, routed):
     x, rows = make_x(TOKENS, HIDDEN), make_x(TOKENS * TOPK, HIDDEN)
     inner = make_x(TOKENS * TOPK, WIDTH, FP32)
     int4, int8 = make_int4(7, HIDDEN).int4(), make_int8(7, HIDDEN).int8()
+    quantized = ops.int4_quantize(x)
     bias, weight, heads = (
         torch.rand(EXPERTS),
         make_x(7, HIDDEN),
@@ -74,6 +75,7 @@ def calls(experts, routed):
             wide,
             ops.int4_gemm(x, int4, **wide),
         ),
+        "int4_quantize": ((x,), {}, (quantized.weight_packed, quantized.weight_scale)),
         "int8_gemm": ((x, int8.weight, int8.weight_scale), {}, ops.int8_gemm(x, int8)),
         "bf16_gemm": ((heads, heads), wide, ops.bf16_gemm(heads, heads, **wide)),
         "mla_decode": (

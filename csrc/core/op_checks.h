@@ -140,8 +140,15 @@ inline void check_grouped_matrix(const char* op, int64_t out, int64_t in, int32_
   checked_mul(op, out, checked_mul(op, in, 8));
 }
 
+// The GPU's INT4 products are exact.
+inline void check_exact(const char* op, Compute compute) {
+  KN_REQUIRE(compute == Compute::kExact, op, ": compute must be exact (0) on a GPU (got ",
+             int32_t(compute), ")");
+}
+
 inline void check_op(const Int4GemmArgs& a) {
   constexpr const char* op = "int4_gemm";
+  check_exact(op, a.compute);
   check_gemm_dtype(op, "x", a.x_dtype);
   check_gemm_dtype(op, "y", a.y_dtype);
   check_grouped_matrix(op, a.out, a.in, a.group_size);
@@ -149,8 +156,50 @@ inline void check_op(const Int4GemmArgs& a) {
   checked_mul(op, a.tokens, checked_mul(op, a.out, 8));
 }
 
+inline void check_op(const Int4QuantizeArgs& a) {
+  constexpr const char* op = "int4_quantize";
+  KN_REQUIRE(a.out >= 0, op, ": out must be at least 0 (got ", a.out, ")");
+  check_grouped_matrix(op, a.out, a.in, a.group_size);
+  KN_REQUIRE(a.out == 0 || (a.w && a.weight_packed && a.weight_scale), op,
+             ": w, weight_packed and weight_scale must not be null (got ", (const void*)a.w, ", ",
+             (const void*)a.weight_packed, ", ", (const void*)a.weight_scale, ")");
+}
+
+inline void check_op(const Int8GemmArgs& a) {
+  constexpr const char* op = "int8_gemm";
+  check_gemm_dtype(op, "x", a.x_dtype);
+  check_gemm_dtype(op, "y", a.y_dtype);
+  check_grouped_matrix(op, a.out, a.in, a.group_size);
+  checked_mul(op, a.tokens, checked_mul(op, a.in, 8));
+  checked_mul(op, a.tokens, checked_mul(op, a.out, 8));
+}
+
+inline void check_op(const Bf16GemmArgs& a) {
+  constexpr const char* op = "bf16_gemm";
+  check_gemm_dtype(op, "x", a.x_dtype);
+  check_gemm_dtype(op, "y", a.y_dtype);
+  KN_REQUIRE(a.tokens >= 0 && a.heads >= 1 && a.out >= 1 && a.in >= 1, op,
+             ": need tokens >= 0 and heads, out, in >= 1 (got tokens=", a.tokens,
+             ", heads=", a.heads, ", out=", a.out, ", in=", a.in, ")");
+  KN_REQUIRE(a.x_token_stride >= 0 && a.x_head_stride >= 0 && a.weight_head_stride >= 0 &&
+                 a.y_token_stride >= 0 && a.y_head_stride >= 0,
+             op, ": strides must not be negative (got x_token_stride=", a.x_token_stride,
+             ", x_head_stride=", a.x_head_stride, ", weight_head_stride=", a.weight_head_stride,
+             ", y_token_stride=", a.y_token_stride, ", y_head_stride=", a.y_head_stride, ")");
+  // Each size stays 64 times below the limit, so sums and paddings of sizes fit too.
+  checked_mul(op, checked_mul(op, std::max<int64_t>(a.tokens, 1), a.x_token_stride), 256);
+  checked_mul(op, checked_mul(op, a.heads, a.x_head_stride), 256);
+  checked_mul(op, checked_mul(op, a.heads, a.weight_head_stride), 128);
+  checked_mul(op, checked_mul(op, a.out, a.in), 128);
+  checked_mul(op, checked_mul(op, checked_mul(op, a.tokens, a.heads), a.out), 256);
+  checked_mul(op, checked_mul(op, std::max<int64_t>(a.tokens, 1), a.y_token_stride), 256);
+  checked_mul(op, checked_mul(op, a.heads, a.y_head_stride), 256);
+  checked_mul(op, checked_mul(op, a.heads, a.in), 1 << 16);
+}
+
 template <typename Args>
 void check_grouped_op(const char* op, const Args& a) {
+  check_exact(op, a.compute);
   check_gemm_dtype(op, "x", a.x_dtype);
   check_gemm_dtype(op, "y", a.y_dtype);
   check_grouped_matrix(op, a.out, a.in, a.group_size);
@@ -161,5 +210,27 @@ void check_grouped_op(const char* op, const Args& a) {
 
 inline void check_op(const Int4GroupedGemmArgs& a) { check_grouped_op("int4_grouped_gemm", a); }
 inline void check_op(const Int4GroupedSwigluArgs& a) { check_grouped_op("int4_grouped_swiglu", a); }
+
+inline void check_op(const MlaDecodeArgs& a) {
+  constexpr const char* op = "mla_decode";
+  check_gemm_dtype(op, "q", a.q_dtype);
+  check_gemm_dtype(op, "cache", a.cache_dtype);
+  KN_REQUIRE(a.batch >= 0 && a.heads >= 1 && a.kv_lora_rank >= 1 && a.qk_rope_head_dim >= 0, op,
+             ": need batch, qk_rope_head_dim >= 0 and heads, kv_lora_rank >= 1 (got batch=",
+             a.batch, ", heads=", a.heads, ", kv_lora_rank=", a.kv_lora_rank,
+             ", qk_rope_head_dim=", a.qk_rope_head_dim, ")");
+  KN_REQUIRE(a.pages >= 0 && a.page_size >= 1 && a.max_pages >= 0, op,
+             ": need pages, max_pages >= 0 and page_size >= 1 (got pages=", a.pages,
+             ", max_pages=", a.max_pages, ", page_size=", a.page_size, ")");
+  KN_REQUIRE(std::isfinite(a.softmax_scale), op, ": softmax_scale must be finite (got ",
+             a.softmax_scale, ")");
+  // Each size stays 64 times below the limit, so sums and paddings of sizes fit too.
+  const int64_t width =
+      checked_mul(op, a.kv_lora_rank, 64) / 64 + checked_mul(op, a.qk_rope_head_dim, 64) / 64;
+  checked_mul(op, checked_mul(op, checked_mul(op, a.batch, a.heads), width), 256);
+  checked_mul(op, checked_mul(op, checked_mul(op, a.pages, a.page_size), width), 256);
+  checked_mul(op, checked_mul(op, a.batch, a.max_pages), 256);
+  checked_mul(op, checked_mul(op, a.max_pages, a.page_size), 64);
+}
 
 }  // namespace kn

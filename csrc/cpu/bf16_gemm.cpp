@@ -4,7 +4,7 @@
 // in passes, so that their packed copy stays small. No split changes the order of any sum.
 #include <algorithm>
 
-#include "core/error.h"
+#include "core/op_checks.h"
 #include "core/threads.h"
 #include "cpu/dispatch.h"
 #include "kimi_native/ops.h"
@@ -24,26 +24,6 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 int64_t mul(int64_t a, int64_t b) { return checked_mul(kOp, a, b); }
 
-void check_sizes(const Bf16GemmArgs& a) {
-  KN_REQUIRE(a.tokens >= 0 && a.heads >= 1 && a.out >= 1 && a.in >= 1,
-             "bf16_gemm: need tokens >= 0 and heads, out, in >= 1 (got tokens=", a.tokens,
-             ", heads=", a.heads, ", out=", a.out, ", in=", a.in, ")");
-  KN_REQUIRE(a.x_token_stride >= 0 && a.x_head_stride >= 0 && a.weight_head_stride >= 0 &&
-                 a.y_token_stride >= 0 && a.y_head_stride >= 0,
-             "bf16_gemm: strides must not be negative (got x_token_stride=", a.x_token_stride,
-             ", x_head_stride=", a.x_head_stride, ", weight_head_stride=", a.weight_head_stride,
-             ", y_token_stride=", a.y_token_stride, ", y_head_stride=", a.y_head_stride, ")");
-  // Each size stays 64 times below the limit, so sums and paddings of sizes fit too.
-  mul(mul(std::max<int64_t>(a.tokens, 1), a.x_token_stride), 256);
-  mul(mul(a.heads, a.x_head_stride), 256);
-  mul(mul(a.heads, a.weight_head_stride), 128);
-  mul(mul(a.out, a.in), 128);
-  mul(mul(mul(a.tokens, a.heads), a.out), 256);
-  mul(mul(std::max<int64_t>(a.tokens, 1), a.y_token_stride), 256);
-  mul(mul(a.heads, a.y_head_stride), 256);
-  mul(mul(a.heads, a.in), 1 << 16);
-}
-
 struct Plan {
   int64_t group;                          // tokens packed side by side
   int64_t group_bytes;                    // of one of them, packed
@@ -54,7 +34,7 @@ struct Plan {
 };
 
 Plan plan(const Bf16GemmArgs& a, const Kernels& k) {
-  check_sizes(a);
+  check_op(a);
   const int64_t tokens = std::max<int64_t>(a.tokens, 1);
   Plan p;
   // Groups, passes and blocks of nearly equal size.

@@ -102,6 +102,12 @@ struct Kernels {
   void (*int4_gemm_tile)(const LimbTile&);
   void (*int4_swiglu_tile)(const LimbTile&);
   void (*int8_gemm_tile)(const LimbTile&);
+  // The same for Compute::kInt8.
+  void (*int4_prepare_one_limb)(const void* x, DType dtype, int64_t in, void* out);
+  void (*int4_gemm_tile_one_limb)(const LimbTile&);
+  void (*int4_swiglu_tile_one_limb)(const LimbTile&);
+  // int4_quantize_kernel.h
+  int64_t (*int4_quantize_run)(const bf16* w, uint8_t* packed, bf16* scale, int64_t groups);
 };
 
 // The active tier's table (runtime.h: force_isa, KIMI_NATIVE_CPU_ISA, else the best this machine

@@ -9,4 +9,11 @@ static void int4_prepare(const void* x, DType dtype, int64_t in, void* out) {
 }
 static void int4_gemm_tile(const LimbTile& tile) { limb_tile<Int4, StoreRows>(tile); }
 
+static void int4_prepare_one_limb(const void* x, DType dtype, int64_t in, void* out) {
+  prepare_token<Int4OneLimb>(x, dtype, in, out);
+}
+static void int4_gemm_tile_one_limb(const LimbTile& tile) {
+  limb_tile<Int4OneLimb, StoreRows>(tile);
+}
+
 }  // namespace kn::cpu::KN_ISA

@@ -19,7 +19,7 @@ void int4_grouped_gemm(const Int4GroupedGemmArgs& a) {
         return gemm_tile(Int4{}, {a.weight_packed[expert], a.weight_scale[expert]}, row, rows,
                          a.in);
       },
-      kernels().int4_gemm_tile);
+      int4_gemm_kernels(a.compute));
 }
 
 }  // namespace kn::cpu

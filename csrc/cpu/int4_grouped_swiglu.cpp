@@ -9,6 +9,9 @@ int64_t int4_grouped_swiglu_workspace_bytes(const Int4GroupedSwigluArgs& a) {
 }
 
 void int4_grouped_swiglu(const Int4GroupedSwigluArgs& a) {
+  const Kernels& k = kernels();
+  const LimbKernels exact{k.int4_prepare, k.int4_swiglu_tile};
+  const LimbKernels one_limb{k.int4_prepare_one_limb, k.int4_swiglu_tile_one_limb};
   run_grouped(
       "int4_grouped_swiglu", a, kGemmUnitRows / 2,
       [&](int32_t expert) {
@@ -27,7 +30,7 @@ void int4_grouped_swiglu(const Int4GroupedSwigluArgs& a) {
         }
         return tile;
       },
-      kernels().int4_swiglu_tile);
+      a.compute == Compute::kInt8 ? one_limb : exact);
 }
 
 }  // namespace kn::cpu

@@ -19,5 +19,8 @@ KN_INLINE void finish(StoreSwiglu, const LimbTile& tile, int64_t token, int64_t 
 }
 
 static void int4_swiglu_tile(const LimbTile& tile) { limb_tile<Int4, StoreSwiglu>(tile); }
+static void int4_swiglu_tile_one_limb(const LimbTile& tile) {
+  limb_tile<Int4OneLimb, StoreSwiglu>(tile);
+}
 
 }  // namespace kn::cpu::KN_ISA

@@ -31,6 +31,7 @@
 #include "cpu/bf16_gemm_kernel.h"
 #include "cpu/int4_gemm_kernel.h"
 #include "cpu/int4_grouped_swiglu_kernel.h"
+#include "cpu/int4_quantize_kernel.h"
 #include "cpu/int8_gemm_kernel.h"
 #include "cpu/mla_decode_kernel.h"
 #include "cpu/moe_combine_kernel.h"
@@ -62,6 +63,10 @@ const Kernels table = {
     .int4_gemm_tile = int4_gemm_tile,
     .int4_swiglu_tile = int4_swiglu_tile,
     .int8_gemm_tile = int8_gemm_tile,
+    .int4_prepare_one_limb = int4_prepare_one_limb,
+    .int4_gemm_tile_one_limb = int4_gemm_tile_one_limb,
+    .int4_swiglu_tile_one_limb = int4_swiglu_tile_one_limb,
+    .int4_quantize_run = int4_quantize_run,
 };
 
 }  // namespace kn::cpu::KN_ISA

@@ -113,6 +113,22 @@ void run_units(const PreparedTokens& x, const RowUnits& work, MakeTile make_tile
   });
 }
 
+// What prepares the tokens and does the tiles of an op.
+struct LimbKernels {
+  void (*prepare)(const void* x, DType dtype, int64_t in, void* out);
+  void (*tile)(const LimbTile&);
+};
+inline LimbKernels int4_gemm_kernels(Compute compute) {
+  const Kernels& k = kernels();
+  if (compute == Compute::kInt8) return {k.int4_prepare_one_limb, k.int4_gemm_tile_one_limb};
+  return {k.int4_prepare, k.int4_gemm_tile};
+}
+
+inline void check_compute(const char* op, Compute compute) {
+  KN_REQUIRE(compute == Compute::kExact || compute == Compute::kInt8, op,
+             ": compute must be exact (0) or int8 (1) (got ", int32_t(compute), ")");
+}
+
 // One matrix in the layout of a format.
 struct Matrix {
   const uint8_t* weight;
@@ -138,8 +154,7 @@ LimbTile gemm_tile(Format, const Matrix& m, int64_t row, int64_t rows, int64_t i
 // The whole of int4_gemm and int8_gemm once the sizes are checked.
 template <typename Format, typename Args>
 void dense_limb_gemm(const char* op, Format format, const Args& a, const Matrix& m,
-                     decltype(PreparedTokens::prepare_token) prepare,
-                     void (*tile_kernel)(const LimbTile&)) {
+                     const LimbKernels& kernels) {
   if (a.tokens == 0 || a.out == 0) return;
   KN_REQUIRE(a.x && a.y && m.weight && m.scale, op,
              ": x, weight, weight_scale and y must not be "
@@ -147,7 +162,7 @@ void dense_limb_gemm(const char* op, Format format, const Args& a, const Matrix&
              a.x, ", ", (const void*)m.weight, ", ", (const void*)m.scale, ", ", a.y, ")");
   check_workspace(op, a.workspace, a.workspace_bytes, prepared_tokens_bytes(op, a.tokens, a.in));
   uint8_t* x = (uint8_t*)a.workspace;
-  const PreparedTokens tokens{a.x, a.x_dtype, a.tokens, a.in, x, prepare};
+  const PreparedTokens tokens{a.x, a.x_dtype, a.tokens, a.in, x, kernels.prepare};
   const auto make_tile = [&](int64_t segment, int64_t row, int64_t rows) {
     const int64_t first = segment * kSegmentTokens;
     LimbTile tile = gemm_tile(format, m, row, rows, a.in);
@@ -160,7 +175,7 @@ void dense_limb_gemm(const char* op, Format format, const Args& a, const Matrix&
     return tile;
   };
   run_units(tokens, {ceil_div(a.tokens, kSegmentTokens), a.out, kGemmUnitRows}, make_tile,
-            tile_kernel);
+            kernels.tile);
 }
 
 // ---- grouped ops ----
@@ -170,6 +185,7 @@ void check_grouped_sizes(const char* op, const Args& a) {
   check_dtype(op, "x", a.x_dtype);
   check_dtype(op, "y", a.y_dtype);
   check_sizes(op, a.x_rows, a.rows, a.out, a.in, a.group_size);
+  check_compute(op, a.compute);
   checked_mul(op, a.experts, 64);
 }
 
@@ -243,19 +259,19 @@ void place_grouped_tile(const Args& a, const Segment& s, int64_t row, LimbTile& 
 // All of a grouped op: make_tile(expert, row, rows) gives the weights of some rows of an expert.
 template <typename Args, typename HasWeights, typename MakeTile>
 void run_grouped(const char* op, const Args& a, int64_t unit_rows, HasWeights has_weights,
-                 MakeTile make_tile, void (*tile_kernel)(const LimbTile&)) {
+                 MakeTile make_tile, const LimbKernels& kernels) {
   const int64_t num_segments = open_grouped(op, a, has_weights);
   if (num_segments == 0) return;
   uint8_t* x = (uint8_t*)a.workspace;
   const Segment* segments = (const Segment*)(x + prepared_tokens_bytes(op, a.x_rows, a.in));
-  const PreparedTokens tokens{a.x, a.x_dtype, a.x_rows, a.in, x, kernels().int4_prepare};
+  const PreparedTokens tokens{a.x, a.x_dtype, a.x_rows, a.in, x, kernels.prepare};
   const auto make_placed_tile = [&](int64_t segment, int64_t row, int64_t rows) {
     const Segment& s = segments[segment];
     LimbTile tile = make_tile(s.expert, row, rows);
     place_grouped_tile(a, s, row, tile);
     return tile;
   };
-  run_units(tokens, {num_segments, a.out, unit_rows}, make_placed_tile, tile_kernel);
+  run_units(tokens, {num_segments, a.out, unit_rows}, make_placed_tile, kernels.tile);
 }
 
 }  // namespace kn::cpu

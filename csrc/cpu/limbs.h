@@ -7,6 +7,10 @@
 //   Error: at most max|x| / 32639 of the group; none for a bf16 entry above 2^-7 of that maximum.
 //   Groups with max|x| < 2^-112: step is 2^-126, so their absolute error stays below 2^-126.
 //   A group with a NaN or an infinity: step is NaN, and so is every output of the token.
+// With one limb (Compute::kInt8) v = x * (127 / m) rounded, ties to even, and step = m / 127 with m
+// = max|x| of the group, at least 2^-100; all in fp32. |x - step * v| <= m / 254, and a few
+// roundings.
+//
 // A weight q in [-8, 7] or [-127, 127] gives the exact integer d = sum of q * v over a group. Then
 //   acc[g % 16] = fma(float(d), weight_scale * step, acc[g % 16])     groups g ascending
 //   y           = sum of the 16: i + (i + 8) first, then quarters, pairs, the last two
@@ -23,6 +27,8 @@ static constexpr int kChunkGroups = 4;  // 4 groups of INT4 weights are one 64-b
 static constexpr int kChunkInputs = kChunkGroups * int(kGroupSize);
 static constexpr int kChunkValueBytes = 2 * kChunkInputs;
 static constexpr int kLimbLimit = 32639;  // 127 * 256 + 127
+static constexpr float kByteLimit = 127.0f;
+static constexpr float kSmallestByteMax = 0x1p-100f;  // 127 / it is finite
 
 static constexpr int64_t num_chunks(int64_t in) { return (in + kChunkInputs - 1) / kChunkInputs; }
 
@@ -48,12 +54,18 @@ static inline PreparedToken prepared_token(const uint8_t* at, int64_t in) {
   return {at, offset, (const float*)(offset + padded_chunks(in) * kChunkGroups)};
 }
 
-// The two weight formats (layout.h), as tags that kernels are templates on.
+// The two weight formats (layout.h), as tags that kernels are templates on. kLimbs: bytes of a
+// value.
 struct Int4 {
-  enum : int { kChunkBytes = kChunkInputs / 2 };
+  enum : int { kChunkBytes = kChunkInputs / 2, kLimbs = 2 };
 };
 struct Int8 {
-  enum : int { kChunkBytes = kChunkInputs };
+  enum : int { kChunkBytes = kChunkInputs, kLimbs = 2 };
+};
+// INT4 weights with values of one signed byte (Compute::kInt8). The layout of a prepared token is
+// that of Int4; what would be the high limbs is not written and not read.
+struct Int4OneLimb : Int4 {
+  enum : int { kLimbs = 1 };
 };
 static constexpr int64_t row_bytes(Int4, int64_t in) { return int4_row_bytes(in); }
 static constexpr int64_t row_bytes(Int8, int64_t in) { return in; }

@@ -64,7 +64,7 @@ KN_INLINE void prefetch_next(NextRows& next) {
 }
 
 // Chunk c of 2 quads times the tokens t .. t + T - 1; acc: sums of the first of them.
-template <int T>
+template <int kLimbs, int T>
 KN_INLINE void lane_step(const LaneQuad quad[2], const LaneTokens& x, int t, int64_t c,
                          float* acc) {
   __m512i high[2][T], low[2][T];
@@ -82,11 +82,15 @@ KN_INLINE void lane_step(const LaneQuad quad[2], const LaneTokens& x, int t, int
 #pragma GCC unroll 2
       for (int i = 0; i < T; ++i) {
         const uint8_t* values = x.at[t + i] + c * kChunkValueBytes + half * 128 + k * 16;
-        const __m512i l = broadcast_lane(values), h = broadcast_lane(values + 64);
+        const __m512i l = broadcast_lane(values);
 #pragma GCC unroll 2
-        for (int p = 0; p < 2; ++p) {
+        for (int p = 0; p < 2; ++p)
           low[p][i] = _mm512_dpbusd_epi32(low[p][i], quad[p].weight[half][k], l);
-          high[p][i] = _mm512_dpbusd_epi32(high[p][i], quad[p].weight[half][k], h);
+        if constexpr (kLimbs == 2) {
+          const __m512i h = broadcast_lane(values + 64);
+#pragma GCC unroll 2
+          for (int p = 0; p < 2; ++p)
+            high[p][i] = _mm512_dpbusd_epi32(high[p][i], quad[p].weight[half][k], h);
         }
       }
 #pragma GCC unroll 2
@@ -94,7 +98,8 @@ KN_INLINE void lane_step(const LaneQuad quad[2], const LaneTokens& x, int t, int
     const __m512 step = _mm512_castsi512_ps(broadcast_lane(x.at[t + i] + x.step_at + c * 16));
 #pragma GCC unroll 2
     for (int p = 0; p < 2; ++p) {
-      const __m512i d = _mm512_add_epi32(_mm512_slli_epi32(high[p][i], 8), low[p][i]);
+      __m512i d = low[p][i];
+      if constexpr (kLimbs == 2) d = _mm512_add_epi32(_mm512_slli_epi32(high[p][i], 8), d);
       float* at = acc + i * kTokenSums + p * kPanelSums;
       _mm512_store_ps(at, _mm512_fmadd_ps(_mm512_cvtepi32_ps(d), _mm512_mul_ps(quad[p].scale, step),
                                           _mm512_load_ps(at)));
@@ -117,8 +122,8 @@ KN_INLINE void lane_chunk(const LaneRows& rows, int64_t begin, int64_t c, const 
   }
   acc += c % kBlockChunks * 16;
   int t = 0;
-  for (; t + 2 <= tokens; t += 2) lane_step<2>(quad, x, t, c, acc + t * kTokenSums);
-  if (t < tokens) lane_step<1>(quad, x, t, c, acc + t * kTokenSums);
+  for (; t + 2 <= tokens; t += 2) lane_step<Format::kLimbs, 2>(quad, x, t, c, acc + t * kTokenSums);
+  if (t < tokens) lane_step<Format::kLimbs, 1>(quad, x, t, c, acc + t * kTokenSums);
 }
 
 // The chunks begin .. end - 1 of 2 quads times all tokens.

@@ -1,5 +1,6 @@
-// Activations to 16-bit block fixed point (limbs.h), one token at a time. A tier may bring its own
-// prepare_chunk (KN_OWN_PREPARE_CHUNK); the numbers are the same, the order of the values its own.
+// Activations to 16-bit block fixed point, or to bytes (limbs.h), one token at a time. A tier may
+// bring its own prepare_chunk (KN_OWN_PREPARE_CHUNK); the numbers are the same, the order of the
+// values its own.
 #pragma once
 
 namespace kn::cpu::KN_ISA {
@@ -15,9 +16,26 @@ KN_INLINE float power_of_two(uint32_t biased_exponent) {
   return float_of_bits(biased_exponent << 23);
 }
 
+// The step for a group's largest magnitude, finite and by its bits, and the step's reciprocal.
+struct Step {
+  float step, inverse;
+};
+template <typename Format>
+KN_INLINE Step step_of(Format, uint32_t largest) {
+  const uint32_t exponent = largest >> 23;
+  uint32_t step = exponent > 15 ? exponent - 14 : 1;  // biased; 1 is 2^-126, the smallest normal
+  if (float_of_bits(largest) * power_of_two(254 - step) >= kLimbLimit + 0.5f) ++step;
+  return {power_of_two(step), power_of_two(254 - step)};
+}
+KN_INLINE Step step_of(Int4OneLimb, uint32_t largest) {
+  const float at_least =
+      float_of_bits(largest) > kSmallestByteMax ? float_of_bits(largest) : kSmallestByteMax;
+  return {at_least / kByteLimit, kByteLimit / at_least};
+}
+
 // One group to fixed point; returns its step.
-template <typename T>
-KN_INLINE float fix_group(const T* x, int16_t v[kGroupSize]) {
+template <typename Format, typename T>
+KN_INLINE float fix_group(Format format, const T* x, int16_t v[kGroupSize]) {
   float f[kGroupSize];
   store(f, load(x));
   store(f + 16, load(x + 16));
@@ -31,13 +49,11 @@ KN_INLINE float fix_group(const T* x, int16_t v[kGroupSize]) {
     std::memset(v, 0, kGroupSize * sizeof *v);
     return float_of_bits(0x7fc00000);
   }
-  const uint32_t exponent = largest >> 23;
-  uint32_t step = exponent > 15 ? exponent - 14 : 1;  // biased; 1 is 2^-126, the smallest normal
-  if (float_of_bits(largest) * power_of_two(254 - step) >= kLimbLimit + 0.5f) ++step;
+  const Step s = step_of(format, largest);
   // Adding and taking away 1.5 * 2^23 rounds to an integer, ties to even.
-  const float inverse = power_of_two(254 - step), shift = 12582912.0f;
-  for (int i = 0; i < kGroupSize; ++i) v[i] = int16_t((f[i] * inverse + shift) - shift);
-  return power_of_two(step);
+  const float shift = 12582912.0f;
+  for (int i = 0; i < kGroupSize; ++i) v[i] = int16_t((f[i] * s.inverse + shift) - shift);
+  return s.step;
 }
 
 template <typename Format, typename T>
@@ -46,7 +62,7 @@ KN_INLINE void prepare_chunk(Format format, const T* x, uint8_t* values, int32_t
   int16_t v[kChunkInputs];
   for (int g = 0; g < kChunkGroups; ++g) {
     int16_t* group = v + g * kGroupSize;
-    step[g] = fix_group(x + g * kGroupSize, group);
+    step[g] = fix_group(format, x + g * kGroupSize, group);
     int32_t sum = 0;
     for (int i = 0; i < kGroupSize; ++i) sum += group[i];
     offset[g] = -zero_point(format) * sum;

@@ -40,8 +40,11 @@ KN_INLINE void row_step(const RowPair& rows, const uint8_t* const values[T],
 #pragma GCC unroll 2
       for (int t = 0; t < T; ++t) {
         const uint8_t* v = values[t] + c * kChunkValueBytes;
-        __m512i d = _mm512_dpbusd_epi32(_mm512_setzero_si512(), u[0], _mm512_load_si512(v + 64));
-        d = _mm512_slli_epi32(_mm512_dpbusd_epi32(d, u[1], _mm512_load_si512(v + 192)), 8);
+        __m512i d = _mm512_setzero_si512();
+        if constexpr (Format::kLimbs == 2) {
+          d = _mm512_dpbusd_epi32(d, u[0], _mm512_load_si512(v + 64));
+          d = _mm512_slli_epi32(_mm512_dpbusd_epi32(d, u[1], _mm512_load_si512(v + 192)), 8);
+        }
         d = _mm512_dpbusd_epi32(d, u[0], _mm512_load_si512(v));
         a[t][c] = _mm512_dpbusd_epi32(d, u[1], _mm512_load_si512(v + 128));
       }

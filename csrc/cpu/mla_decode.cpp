@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "core/error.h"
+#include "core/op_checks.h"
 #include "core/threads.h"
 #include "cpu/dispatch.h"
 #include "kimi_native/ops.h"
@@ -37,23 +37,7 @@ struct Plan {
   int64_t offsets_bytes, bytes;
 };
 
-void check_sizes(const MlaDecodeArgs& a) {
-  KN_REQUIRE(
-      a.batch >= 0 && a.heads >= 1 && a.kv_lora_rank >= 1 && a.qk_rope_head_dim >= 0,
-      "mla_decode: need batch, qk_rope_head_dim >= 0 and heads, kv_lora_rank >= 1 (got batch=",
-      a.batch, ", heads=", a.heads, ", kv_lora_rank=", a.kv_lora_rank,
-      ", qk_rope_head_dim=", a.qk_rope_head_dim, ")");
-  KN_REQUIRE(a.pages >= 0 && a.page_size >= 1 && a.max_pages >= 0,
-             "mla_decode: need pages, max_pages >= 0 and page_size >= 1 (got pages=", a.pages,
-             ", max_pages=", a.max_pages, ", page_size=", a.page_size, ")");
-  KN_REQUIRE(std::isfinite(a.softmax_scale), "mla_decode: softmax_scale must be finite (got ",
-             a.softmax_scale, ")");
-  // Each size stays 64 times below the limit, so sums and paddings of sizes fit too.
-  const int64_t width = mul(a.kv_lora_rank, 64) / 64 + mul(a.qk_rope_head_dim, 64) / 64;
-  mul(mul(mul(a.batch, a.heads), width), 256);
-  mul(mul(mul(a.pages, a.page_size), width), 256);
-  mul(mul(a.batch, a.max_pages), 256);
-  mul(mul(a.max_pages, a.page_size), 64);
+void check_lengths(const MlaDecodeArgs& a) {
   KN_REQUIRE(a.batch == 0 || a.seq_lens, "mla_decode: seq_lens must not be null (got null)");
   for (int64_t b = 0; b < a.batch; ++b)
     KN_REQUIRE(a.seq_lens[b] >= 0 && a.seq_lens[b] <= a.max_pages * a.page_size,
@@ -89,7 +73,8 @@ int64_t choose_heads_per_task(int64_t heads, int64_t chunks) {
 }
 
 Plan plan(const MlaDecodeArgs& a) {
-  check_sizes(a);
+  check_op(a);
+  check_lengths(a);
   Plan p;
   p.latent16 = round_up(a.kv_lora_rank, 16);
   p.chunk_floats = mul(a.heads, p.latent16) + 2 * round_up(a.heads, 16);

@@ -1,4 +1,4 @@
-// Errors of the CUDA runtime, with the op's name. There are none in the shim.
+// What is asked of the CUDA runtime, and its errors with the op's name. There are none in the shim.
 #include <cstdlib>
 #include <cstring>
 
@@ -19,6 +19,13 @@ void check_launch(const char* op, cudaStream_t stream) {
   }();
   check(op, cudaGetLastError());
   if (wait) check(op, cudaStreamSynchronize(stream));
+}
+
+int multiprocessors(const char* op) {
+  int device = 0, count = 0;
+  check(op, cudaGetDevice(&device));
+  check(op, cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
 }
 
 }  // namespace kn::cuda

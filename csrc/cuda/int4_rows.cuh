@@ -140,18 +140,14 @@ __device__ __forceinline__ void multiply_tiles(const Matrix (&m)[kMatrices], int
   }
 }
 
-// f(token, row, sums): the finished sums of the block, token 0 .. count - 1, row of the matrix <
-// out; `sums` holds one for each matrix.
-template <int kMatrices, typename Bytes, typename F>
-__device__ __forceinline__ void multiply_rows(const Matrix (&m)[kMatrices], int64_t row_tile,
-                                              int64_t out, int64_t tiles, const TokenRows& rows,
-                                              Bytes shared, F f) {
-  constexpr int kRing = kMatrices * kStages * kStageBytes;
+// Adds up what the warps have. f(token, row, sums): the finished sums of the block, token
+// 0 .. count - 1, row of the matrix < out; `sums` holds one for each matrix.
+template <int kMatrices, typename F>
+__device__ __forceinline__ void join_warps(SharedPtr<float> partial, int64_t row_tile, int64_t out,
+                                           int count, const float (&acc)[kMatrices][2 * kQuads],
+                                           F f) {
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  float acc[kMatrices][2 * kQuads] = {};
-  multiply_tiles(m, row_tile, tiles, rows, shared_at<uint8_t>(shared, warp * kRing), acc);
   // partial[matrix][warp][row / 8][token][row % 8]: a warp's accesses fill the banks in order
-  const auto partial = shared_at<float>(shared, kRowWarps * kRing);
 #pragma unroll
   for (int i = 0; i < kMatrices; ++i)
 #pragma unroll
@@ -171,7 +167,18 @@ __device__ __forceinline__ void multiply_rows(const Matrix (&m)[kMatrices], int6
     for (int w = 1; w < kRowWarps; ++w)
       sums[i] = __fadd_rn(sums[i], partial[(i * kRowWarps + w) * kPartialFloats + place]);
   }
-  if (token < rows.count && row < out) f(token, row, sums);
+  if (token < count && row < out) f(token, row, sums);
+}
+
+template <int kMatrices, typename Bytes, typename F>
+__device__ __forceinline__ void multiply_rows(const Matrix (&m)[kMatrices], int64_t row_tile,
+                                              int64_t out, int64_t tiles, const TokenRows& rows,
+                                              Bytes shared, F f) {
+  constexpr int kRing = kMatrices * kStages * kStageBytes;
+  float acc[kMatrices][2 * kQuads] = {};
+  multiply_tiles(m, row_tile, tiles, rows,
+                 shared_at<uint8_t>(shared, int(threadIdx.x) / 32 * kRing), acc);
+  join_warps(shared_at<float>(shared, kRowWarps * kRing), row_tile, out, rows.count, acc, f);
 }
 
 // ---- activations --------------------------------------------------------------------------------

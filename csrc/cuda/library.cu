@@ -39,6 +39,11 @@ const std::map<std::string, CudaOp> ops = {
     {"int4_gemm", run<Int4GemmArgs, int4_gemm>},
     {"int4_grouped_gemm", run<Int4GroupedGemmArgs, int4_grouped_gemm>},
     {"int4_grouped_swiglu", run<Int4GroupedSwigluArgs, int4_grouped_swiglu>},
+    {"bf16_gemm", run<Bf16GemmArgs, bf16_gemm>},
+    {"int8_gemm", run<Int8GemmArgs, int8_gemm>},
+    {"mla_schedule", run<MlaDecodeArgs, mla_schedule>},
+    {"mla_decode_scheduled", run<MlaDecodeArgs, mla_decode_scheduled>},
+    {"mla_decode", run<MlaDecodeArgs, mla_decode>},
     {"moe_route", run<MoeRouteArgs, moe_route>},
     {"moe_dispatch", run<MoeDispatchArgs, moe_dispatch>},
     {"moe_combine", run<MoeCombineArgs, moe_combine>},
@@ -59,6 +64,9 @@ const std::map<std::string, CudaOp> workspaces = {
     {"int4_grouped_gemm", workspace_bytes<Int4GroupedGemmArgs, int4_grouped_gemm_workspace_bytes>},
     {"int4_grouped_swiglu",
      workspace_bytes<Int4GroupedSwigluArgs, int4_grouped_swiglu_workspace_bytes>},
+    {"bf16_gemm", workspace_bytes<Bf16GemmArgs, bf16_gemm_workspace_bytes>},
+    {"int8_gemm", workspace_bytes<Int8GemmArgs, int8_gemm_workspace_bytes>},
+    {"mla_decode", workspace_bytes<MlaDecodeArgs, mla_decode_workspace_bytes>},
 };
 
 CudaOp find_in(const std::map<std::string, CudaOp>& all, const char* name) {

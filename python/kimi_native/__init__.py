@@ -20,6 +20,7 @@ _EXPORTS = {
         "Usage",
     ),
     "kimi_native.chat.tool": ("Tool",),
+    "kimi_native.conversation": ("Chat", "ChatEvent", "ChatFinish", "Reply"),
     "kimi_native.errors": (
         "ConfigError",
         "KimiNativeError",
@@ -32,6 +33,7 @@ _EXPORTS = {
     "kimi_native.generate": ("Model", "load"),
     "kimi_native.generation": ("Generation", "Timing"),
     "kimi_native.sampling": ("SampledToken", "SamplingParams"),
+    "kimi_native.tool_runner": ("ToolResult",),
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 

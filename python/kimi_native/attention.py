@@ -1,98 +1,92 @@
-"""Causal attention of torch, with one result for any number of threads.
+"""Causal attention of torch, with one result for any number of threads and any sharing of a prompt among calls.
 
 torch shares the heads and query blocks of its attention among its threads, and the matrix products inside are planned
-for the thread count that each of them has been told: the last bits of a block of few queries change with it. Here every
-call computes one head on one thread, and a pool of such threads shares out the heads.
+for their sizes and for the thread count that each thread has been told: the last bits change with both. So every call
+here computes one head on one thread, and QUERY_BLOCK queries that start at a multiple of it: what a row is part of
+depends on its position alone. A pool of threads shares out the heads.
 """
 
 from __future__ import annotations
-
-import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kimi_native import ops
+from kimi_native.single_threads import single_threads
 
-_lock = threading.Lock()
-_pool: ThreadPoolExecutor | None = None
-_pool_threads = 0
+QUERY_BLOCK = 32  # the smallest that torch does not divide further
 
 
-def attend_heads(
-    query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, softmax_scale: float
-) -> Tensor:
-    """softmax(scale * query key^T + mask) value of every head, on ops.num_threads() threads.
+def attend_heads(query: Tensor, key: Tensor, value: Tensor, *, softmax_scale: float) -> Tensor:
+    """Causal softmax(scale * query key^T) value of every head, on ops.num_threads() threads.
 
-    query    [heads, queries, width]  float32
-    key      [heads, keys, width]     float32
-    value    [heads, keys, width]     float32
-    mask     [queries, keys] float32, 0 or -inf; None: causal, with as many keys as queries
-    returns  [heads, queries, width]  float32; a head depends on its own rows only, to the last bit
+    query    [heads, queries, width]     float32; the last query sees every key, each one before it one less
+    key      [heads, keys, width]        float32, at least as many keys as queries
+    value    [heads, keys, value_width]  float32
+    returns  [heads, queries, value_width]  float32; a row depends, to the last bit, on its position among the keys, the
+             query there, and the keys and values up to there
 
     For inference: gradients do not pass, as through every native op.
     """
+    if query.is_cuda:
+        return _attend_on_gpu(query, key, value, softmax_scale)
+    heads, queries, keys = *query.shape[:2], key.shape[1]
+    value_width, start = value.shape[2], keys - queries
+    if start < 0 or key.shape[2] != query.shape[2] or value.shape[1] != keys:
+        raise ValueError(
+            "attend_heads: keys must be as wide as the queries, at least as many, and as many as the values "
+            f"(got query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)})"
+        )
+    first, last = start // QUERY_BLOCK * QUERY_BLOCK, -(-keys // QUERY_BLOCK) * QUERY_BLOCK
+    # Copies, so that strides and alignment are always the same; torch's attention needs values as wide as the keys.
+    width = max(query.shape[2], value_width)
+    query = _padded(query, start - first, last - first, width)
+    key, value = _padded(key, 0, last, width), _padded(value, 0, last, width)
+    mask = block_mask(last)
     out = torch.empty_like(query)
 
     @torch.no_grad()
     def head(h: int) -> None:
-        out[h] = F.scaled_dot_product_attention(
-            query[None, h, None],
-            key[None, h, None],
-            value[None, h, None],
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=softmax_scale,
-        )[0, 0]
+        for row in range(0, last - first, QUERY_BLOCK):
+            seen = first + row + QUERY_BLOCK
+            out[h, row : row + QUERY_BLOCK] = F.scaled_dot_product_attention(
+                query[None, h, None, row : row + QUERY_BLOCK],
+                key[None, h, None, :seen],
+                value[None, h, None, :seen],
+                attn_mask=mask[:, last - seen :],
+                scale=softmax_scale,
+            )[0, 0]
 
-    pool = _single_threads(ops.num_threads())
-    for done in [pool.submit(head, h) for h in range(len(query))]:
+    pool = single_threads(ops.num_threads())
+    for done in [pool.submit(head, h) for h in range(heads)]:
         done.result()
+    return out[:, start - first : keys - first, :value_width]
+
+
+def _attend_on_gpu(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float) -> Tensor:
+    """All heads in one call of torch's attention, which needs values as wide as the keys to be fast."""
+    start, width = key.shape[1] - query.shape[1], max(query.shape[2], value.shape[2])
+    positions = torch.arange(key.shape[1], device=query.device)
+    padded = (F.pad(x, (0, width - x.shape[2]))[None] for x in (query, key, value))
+    out = F.scaled_dot_product_attention(
+        *padded,
+        attn_mask=None if start == 0 else positions <= positions[start:, None],
+        is_causal=start == 0,
+        scale=softmax_scale,
+    )[0]
+    return out[..., : value.shape[2]]
+
+
+def _padded(x: Tensor, before: int, rows: int, width: int) -> Tensor:
+    """x [heads, some, up to width] in zeros of [heads, rows, width], its first row at `before`."""
+    out = torch.zeros(x.shape[0], rows, width)
+    out[:, before : before + x.shape[1], : x.shape[2]] = x
     return out
 
 
-def causal_mask(queries: int, keys: int) -> Tensor:
-    """[queries, keys] float32 to add to scores: the last query sees every key, each one before it one less."""
-    visible = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
-    return torch.zeros(queries, keys).masked_fill_(visible.logical_not_(), -torch.inf)
-
-
-def _single_threads(count: int) -> ThreadPoolExecutor:
-    """`count` threads on which torch uses one thread; kept until another number is asked for."""
-    global _pool, _pool_threads
-    with _lock:
-        if _pool is None or _pool_threads != count:
-            if _pool is not None:
-                _pool.shutdown(wait=False)
-            _pool, _pool_threads = _start(count), count
-        return _pool
-
-
-def _start(count: int) -> ThreadPoolExecutor:
-    before = torch.get_num_threads()
-    started = threading.Barrier(count + 1)
-
-    def prepare() -> None:
-        torch.set_num_threads(1)
-        started.wait()
-
-    pool = ThreadPoolExecutor(count, "kimi-native-attention", prepare)
-    for _ in range(count):  # no thread is idle before all have started, so each call adds one
-        pool.submit(int)
-    started.wait()
-    # What the threads set for themselves is also the default of threads to come: give that back.
-    torch.set_num_threads(before)
-    return pool
-
-
-def _forget() -> None:
-    """A forked child has none of the threads."""
-    global _pool, _lock
-    _pool, _lock = None, threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+def block_mask(keys: int) -> Tensor:
+    """[QUERY_BLOCK, keys] float32 to add to the scores of the last queries, 0 or -inf; its end masks fewer keys."""
+    last_seen = torch.arange(keys - QUERY_BLOCK, keys)
+    hidden = torch.arange(keys) > last_seen[:, None]
+    return torch.zeros(QUERY_BLOCK, keys).masked_fill_(hidden, -torch.inf)

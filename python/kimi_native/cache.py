@@ -35,7 +35,7 @@ class CachedSequence:
 class LatentCache:
     """Pages for at least `max_tokens` tokens, shared by all sequences.
 
-    data  [layers, pages, page_size, kv_lora_rank + qk_rope_head_dim], of `dtype`
+    data  [layers, pages, page_size, kv_lora_rank + qk_rope_head_dim], of `dtype`, on `device`
 
     Raises ValueError if max_tokens or page_size is below 1.
     """
@@ -47,6 +47,7 @@ class LatentCache:
         max_tokens: int,
         dtype: torch.dtype = torch.bfloat16,
         page_size: int = PAGE_SIZE,
+        device: torch.device | str = "cpu",
     ) -> None:
         if max_tokens < 1 or page_size < 1:
             raise ValueError(
@@ -55,14 +56,17 @@ class LatentCache:
             )
         self.page_size = page_size
         self.num_pages = -(-max_tokens // page_size)
-        self.data = torch.empty(
-            config.num_hidden_layers, self.num_pages, page_size, config.latent_width, dtype=dtype
-        )
+        shape = (config.num_hidden_layers, self.num_pages, page_size, config.latent_width)
+        self.data = torch.empty(shape, dtype=dtype, device=device)
         self._free_pages = list(range(self.num_pages - 1, -1, -1))
 
     @property
     def dtype(self) -> torch.dtype:
         return self.data.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
 
     @property
     def free_tokens(self) -> int:
@@ -88,6 +92,15 @@ class LatentCache:
         self._free_pages.extend(reversed(seq.pages))
         seq.pages = []
         seq.length = 0
+
+    def truncate(self, seq: CachedSequence, length: int) -> None:
+        """Forget the tokens from `length` on and give back every page but those of the others. ValueError below 0."""
+        if length < 0:
+            raise ValueError(f"cache: length must be at least 0 (got {length})")
+        seq.length = min(seq.length, length)
+        kept = -(-seq.length // self.page_size)
+        self._free_pages.extend(reversed(seq.pages[kept:]))
+        del seq.pages[kept:]
 
     def slots(self, seq: CachedSequence, start: int, stop: int) -> Tensor:
         """Row numbers, within one layer's flattened pages, of the tokens start .. stop - 1: [stop - start] int64."""

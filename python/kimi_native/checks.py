@@ -16,6 +16,11 @@ def check_dtype(op: str, name: str, x: Tensor, *dtypes: torch.dtype) -> None:
         raise TypeError(f"{op}: {name} must be {' or '.join(map(str, dtypes))} (got {x.dtype})")
 
 
+def check_device(op: str, x: Tensor) -> None:
+    if x.device.type not in ("cpu", "cuda"):
+        raise RuntimeError(f"{op}: no kernel for device {x.device} (supported: cpu, cuda)")
+
+
 def check_contiguous(op: str, name: str, x: Tensor) -> None:
     require(x.is_contiguous(), f"{op}: {name} must be contiguous (got strides {x.stride()})")
 
@@ -31,8 +36,7 @@ def check_tensor(
         f"{op}: {name} must be [{', '.join('*' if s is None else str(s) for s in shape)}] (got {list(x.shape)})",
     )
     check_contiguous(op, name, x)
-    if x.device.type != "cpu":
-        raise RuntimeError(f"{op}: no kernel for device {x.device} in this build (supported: cpu)")
+    check_device(op, x)
 
 
 def check_rows(op: str, name: str, x: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
@@ -42,8 +46,7 @@ def check_rows(op: str, name: str, x: Tensor, shape: tuple[int, ...], *dtypes: t
         tuple(x.shape) == shape and x.stride(-1) == 1,
         f"{op}: {name} must be {list(shape)} with contiguous rows (got {list(x.shape)}, strides {x.stride()})",
     )
-    if x.device.type != "cpu":
-        raise RuntimeError(f"{op}: no kernel for device {x.device} in this build (supported: cpu)")
+    check_device(op, x)
 
 
 def check_activation(op: str, name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:

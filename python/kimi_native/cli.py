@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kimi_native import chat_cli
 from kimi_native.errors import KimiNativeError, MemoryPlanWarning, RequestError
 from kimi_native.progress_bar import progress_bar
 from kimi_native.terminal import note as _note
@@ -97,6 +98,8 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     _add_generate(verb("generate", _generate, "answer one prompt"))
     _add_inspect(verb("inspect", _inspect, "show what a checkpoint holds, from its headers"))
     _add_plan(verb("plan", _plan, "show the memory a model needs; exit 1 if it does not fit"))
+    chat_cli.add_render(verb("render", chat_cli.render, "show a conversation as its prompt"))
+    chat_cli.add_parse(verb("parse", chat_cli.parse, "show what the ids of an answer say"))
     doctor = verb("doctor", _doctor, "show what this machine offers, and check every kernel once")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.add_argument("--quick", action="store_true", help="measure on less memory")
@@ -137,6 +140,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("model and machine")
     _add_settings(machine)
     machine.add_argument("--threads", type=int, metavar="N", help="default: the cores there are")
+    machine.add_argument("--device", default="cpu", help="cpu (default), cuda, or cuda:N")
+    machine.add_argument("--experts", choices=["cpu"], help="keep the routed experts off the GPU")
     machine.add_argument("--isa", metavar="NAME", help="kernel tier (default: the best here)")
     machine.add_argument(
         "--no-prefetch",
@@ -181,9 +186,9 @@ def _add_settings(parser: Any) -> None:
     )
     parser.add_argument(
         "--dense",
-        choices=("bf16", "int8"),
+        choices=("bf16", "int8", "int4"),
         default="bf16",
-        help="dense matrices: as published, or 8 bits",
+        help="dense matrices: as published, or rounded to 8 or 4 bits",
     )
     _add_ignored_keys(parser)
 
@@ -261,6 +266,8 @@ def _generate(args: argparse.Namespace) -> int:
             threads=args.threads,
             dtype=args.dtype,
             dense=args.dense,
+            device=args.device,
+            experts=args.experts,
             isa=args.isa,
             prefetch=args.prefetch,
             ignore_config_keys=args.ignore_config_key,

@@ -185,6 +185,11 @@ def _int8_gemm(ops: Any, g: torch.Generator) -> tuple[Tensor, ...]:
     return (ops.int8_gemm(_activations(g, _TOKENS, _IN), ops.Int8Weight(weight, scale)),)
 
 
+def _int4_quantize(ops: Any, g: torch.Generator) -> tuple[Tensor, ...]:
+    weight = ops.int4_quantize(_activations(g, _OUT, _IN).bfloat16())
+    return weight.weight_packed, weight.weight_scale
+
+
 def _mla_decode(ops: Any, g: torch.Generator) -> tuple[Tensor, ...]:
     page_table = torch.tensor([[2, 0], [1, 2**31 - 1]], dtype=torch.int32)
     seq_lens = torch.tensor([67, 5], dtype=torch.int32)
@@ -239,6 +244,7 @@ _CASES: dict[str, Callable[[Any, torch.Generator], tuple[Tensor, ...]]] = {
     "int4_gemm": _int4_gemm,
     "int4_grouped_gemm": _int4_grouped_gemm,
     "int4_grouped_swiglu": _int4_grouped_swiglu,
+    "int4_quantize": _int4_quantize,
     "int8_gemm": _int8_gemm,
     "mla_decode": _mla_decode,
     "moe_combine": _moe_combine,

@@ -3,7 +3,8 @@
 One step is one forward pass: the prefill of the oldest waiting request if a place and enough pages are free, else one
 decode of everything that runs. A request is admitted only when the pages for its prompt and all the tokens it may
 generate are free, and they are reserved at once: what has started can never run out of memory. Order is first come,
-first served; a large request at the head waits for pages and is not overtaken.
+first served; a large request at the head waits for pages and is not overtaken. Requests given the same KeptPrefix, one
+after the other, compute only what their prompts do not share; the results are those of requests without it.
 
 Text is not known here: stop strings, templates and parsing live in generate.py.
 """
@@ -17,12 +18,14 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kimi_native.errors import NonFiniteLogitsError, RequestError
+from kimi_native.errors import KimiNativeError, NonFiniteLogitsError, RequestError
+from kimi_native.prefixes import KeptPrefix, PrefixStore
 from kimi_native.sampling import SampledToken, SamplingParams, TokenHistory, sample
 
 if TYPE_CHECKING:
@@ -36,9 +39,13 @@ DEFAULT_MAX_TOKENS = 2048
 
 @dataclass
 class RequestReport:
-    """What a request cost. Seconds of wall clock; a decode step counts for every request that took part in it."""
+    """What a request cost. Seconds of wall clock; a decode step counts for every request that took part in it.
+
+    reused_tokens  of the prompt, that were in the cache already
+    """
 
     seed: int
+    reused_tokens: int = 0
     waiting_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
@@ -55,7 +62,17 @@ class StepOutput(NamedTuple):
     request_id: int
     token: SampledToken | None
     finish_reason: str | None
-    error: NonFiniteLogitsError | None = None
+    error: KimiNativeError | None = None
+
+
+class Guide(Protocol):
+    """What a request may generate next."""
+
+    def allowed(self) -> np.ndarray | None:
+        """[vocab_size] bool, True for at least one id; None: anything. A RequestError ends the request."""
+
+    def push(self, token_id: int) -> None:
+        """Takes the id that was chosen."""
 
 
 def _new_seed() -> int:
@@ -72,6 +89,8 @@ class _Request:
     report: RequestReport
     added: float  # time.perf_counter()
     history: TokenHistory
+    prefix: KeptPrefix | None
+    guide: Guide | None
     seq: CachedSequence | None = None
     output_ids: list[int] = field(default_factory=list)
 
@@ -115,6 +134,7 @@ class Engine:
         self._ids = itertools.count()
         self._waiting: deque[_Request] = deque()
         self._running: list[_Request] = []
+        self._prefixes = PrefixStore(cache)
 
     # ---- requests in and out ----------------------------------------------------------------------------------------
 
@@ -136,8 +156,19 @@ class Engine:
                     f"(got {i!r} at position {position})"
                 )
 
-    def add(self, prompt_ids: Sequence[int], params: SamplingParams) -> int:
-        """Queues a request and returns its id. Raises RequestError as `check`, before any compute."""
+    def add(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        prefix: KeptPrefix | None = None,
+        guide: Guide | None = None,
+    ) -> int:
+        """Queues a request and returns its id. Raises RequestError as `check`, before any compute.
+
+        prefix  start from the rows an earlier request left there, and leave those of this prompt
+        guide   rules tokens out; used by this request alone
+        """
         self.check(prompt_ids)
         room = self.max_context - len(prompt_ids)
         wanted = DEFAULT_MAX_TOKENS if params.max_tokens is None else params.max_tokens
@@ -149,6 +180,8 @@ class Engine:
             report=RequestReport(_new_seed() if params.seed is None else params.seed),
             added=time.perf_counter(),
             history=TokenHistory(prompt_ids),
+            prefix=prefix,
+            guide=guide,
         )
         self._waiting.append(request)
         return request.request_id
@@ -160,6 +193,10 @@ class Engine:
                 self._end(request)
                 return True
         return False
+
+    def drop(self, prefix: KeptPrefix) -> None:
+        """Frees the pages kept under a prefix; a request that runs with it is not disturbed."""
+        self._prefixes.drop(prefix)
 
     def is_active(self, request_id: int) -> bool:
         """Whether the request waits or runs."""
@@ -180,15 +217,20 @@ class Engine:
     def num_running(self) -> int:
         return len(self._running)
 
-    def _end(self, request: _Request) -> None:
-        """Takes a request out of wherever it is; its pages are free afterwards."""
+    def _end(self, request: _Request, *, failed: bool = False) -> None:
+        """Takes a request out of wherever it is; its pages are free afterwards, or kept for the next request."""
         if request in self._waiting:
             self._waiting.remove(request)
         if request in self._running:
             self._running.remove(request)
-        if request.seq is not None:
-            self._cache.free(request.seq)
-            request.seq = None
+        seq, request.seq = request.seq, None
+        if seq is None:
+            return
+        computed = request.prompt_ids[: seq.length]
+        if request.prefix is not None and computed and not failed:
+            self._prefixes.keep(request.prefix, computed, seq)
+        else:
+            self._cache.free(seq)
 
     # ---- one forward pass -------------------------------------------------------------------------------------------
 
@@ -200,7 +242,7 @@ class Engine:
         """
         if self._waiting and len(self._running) < self.max_batch:
             head = self._waiting[0]
-            if head.cached_tokens <= self._cache.free_tokens:
+            if self._has_room(head):
                 return [self._prefill(head)]
             if not self._running:
                 raise RuntimeError(
@@ -209,14 +251,22 @@ class Engine:
                 )
         return self._decode() if self._running else []
 
+    def _has_room(self, request: _Request) -> bool:
+        """Gives a waiting request the rows kept for it, and says whether the pages it still needs are free."""
+        if request.seq is None:
+            request.seq = self._prefixes.take(request.prefix, request.prompt_ids)
+            request.report.reused_tokens = request.seq.length
+        held = len(request.seq.pages) * self._cache.page_size
+        return self._prefixes.make_room(request.cached_tokens - held)
+
     def _prefill(self, request: _Request) -> StepOutput:
         started = time.perf_counter()
         request.report.waiting_s = started - request.added
         with ExitStack() as undo:
-            undo.callback(self._end, request)
-            request.seq = self._cache.new_sequence()
-            self._cache.reserve(request.seq, request.cached_tokens)
-            ids = torch.tensor(request.prompt_ids, dtype=torch.int64)
+            undo.callback(self._end, request, failed=True)
+            reused = request.seq.length
+            self._cache.reserve(request.seq, request.cached_tokens - reused)
+            ids = torch.tensor(request.prompt_ids[reused:], dtype=torch.int64)
             logits = self._model.prefill(ids, self._cache, request.seq)
             self._check_weights()
             self._waiting.remove(request)
@@ -231,7 +281,7 @@ class Engine:
         batch = list(self._running)
         with ExitStack() as undo:
             for request in batch:
-                undo.callback(self._end, request)
+                undo.callback(self._end, request, failed=True)
             ids = torch.tensor([r.output_ids[-1] for r in batch], dtype=torch.int64)
             logits = self._model.decode(ids, self._cache, [r.seq for r in batch])
             self._check_weights()
@@ -252,12 +302,15 @@ class Engine:
                 seed=request.report.seed,
                 position=position,
                 history=request.history,
+                allowed=None if request.guide is None else request.guide.allowed(),
             )
-        except NonFiniteLogitsError as error:
-            self._end(request)
+        except (NonFiniteLogitsError, RequestError) as error:
+            self._end(request, failed=True)
             return StepOutput(request.request_id, None, "error", error)
         request.output_ids.append(token.id)
         request.history.append(token.id)
+        if request.guide is not None:
+            request.guide.push(token.id)
         reason = self._finish_reason(request, token.id)
         if reason is not None:
             self._end(request)

@@ -35,3 +35,7 @@ class MemoryPlanWarning(UserWarning):
 
 class NonFiniteLogitsError(KimiNativeError, ArithmeticError):
     """A forward pass produced NaN or infinite logits; no token is sampled from them."""
+
+
+class DivergedError(KimiNativeError, ArithmeticError):
+    """Training produced a number that is not finite; the message names the step and the tensor."""

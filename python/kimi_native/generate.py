@@ -7,7 +7,6 @@ so what is asked at once, from one thread or several, is computed in one batch; 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import time
@@ -15,20 +14,26 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kimi_native.chat.jinja_template import JinjaTemplate, find_template
 from kimi_native.chat.parser import OutputParser
-from kimi_native.chat.template import KeepThinking, detect_format, render
-from kimi_native.chat.tool import ToolLike
-from kimi_native.chat.types import Event, Message
+from kimi_native.chat.template import KeepThinking, detect_format, get_format, render
+from kimi_native.chat.tool import ToolLike, as_tools
+from kimi_native.chat.types import Event, Message, as_messages
+from kimi_native.conversation import Chat
 from kimi_native.engine import Engine
 from kimi_native.errors import ConfigError, RequestError
 from kimi_native.generation import Generation, PlainOutput, Run
+from kimi_native.guide import UNGUIDED, Guiding, ToolChoice, answer_start, next_call_index
+from kimi_native.prefixes import KeptPrefix
 from kimi_native.progress_bar import Progress
 from kimi_native.sampling import SamplingParams
+from kimi_native.transcript import read_transcript
 
 if TYPE_CHECKING:
     from kimi_native.cache import LatentCache
     from kimi_native.config import KimiConfig
     from kimi_native.model import KimiModel
+    from kimi_native.schema_grammar import GrammarCompiler
     from kimi_native.tokenizer import Tokenizer
 
 # Context when none is asked for: the published limits (up to 262,144 tokens) would reserve 18 GB of cache a sequence.
@@ -48,6 +53,9 @@ def load(
     threads: int | None = None,
     dtype: str = "bfloat16",
     dense: str = "bf16",
+    device: str = "cpu",
+    experts: str | None = None,
+    compute: str = "exact",
     isa: str | None = None,
     prefetch: bool = True,
     ignore_config_keys: Sequence[str] = (),
@@ -59,7 +67,13 @@ def load(
     max_batch           requests computed at once; the cache holds max_batch full contexts
     threads             threads of the kernels (default: the cores this process may use); process-wide
     dtype               activations and cache: "bfloat16" or "float32"
-    dense               dense matrices: "bf16" as published, or "int8" (smaller, not exact)
+    dense               dense matrices: "bf16" as published, or rounded while loading to "int8" or "int4": fewer bytes
+                        to read per token, not exact
+    device              "cpu", or a GPU: "cuda", "cuda:1", ...
+    experts             "cpu" leaves the routed experts in host memory and on the CPU, beside a GPU (default: with the
+                        rest)
+    compute             activations that meet INT4 matrices: "exact", or "int8", rounded to 8 bits per 32: faster on
+                        long prompts, not exact (docs/kernels.md, int4_gemm)
     isa                 kernel tier, such as "avx2" (default: the best here); process-wide
     prefetch            read the weights into memory now, at the speed of the disk, if all of them fit; else each is
                         read when it is first used
@@ -70,13 +84,10 @@ def load(
     for a tier this machine lacks, OSError for a file; then, and when interrupted, threads and isa are as before. Warns
     with MemoryPlanWarning if the weights do not all fit into memory.
     """
-    _check_count("max_context", max_context)
-    _check_count("max_batch", max_batch)
-    _check_count("threads", threads)
-    from kimi_native.cache import PAGE_SIZE, LatentCache
+    _check_counts(max_context=max_context, max_batch=max_batch, threads=threads)
     from kimi_native.config import load_config
-    from kimi_native.loader import DTYPES, load_model
-    from kimi_native.recorded import RecordedModel
+    from kimi_native.machine_settings import machine_settings
+    from kimi_native.network import load_network
     from kimi_native.tokenizer import load_tokenizer
 
     started = time.perf_counter()
@@ -84,60 +95,31 @@ def load(
     config = load_config(path, ignore_keys=ignored)
     tokenizer = load_tokenizer(path, vocab_size=config.vocab_size)
     chat_format = detect_format(config, tokenizer)
-    if max_context is None:
-        max_context = default_context(config)
-    with _machine_settings(threads, isa):
-        network, checkpoint = load_model(
-            path,
-            max_context=max_context,
-            max_batch=max_batch,
-            dtype=dtype,
-            dense=dense,
-            prefetch=prefetch,
-            ignore_config_keys=ignored,
-            progress=progress,
-        )
-        # Every sequence may leave a part of its last page empty.
-        pages = max_batch * -(-max_context // PAGE_SIZE)
-        cache = LatentCache(config, max_tokens=pages * PAGE_SIZE, dtype=DTYPES[dtype])
+    sizes = {"max_context": max_context or default_context(config), "max_batch": max_batch}
+    weights = {"dtype": dtype, "dense": dense, "compute": compute}
+    reading = {"prefetch": prefetch, "progress": progress, "ignored": ignored}
+    where = {"device": device, "experts": experts}
+    with machine_settings(threads, isa):
+        network, cache, checkpoint = load_network(path, **sizes, **weights, **reading, **where)
         return Model(
-            RecordedModel(network, cache),
+            network,
             cache,
             tokenizer,
             generation_config=checkpoint.generation_config,
             chat_format=chat_format,
-            max_context=max_context,
-            max_batch=max_batch,
+            chat_template=find_template(path) if chat_format is None else None,
+            **sizes,
             check_weights=checkpoint.check_readable,
             load_s=time.perf_counter() - started,
         )
 
 
-@contextlib.contextmanager
-def _machine_settings(threads: int | None, isa: str | None) -> Iterator[None]:
-    """Sets what is process-wide; what fails or is interrupted inside leaves it as it was."""
-    import torch
-
-    from kimi_native import ops
-
-    with contextlib.ExitStack() as undo:
-        if threads is not None:
-            undo.callback(ops.set_num_threads, ops.num_threads())
-            undo.callback(torch.set_num_threads, torch.get_num_threads())
-            ops.set_num_threads(threads)
-            torch.set_num_threads(threads)
-        if isa is not None:
-            undo.callback(ops.force_isa, ops.active_isa())
-            ops.force_isa(isa)
-        yield
-        undo.pop_all()
-
-
-def _check_count(name: str, value: object) -> None:
-    if value is None and name != "max_batch":
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise RequestError(f"load: {name} must be an integer of at least 1 (got {value!r})")
+def _check_counts(**given: object) -> None:
+    for name, value in given.items():
+        if value is None and name != "max_batch":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise RequestError(f"load: {name} must be an integer of at least 1 (got {value!r})")
 
 
 def default_context(config: KimiConfig) -> int:
@@ -169,9 +151,10 @@ def end_ids(
 class Model:
     """A loaded checkpoint that answers prompts; made by `load`. Safe to use from several threads at once.
 
-    network      KimiModel
-    cache        LatentCache, used by this Model alone
-    chat_format  one of chat.template.FORMATS, or None: then only raw prompts and ids are answered
+    network        KimiModel
+    cache          LatentCache, used by this Model alone
+    chat_format    one of chat.template.FORMATS, or None: then
+    chat_template  the checkpoint's own makes the prompts; None: only raw prompts and ids are answered
 
     Besides what each method names, an answer ends with ModelFormatError if a weight file was truncated meanwhile.
     """
@@ -184,6 +167,7 @@ class Model:
         *,
         generation_config: Mapping[str, Any],
         chat_format: str | None,
+        chat_template: JinjaTemplate | None = None,
         max_context: int | None = None,
         max_batch: int = DEFAULT_BATCH,
         check_weights: Callable[[], None] = lambda: None,
@@ -192,6 +176,7 @@ class Model:
         self.tokenizer = tokenizer
         self.config = network.config
         self.chat_format = chat_format
+        self.chat_template = chat_template
         self.generation_config = dict(generation_config)
         self.load_s = load_s
         self.eos_ids = end_ids(network.config, generation_config, tokenizer)
@@ -206,6 +191,9 @@ class Model:
         self._lock = threading.Lock()  # held for one engine step at a time
         self._runs: dict[int, Run] = {}
         self._abandoned: deque[Run] = deque()
+        self._dropped: deque[KeptPrefix] = deque()
+        self._compiler_lock = threading.Lock()
+        self._compiler: GrammarCompiler | None = None
 
     @property
     def max_context(self) -> int:
@@ -221,6 +209,9 @@ class Model:
         tools: Sequence[ToolLike] | None = None,
         thinking: bool | None = None,
         keep_thinking: KeepThinking | None = None,
+        tool_choice: ToolChoice | None = None,
+        constrain_tools: bool = True,
+        thinking_budget: int | None = None,
         **overrides: Any,
     ) -> Generation | list[Generation]:
         """Answers one prompt, or a list of prompts in one batch.
@@ -229,15 +220,16 @@ class Model:
                     or a list of these; a list gives a list of results, each equal to what it would be alone
         raw_prompt  a text is continued without any template; the output is not parsed
         sampling    all parameters (default: the checkpoint's generation_config.json); `overrides` are single fields
-        tools, thinking, keep_thinking   see chat.template.render
+        tools, thinking, keep_thinking   see chat.template.render; of tools also chat.parser.OutputParser
 
         Raises RequestError before any compute for a bad prompt or argument; NonFiniteLogitsError, or TokenizerError for
         an id the tokenizer lacks, when a single prompt fails. In a list such a result has finish_reason "error".
         """
         params = self._params(sampling, overrides)
         options = {"tools": tools, "thinking": thinking, "keep_thinking": keep_thinking}
+        guiding = Guiding(tools, tool_choice, constrain_tools, thinking_budget)
         prompts = _as_list(prompt)
-        runs = [self._prepare(p, raw_prompt, params, options) for p in prompts or [prompt]]
+        runs = [self._prepare(p, raw_prompt, params, options, guiding) for p in prompts or [prompt]]
         try:
             self._submit(runs)
             pending = runs
@@ -266,6 +258,9 @@ class Model:
         tools: Sequence[ToolLike] | None = None,
         thinking: bool | None = None,
         keep_thinking: KeepThinking | None = None,
+        tool_choice: ToolChoice | None = None,
+        constrain_tools: bool = True,
+        thinking_budget: int | None = None,
         **overrides: Any,
     ) -> Iterator[Event]:
         """Answers one prompt piece by piece: ReasoningDelta, ContentDelta, ToolCallDelta, at the end one Finish.
@@ -275,14 +270,69 @@ class Model:
         """
         params = self._params(sampling, overrides)
         options = {"tools": tools, "thinking": thinking, "keep_thinking": keep_thinking}
+        guiding = Guiding(tools, tool_choice, constrain_tools, thinking_budget)
         if _as_list(prompt) is not None:
             raise RequestError("stream: one prompt at a time (got a list of prompts)")
-        return self._events(self._prepare(prompt, raw_prompt, params, options))
+        return self._events(self._prepare(prompt, raw_prompt, params, options, guiding))
 
-    def _events(self, run: Run) -> Iterator[Event]:
+    def chat(
+        self,
+        *,
+        system: str | None = None,
+        messages: Sequence[Message | Mapping[str, Any]] = (),
+        transcript: str | os.PathLike[str] | None = None,
+        tools: Sequence[ToolLike] | None = None,
+        run_tools: Sequence[str] = (),
+        max_tool_calls: int = 300,
+        tool_timeout: float = 60.0,
+        tool_choice: ToolChoice | None = None,
+        thinking: bool | None = None,
+        keep_thinking: KeepThinking | None = None,
+        constrain_tools: bool = True,
+        thinking_budget: int | None = None,
+        sampling: SamplingParams | None = None,
+        **overrides: Any,
+    ) -> Chat:
+        """A conversation that keeps its messages, its place in the cache, and runs tools.
+
+        system, messages, transcript  what it begins with: a system text, messages, or a file that Chat.save wrote
+        run_tools       names of tools that run without asking; at a call of another the chat pauses
+        max_tool_calls  after one message of the user; then the model must answer without tools
+        tool_timeout    seconds for the calls of one answer
+        tool_choice     of the first answer to a message; the later ones are free
+
+        The other arguments as in `generate`, for every answer. Raises RequestError, and OSError for the transcript.
+        """
+        params = self._params(sampling, overrides)
+        options = {"tools": tools, "thinking": thinking, "keep_thinking": keep_thinking}
+        prefix, declared = KeptPrefix(), as_tools(tools)
+
+        def answer(
+            messages: Sequence[Message], choice: ToolChoice | None, is_canceled: Callable[[], bool]
+        ) -> Iterator[Event]:
+            guiding = Guiding(tools, choice, constrain_tools, thinking_budget)
+            run = self._prepare(messages, False, params, options, guiding, prefix)
+            return self._events(run, is_canceled)
+
+        before = [Message("system", system)] if system is not None else []
+        before += as_messages(messages) if messages else []
+        before += [] if transcript is None else read_transcript(transcript, declared)
+        return Chat(
+            answer,
+            lambda: self._drop(prefix),
+            messages=before,
+            tools=declared,
+            run_tools=run_tools,
+            max_tool_calls=max_tool_calls,
+            tool_timeout=tool_timeout,
+            can_forbid_calls=constrain_tools,
+            tool_choice=tool_choice,
+        )
+
+    def _events(self, run: Run, is_canceled: Callable[[], bool] = lambda: False) -> Iterator[Event]:
         try:
             self._submit([run])
-            while not run.is_done:
+            while not run.is_done and not is_canceled():
                 self._wait([run])
                 yield from run.take_inbox(self.eos_ids)
             if run.error is not None:
@@ -304,16 +354,46 @@ class Model:
         return sampling.replace(**overrides)
 
     def _prepare(
-        self, prompt: Prompt, raw_prompt: bool, params: SamplingParams, options: dict[str, Any]
+        self,
+        prompt: Prompt,
+        raw_prompt: bool,
+        params: SamplingParams,
+        options: dict[str, Any],
+        guiding: Guiding = UNGUIDED,
+        prefix: KeptPrefix | None = None,
     ) -> Run:
         """Renders and checks one prompt; nothing is computed and nothing is queued."""
         ids = self._prompt_ids(prompt, raw_prompt, options)
         self._engine.check(ids)
-        if raw_prompt or self.chat_format is None:
+        is_ids = isinstance(prompt, (list, tuple)) and not _is_conversation(prompt)
+        if raw_prompt or is_ids or self.chat_format is None:
+            guiding.check_unused()
+        if raw_prompt or (self.chat_format is None and self.chat_template is None):
             return Run(ids, params, PlainOutput(self.tokenizer))
-        return Run(
-            ids, params, OutputParser(self.tokenizer, format=self.chat_format, prompt_ids=ids)
+        parser = OutputParser(
+            self.tokenizer, format=self.chat_format, prompt_ids=ids, tools=options.get("tools")
         )
+        guide = None
+        if guiding.is_used and not is_ids and self.chat_format is not None:
+            start = answer_start(get_format(self.chat_format), self.tokenizer, ids)
+            guide = guiding.guide(
+                self.tokenizer,
+                vocab_size=self.config.vocab_size,
+                eos_ids=self.eos_ids,
+                start=start,
+                first_index=0 if isinstance(prompt, str) else next_call_index(prompt),
+                compiler=self._grammar_compiler,
+            )
+        return Run(ids, params, parser, guide=guide, prefix=prefix)
+
+    def _grammar_compiler(self) -> GrammarCompiler:
+        """Made when a tool is declared first: it reads the whole vocabulary."""
+        with self._compiler_lock:
+            if self._compiler is None:
+                from kimi_native.schema_grammar import GrammarCompiler
+
+                self._compiler = GrammarCompiler(self.tokenizer, self.config.vocab_size)
+            return self._compiler
 
     def _prompt_ids(self, prompt: Prompt, raw_prompt: bool, options: dict[str, Any]) -> list[int]:
         given = {name: value for name, value in options.items() if value is not None}
@@ -332,13 +412,15 @@ class Model:
             raise RequestError(
                 f"generate: prompt must be a text, messages, or ids (got {type(prompt).__name__})"
             )
-        if self.chat_format is None:
-            raise RequestError(
-                "generate: this checkpoint has no chat format known here "
-                f"(got model_type={self.config.model_type}); pass raw_prompt=True to continue a text as it stands"
-            )
         messages = [Message("user", prompt)] if isinstance(prompt, str) else prompt
-        return render(messages, format=self.chat_format, tokenizer=self.tokenizer, **given)
+        if self.chat_format is not None:
+            return render(messages, format=self.chat_format, tokenizer=self.tokenizer, **given)
+        if self.chat_template is not None:
+            return self.chat_template.render(messages, tokenizer=self.tokenizer, **given)
+        raise RequestError(
+            "generate: this checkpoint has no chat format known here and no chat template "
+            f"(got model_type={self.config.model_type}); pass raw_prompt=True to continue a text as it stands"
+        )
 
     # ---- the shared engine ------------------------------------------------------------------------------------------
 
@@ -346,7 +428,9 @@ class Model:
         self._release()
         with self._lock:
             for run in runs:
-                run.request_id = self._engine.add(run.prompt_ids, run.params)
+                run.request_id = self._engine.add(
+                    run.prompt_ids, run.params, prefix=run.prefix, guide=run.guide
+                )
                 run.report = self._engine.report(run.request_id)
                 self._runs[run.request_id] = run
 
@@ -377,9 +461,16 @@ class Model:
         self._abandoned.append(run)
         self._release()
 
+    def _drop(self, prefix: KeptPrefix) -> None:
+        """Frees what a conversation kept in the cache, at once or after the step being computed."""
+        self._dropped.append(prefix)
+        self._release()
+
     def _release(self) -> None:
-        while self._abandoned and self._lock.acquire(blocking=False):
+        while (self._abandoned or self._dropped) and self._lock.acquire(blocking=False):
             try:
+                while self._dropped:
+                    self._engine.drop(self._dropped.popleft())
                 while self._abandoned:
                     run = self._abandoned.popleft()
                     if self._runs.pop(run.request_id, None) is not None:

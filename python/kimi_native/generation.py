@@ -26,6 +26,8 @@ from kimi_native.sampling import SampledToken, SamplingParams
 
 if TYPE_CHECKING:
     from kimi_native.chat.parser import OutputParser
+    from kimi_native.guide import Guide
+    from kimi_native.prefixes import KeptPrefix
     from kimi_native.tokenizer import Tokenizer
 
 
@@ -136,9 +138,17 @@ class Run:
     """One request on its way: outputs of the engine in, events out, a Generation at the end."""
 
     def __init__(
-        self, prompt_ids: list[int], params: SamplingParams, output: OutputParser | PlainOutput
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        output: OutputParser | PlainOutput,
+        *,
+        guide: Guide | None = None,
+        prefix: KeptPrefix | None = None,
     ) -> None:
         self.prompt_ids = prompt_ids
+        self.guide = guide
+        self.prefix = prefix
         self.params = params
         self.inbox: deque[StepOutput] = deque()
         self.request_id: int | None = None
@@ -192,7 +202,10 @@ class Run:
         return [*events, *tail, finish]
 
     def _close(self, reason: str) -> list[Event]:
-        return self._output.finish(reason, usage=Usage(len(self.prompt_ids), len(self.tokens)))
+        return self._output.finish(reason, usage=self._usage())
+
+    def _usage(self) -> Usage:
+        return Usage(len(self.prompt_ids), len(self.tokens), self.report.reused_tokens)
 
     def _cut(self, pieces: list[Event]) -> tuple[list[Event], bool]:
         """The events with the stop strings' work done on their content, and whether one was met.
@@ -228,7 +241,7 @@ class Run:
             self.finish = event
 
     def generation(self, load_s: float) -> Generation:
-        report, usage = self.report, Usage(len(self.prompt_ids), len(self.tokens))
+        report, usage = self.report, self._usage()
         later_tokens = len(self.tokens) - 1
         return Generation(
             text="".join(self._text),
@@ -243,7 +256,7 @@ class Run:
                 waiting_s=report.waiting_s,
                 prefill_s=report.prefill_s,
                 decode_s=report.decode_s,
-                prefill_tokens_per_s=_rate(usage.prompt_tokens, report.prefill_s),
+                prefill_tokens_per_s=_rate(usage.prefilled_tokens, report.prefill_s),
                 decode_tokens_per_s=_rate(later_tokens, report.decode_s),
             ),
             seed=report.seed,

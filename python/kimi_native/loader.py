@@ -2,8 +2,8 @@
 
 Weights that the kernels read as they are stored (BF16 matrices, INT4 experts) become views of the mapped files: nothing
 is copied or converted, and if they fit into memory they are read ahead. Copies are made only for what has no kernel of
-its own (FP8, FP16, FP32 weights become BF16), for `dense="int8"`, and for the transposed key half of kv_b_proj. Names,
-shapes, dtypes and the memory plan are checked before the first weight is read.
+its own (FP8, FP16, FP32 weights become BF16), for `dense="int8"` and `"int4"`, and for the transposed key half of
+kv_b_proj. Names, shapes, dtypes and the memory plan are checked before the first weight is read.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from kimi_native.checkpoint import Checkpoint
 from kimi_native.errors import MemoryPlanWarning, ModelFormatError, RequestError
 from kimi_native.gc_pause import paused_gc
+from kimi_native.huge_pages import HugePages
 from kimi_native.model import Attention, Experts, Gate, KimiModel, Linear, RMSNorm
-from kimi_native.plan import MemoryPlan, memory_plan
+from kimi_native.plan import DENSE_FORMATS, MemoryPlan, memory_plan
 from kimi_native.progress_bar import Progress
 from kimi_native.quant.fp8 import dequantize_block
 from kimi_native.quant.int4 import dequantize
-from kimi_native.quant.int8 import quantize_int8
 from kimi_native.quant.modules import Int4Experts, Int4Linear, Int8Linear
 from kimi_native.read_ahead import Extent, read_ahead
 from kimi_native.safetensors_file import TensorInfo
@@ -34,7 +34,8 @@ from kimi_native.tensor_table import FORM_SUFFIXES
 from kimi_native.weights import Int4ExpertWeights, Int4Weight
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-DENSE_FORMATS = ("bf16", "int8")
+COMPUTE = ("exact", "int8")
+_QUANTIZED = {"int8": Int8Linear, "int4": Int4Linear}  # by what `dense` asks for
 _CONVERT_AHEAD_BYTES = 256 << 20  # asked of the disk while earlier weights are converted
 
 
@@ -45,6 +46,7 @@ def load_model(
     max_batch: int = 1,
     dtype: str = "bfloat16",
     dense: str = "bf16",
+    compute: str = "exact",
     prefetch: bool = True,
     ignore_config_keys: tuple[str, ...] = (),
     progress: Progress | None = None,
@@ -55,7 +57,9 @@ def load_model(
     max_context         tokens of prompt and answer that a sequence may have (default: the checkpoint's own limit)
     max_batch           sequences at once; with max_context it sizes the latent cache in the memory plan
     dtype               activations and cache: "bfloat16", or "float32" for checking
-    dense               dense matrices as stored ("bf16") or quantized to INT8 while loading ("int8", not exact)
+    dense               dense matrices as stored ("bf16"), or quantized while loading, which is not exact: "int8", and
+                        "int4" with about eighteen times the rounding error
+    compute             activations that meet INT4 matrices: "exact", or "int8", rounded to 8 bits per 32, not exact
     prefetch            read mapped weights into memory now, if all of them fit; else each is read when first used
     ignore_config_keys  config.json keys to accept although this package does not know them
     progress            called with (bytes done, bytes in all): weights converted, read ahead, or left where they are
@@ -65,25 +69,34 @@ def load_model(
     Raises ConfigError, ModelFormatError, MemoryPlanError (before any weight is read), RequestError on an argument,
     OSError on a file that cannot be read. Warns with MemoryPlanWarning if the mapped weights do not fit.
     """
-    if dtype not in DTYPES:
-        raise RequestError(f"load: dtype must be one of {', '.join(DTYPES)} (got {dtype})")
-    if dense not in DENSE_FORMATS:
-        raise RequestError(f"load: dense must be one of {', '.join(DENSE_FORMATS)} (got {dense})")
+    _check_choice("dtype", dtype, tuple(DTYPES))
+    _check_choice("dense", dense, DENSE_FORMATS)
+    _check_choice("compute", compute, COMPUTE)
     with paused_gc():
         checkpoint = Checkpoint.open(path, ignore_keys=ignore_config_keys)
-        limit = checkpoint.config.max_position_embeddings
-        if max_context is not None and not 1 <= max_context <= limit:
-            raise RequestError(f"load: max_context must be 1 to {limit} (got {max_context})")
-        sizes = {"max_context": max_context or limit, "max_batch": max_batch}
-        plan = memory_plan(checkpoint, **sizes, dtype=dtype, dense=dense)
+        settings = {"max_batch": max_batch, "dtype": dtype, "dense": dense}
+        plan = memory_plan(checkpoint, max_context=_context(checkpoint, max_context), **settings)
         plan.check()
         model = KimiModel(checkpoint.config, DTYPES[dtype])
-        filler = _Filler(checkpoint, dense)
+        filler = _Filler(checkpoint, dense, compute)
         filler.fill(model)
     _read_weights(checkpoint, filler, plan, prefetch, progress)
     filler.finish(model)
     checkpoint.check_readable()
     return model, checkpoint
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise RequestError(f"load: {name} must be one of {', '.join(choices)} (got {value})")
+
+
+def _context(checkpoint: Checkpoint, max_context: int | None) -> int:
+    """max_context, or the checkpoint's own."""
+    limit = checkpoint.config.max_position_embeddings
+    if max_context is not None and not 1 <= max_context <= limit:
+        raise RequestError(f"load: max_context must be 1 to {limit} (got {max_context})")
+    return max_context or limit
 
 
 def _read_weights(
@@ -165,11 +178,13 @@ def _mapped_extents(checkpoint: Checkpoint, conversions: list[_Conversion]) -> I
 class _Filler:
     """Walks a built model and gives every module its weights: at once those used in place, later the `conversions`."""
 
-    def __init__(self, checkpoint: Checkpoint, dense: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, dense: str, compute: str) -> None:
         self.checkpoint = checkpoint
         self.prefix = checkpoint.config.tensor_prefix
         self.dense = dense
+        self.compute = compute
         self.conversions: list[_Conversion] = []
+        self.pages = HugePages()  # of the quantized dense matrices
         stored = checkpoint.stored
         self.int4_groups = {s.names[0]: s.names for s in stored if s.form == "int4"}
 
@@ -193,6 +208,8 @@ class _Filler:
         for module in model.modules():
             if isinstance(module, Attention):
                 module.absorb()
+            elif isinstance(module, Int4Linear | Int4Experts):
+                module.compute = self.compute
 
     def _linear(self, model: KimiModel, name: str, module: Linear) -> None:
         stored = self.prefix + name
@@ -202,14 +219,26 @@ class _Filler:
         absorbed = "kv_b_proj" in name
         if self._is_int4(stored) and not absorbed:
             _replace(model, name, Int4Linear(self._int4(stored)))
-        elif self.dense == "int8" and not absorbed and module.weight.shape[1] % 32 == 0:
-
-            def quantize() -> None:
-                _replace(model, name, Int8Linear(quantize_int8(self._bf16(stored))))
-
-            self._later(stored, quantize)
+        elif self.dense in _QUANTIZED and not absorbed and module.weight.shape[1] % 32 == 0:
+            self._quantize(model, name, module)
         else:
             self._weight(stored, module)
+
+    def _quantize(self, model: KimiModel, name: str, module: Linear) -> None:
+        """A module with fewer bits in place of this one, later."""
+        stored, kind = self.prefix + name, _QUANTIZED[self.dense]
+        for shape, dtype in kind.parts(*module.weight.shape):
+            self.pages.reserve(shape, dtype)
+
+        def put() -> None:
+            try:
+                quantized = kind.quantized(self._bf16(stored), self.pages.empty)
+            except ValueError as error:
+                self.checkpoint.check_readable()
+                raise ModelFormatError(f"{stored}.weight: {error}") from error
+            _replace(model, name, quantized)
+
+        self._later(stored, put)
 
     def _weight(self, stored: str, module: nn.Module) -> None:
         """module.weight in BF16: a view if it is stored so, else a copy made later."""

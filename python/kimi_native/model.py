@@ -10,14 +10,13 @@ many queries); decode absorbs the up-projections into the query and the output a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from kimi_native import ops
-from kimi_native.attention import attend_heads, causal_mask
+from kimi_native.attention import attend_heads
 from kimi_native.cache import CachedSequence, LatentCache
 from kimi_native.config import LATENT_NORM_EPS, KimiConfig
 
@@ -98,9 +97,14 @@ class Step:
     cos: Tensor  # [tokens, rope / 2]
     sin: Tensor
     prefix_slots: Tensor | None = None  # prefill: rows of all tokens so far, this pass's included
-    mask: Tensor | None = None  # prefill, unless the prefix is this pass: causal_mask
     page_table: Tensor | None = None  # decode: [sequences, pages] int32
     seq_lens: Tensor | None = None  # decode: [sequences] int32, this pass's token included
+
+    def on_device(self) -> Step:
+        """The same where the cache is."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "cache"}
+        moved = {n: t if t is None else t.to(self.cache.device) for n, t in tensors.items()}
+        return Step(self.cache, **moved)
 
 
 class Attention(nn.Module):
@@ -158,7 +162,9 @@ class Attention(nn.Module):
         """One new token per sequence; q . k = (q_nope Wk) . latent + q_rope . k_rope, and Wv after the sum."""
         if self.key_up_t is None or self.value_up is None:
             raise RuntimeError("model: decode needs Attention.absorb(), which the loader calls")
-        query = ops.empty((*q.shape[:2], self.latent + self.rope), torch.float32)
+        # A GPU's tensor cores take BF16; a CPU loses nothing by keeping what the two products give.
+        dtype = torch.bfloat16 if ops.uses_cuda(q.device) else torch.float32
+        query = ops.empty((*q.shape[:2], self.latent + self.rope), dtype, q.device)
         self._rope_append(q[..., self.nope :], latent, k_rope, step, query[..., self.latent :])
         ops.bf16_gemm(q[..., : self.nope], self.key_up_t, out=query[..., : self.latent])
         attended = ops.mla_decode(
@@ -177,11 +183,10 @@ class Attention(nn.Module):
         rows = step.cache.read(self.layer, step.prefix_slots)
         latent, k_rope = rows[:, : self.latent].contiguous(), rows[:, self.latent :].float()
         queries, keys = q.shape[0], rows.shape[0]
-        # The fast CPU attention needs values as wide as the keys.
         width = max(self.nope + self.rope, self.value)
         per_head = self.kv_b_proj.weight.view(self.heads, -1, self.latent)
         at_once = max(1, _EXPANDED_BYTES // (keys * width * 12))
-        out = torch.empty(queries, self.heads, self.value)
+        out = torch.empty(queries, self.heads, self.value, device=q.device)
         for first in range(0, self.heads, at_once):
             block = slice(first, min(first + at_once, self.heads))
             num = block.stop - block.start
@@ -190,13 +195,10 @@ class Attention(nn.Module):
             key = torch.cat(
                 [expanded[..., : self.nope], k_rope[:, None].expand(-1, num, -1)], dim=-1
             )
-            value = expanded[..., self.nope :]
-            query = q[:, block].float()
-            query, key, value = (
-                pad(t, (0, width - t.shape[-1])).transpose(0, 1) for t in (query, key, value)
-            )
-            attended = attend_heads(query, key, value, mask=step.mask, softmax_scale=self.scale)
-            out[:, block] = attended[..., : self.value].transpose(0, 1)
+            query, value = q[:, block].float(), expanded[..., self.nope :]
+            query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+            attended = attend_heads(query, key, value, softmax_scale=self.scale)
+            out[:, block] = attended.transpose(0, 1)
         return out.to(q.dtype)
 
 
@@ -227,7 +229,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, dispatch: ops.MoeDispatch) -> Tensor:
         """x [tokens, hidden] to the outputs of all dispatched rows, [tokens * topk, hidden] float32."""
-        out = torch.empty(dispatch.token_index.shape[0], x.shape[1])
+        out = torch.empty(dispatch.token_index.shape[0], x.shape[1], device=x.device)
         offsets = dispatch.expert_offsets.tolist()
         for e in range(len(self.gate)):
             rows = slice(offsets[e], offsets[e + 1])
@@ -285,8 +287,9 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         topk_ids, topk_weights = self.gate(x)
         dispatch = ops.moe_dispatch(topk_ids, self.num_experts)
-        rows = self.experts(x, dispatch)
+        # First what a GPU does by itself while the experts may be at work on the CPU.
         shared = None if self.shared_experts is None else self.shared_experts(x)
+        rows = self.experts(x, dispatch)
         return ops.moe_combine(rows, dispatch, topk_weights, shared, out_dtype=x.dtype)
 
 
@@ -351,8 +354,9 @@ class KimiModel(nn.Module):
     def prefill(self, ids: Tensor, cache: LatentCache, seq: CachedSequence) -> Tensor:
         """Append tokens to a sequence and return the logits after the last one.
 
-        ids      [tokens] int64, at least one; chunks of PREFILL_CHUNK counted from the first of them
-        returns  [vocab_size] float32
+        ids      [tokens] int64 on the CPU, at least one; computed PREFILL_CHUNK at a time
+        returns  [vocab_size] float32 where the model is; on a CPU the same bits, here and in the cache, however a
+                 prompt is shared among calls
 
         Raises ValueError on an empty prompt or an id outside the vocabulary, RequestError when the cache is full.
         """
@@ -362,9 +366,8 @@ class KimiModel(nn.Module):
             start, stop = seq.length, seq.length + chunk.shape[0]
             prefix = cache.slots(seq, 0, stop)
             cos, sin = self.rope.tables(torch.arange(start, stop))
-            mask = causal_mask(stop - start, stop) if start else None
-            step = Step(cache, prefix[start:], cos, sin, prefix_slots=prefix, mask=mask)
-            x, update = self.model(self.embed(chunk), step)
+            step = Step(cache, prefix[start:], cos, sin, prefix_slots=prefix)
+            x, update = self.model(self.embed(chunk), step.on_device())
             seq.length = stop
         return self.logits(x[-1:], update[-1:])[0]
 
@@ -372,19 +375,19 @@ class KimiModel(nn.Module):
     def decode(self, ids: Tensor, cache: LatentCache, seqs: list[CachedSequence]) -> Tensor:
         """Append one token to each sequence and return the logits after it.
 
-        ids      [sequences] int64
-        returns  [sequences, vocab_size] float32; a row does not depend on the other sequences
+        ids      [sequences] int64 on the CPU
+        returns  [sequences, vocab_size] float32 where the model is; a row does not depend on the other sequences
 
         Raises ValueError on a wrong count or an id outside the vocabulary, RequestError when the cache is full.
         """
         step = self.decode_step(ids, cache, seqs)
-        logits = self.logits(*self.model(self.embed(ids), step))
+        logits = self.logits(*self.model(self.embed(ids), step.on_device()))
         for seq in seqs:
             seq.length += 1
         return logits
 
     def decode_step(self, ids: Tensor, cache: LatentCache, seqs: list[CachedSequence]) -> Step:
-        """Check the arguments of `decode`, reserve the cache, and say where each sequence's token goes."""
+        """Check the arguments of `decode`, reserve the cache, and say where each sequence's token goes (on the CPU)."""
         self._check_ids(ids)
         if ids.shape[0] != len(seqs):
             raise ValueError(
@@ -404,7 +407,8 @@ class KimiModel(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """[tokens] int64 to [tokens, hidden] in the model's dtype."""
-        return self.model.embed_tokens.weight[ids].to(self.dtype)
+        table = self.model.embed_tokens.weight
+        return table[ids.to(table.device)].to(self.dtype)
 
     def logits(self, x: Tensor, update: Tensor) -> Tensor:
         """The residual stream after the last layer to [tokens, vocab_size] float32."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -93,29 +93,121 @@ def backend(name: str) -> Iterator[None]:
 # ---- calling the kernel ----------------------------------------------------------------------------------------------
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+_Tensors = Sequence[Tensor | None]
+_CPU = torch.device("cpu")
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = _CPU) -> Tensor:
     """An uninitialised tensor for an op to write, from the arena of the recording in progress if there is one."""
     arena = getattr(_state, "arena", None)
-    return torch.empty(shape, dtype=dtype) if arena is None else arena.empty(shape, dtype)
+    if arena is None or device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return arena.empty(shape, dtype)
 
 
-def workspace(nbytes: int) -> Tensor:
+def workspace(nbytes: int, device: torch.device = _CPU) -> Tensor:
     """This thread's scratch buffer, grown as needed and kept: nothing is allocated per op in a steady state."""
-    buffer = getattr(_state, "workspace", None)
+    buffers = _state.__dict__.setdefault("workspaces", {})
+    buffer = buffers.get(device)
     if buffer is None or buffer.numel() < nbytes + 64:
-        buffer = _state.workspace = torch.empty(nbytes + 64, dtype=torch.uint8)
+        buffers[device] = buffer = torch.empty(nbytes + 64, dtype=torch.uint8, device=device)
     start = -buffer.data_ptr() % 64
     return buffer[start : start + nbytes]
 
 
-def call_with_workspace(name: str, *arguments: int | float) -> None:
-    nbytes = getattr(_native.cpu, name + "_workspace_bytes")(*arguments)
-    scratch = workspace(nbytes)
-    getattr(_native.cpu, name)(*arguments, scratch.data_ptr(), nbytes)
+def call(name: str, tensors: _Tensors, *sizes: float) -> None:
+    """One op on the device that its tensors are on; arguments follow ops.h, tensors (None: null) first.
+
+    Raises RuntimeError if the tensors are on several devices, and what the op raises.
+    """
+    device = _device_of(name, tensors)
+    if uses_cuda(device):
+        _call_cuda(name, device, [*map(pointer, tensors), *sizes])
+    else:
+        getattr(_native.cpu, name)(*map(pointer, tensors), *sizes)
+
+
+def call_with_workspace(name: str, tensors: _Tensors, *sizes: float) -> None:
+    """The same for an op with scratch."""
+    device = _device_of(name, tensors)
+    kernels = _native.cuda if uses_cuda(device) else _native.cpu
+    arguments = [*map(pointer, tensors), *sizes]
+    nbytes = getattr(kernels, name + "_workspace_bytes")(*arguments)
+    arguments += [workspace(nbytes, device).data_ptr(), nbytes]
+    if kernels is _native.cuda:
+        _call_cuda(name, device, arguments)
+    else:
+        getattr(kernels, name)(*arguments)
 
 
 def pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
+
+
+def _device_of(op: str, tensors: _Tensors) -> torch.device:
+    device = None
+    for x in tensors:
+        if x is None or x.device == device:
+            continue
+        if device is not None:
+            raise RuntimeError(f"{op}: tensors must be on one device (got {device} and {x.device})")
+        device = x.device
+    return _CPU if device is None else device
+
+
+def int4_tiled_bytes(out_features: int, in_features: int) -> tuple[int, int]:
+    """Bytes of a matrix's tiles and of their scales; see Int4TiledWeight."""
+    sizes = (out_features, in_features)
+    return _native.int4_tiled_bytes(*sizes), _native.int4_tiled_scale_bytes(*sizes)
+
+
+# ---- GPUs ------------------------------------------------------------------------------------------------------------
+
+_cuda_on_host = False
+_synchronous = os.environ.get("KIMI_NATIVE_SYNC", "") == "1"
+
+
+def uses_cuda(device: torch.device) -> bool:
+    """Whether the CUDA kernels take tensors of this device."""
+    on_host = _cuda_on_host and not getattr(_state, "cpu_kernels", False)
+    return device.type == "cuda" or on_host
+
+
+@contextlib.contextmanager
+def cpu_kernels() -> Iterator[None]:
+    """Inside the with-block this thread's CPU tensors stay with the CPU kernels, whatever cuda_on_host says."""
+    _state.cpu_kernels = True
+    try:
+        yield
+    finally:
+        _state.cpu_kernels = False
+
+
+@contextlib.contextmanager
+def cuda_on_host(library: str | os.PathLike[str]) -> Iterator[None]:
+    """Inside the with-block every thread's ops take CPU tensors to the CUDA kernels, in a library of them built against
+    csrc/simt: the GPU's path without a GPU. Raises RuntimeError if the library cannot be opened."""
+    global _cuda_on_host
+    _native.open_cuda_library(str(library))
+    _cuda_on_host = True
+    try:
+        yield
+    finally:
+        _cuda_on_host = False
+
+
+def _call_cuda(name: str, device: torch.device, arguments: list[float]) -> None:
+    op = getattr(_native.cuda, name)
+    if _cuda_on_host:
+        op(*arguments, 0)
+        return
+    with torch.cuda.device(device):
+        op(*arguments, torch.cuda.current_stream(device).cuda_stream)
+    if _synchronous and not torch.cuda.is_current_stream_capturing():
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError as error:
+            raise RuntimeError(f"{name}: the GPU reports: {error}") from error
 
 
 # ---- recording -------------------------------------------------------------------------------------------------------
@@ -158,6 +250,8 @@ def record() -> Iterator[Recording]:
     """Record the native ops of this thread inside the with-block; see Recording. Not with the reference backend."""
     if active_backend() == "reference":
         raise RuntimeError("record: the reference backend has nothing to record")
+    if uses_cuda(_CPU):
+        raise RuntimeError("record: CUDA kernels on the host are not recorded")
     recording = Recording()
     recording._native.begin()
     _state.arena = recording._arena

@@ -12,23 +12,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kimi_native import _native, reference
-from kimi_native.checks import check_activation, check_dtype, check_rows, check_tensor, require
+from kimi_native import reference
+from kimi_native.checks import (
+    check_activation,
+    check_device,
+    check_dtype,
+    check_rows,
+    check_tensor,
+    require,
+)
 from kimi_native.native import (  # noqa: F401  the settings, as attributes of this module
     Recording,
     active_backend,
     active_isa,
     backend,
+    call,
     call_with_workspace,
     cpu_features,
+    cpu_kernels,
     cuda_library,
     empty,
     force_isa,
+    int4_tiled_bytes,
     num_threads,
-    pointer,
     record,
     set_num_threads,
     supported_isas,
+    uses_cuda,
+    workspace,
 )
 from kimi_native.weights import (
     GROUP_SIZE,
@@ -36,6 +47,7 @@ from kimi_native.weights import (
     Int4Weight,
     Int8Weight,
     MoeDispatch,
+    check_layout,
 )
 
 __all__ = [
@@ -44,6 +56,7 @@ __all__ = [
     "int4_gemm",
     "int4_grouped_gemm",
     "int4_grouped_swiglu",
+    "int4_quantize",
     "int8_gemm",
     "mla_decode",
     "moe_combine",
@@ -55,6 +68,7 @@ __all__ = [
 ]
 
 _DTYPES = {torch.bfloat16: 0, torch.float32: 1}  # kn::DType
+_COMPUTE = {"exact": 0, "int8": 1}  # kn::Compute
 _SCORING = {"sigmoid": 0, "softmax": 1}  # kn::Scoring
 _GROUP_SCORE = {"top2_sum": 0, "max": 1}  # kn::GroupScore
 
@@ -109,10 +123,11 @@ def moe_route(
     if correction_bias is not None:
         check_tensor("moe_route", "correction_bias", correction_bias, (experts,), torch.float32)
     require(1 <= topk <= experts, f"moe_route: topk must be 1 to {experts} (got {topk})")
-    topk_ids = empty((tokens, topk), torch.int32)
-    topk_weights = empty((tokens, topk), torch.float32)
-    _native.cpu.moe_route(
-        *map(pointer, (logits, correction_bias, topk_ids, topk_weights)),
+    topk_ids = empty((tokens, topk), torch.int32, logits.device)
+    topk_weights = empty((tokens, topk), torch.float32, logits.device)
+    call(
+        "moe_route",
+        (logits, correction_bias, topk_ids, topk_weights),
         *(tokens, experts, topk, n_group, topk_group),
         _SCORING[scoring],
         _GROUP_SCORE[group_score],
@@ -135,19 +150,10 @@ def moe_dispatch(topk_ids: Tensor, experts: int) -> MoeDispatch:
     check_tensor("moe_dispatch", "topk_ids", topk_ids, (None, None), torch.int32)
     require(experts >= 1, f"moe_dispatch: experts must be at least 1 (got {experts})")
     tokens, topk = topk_ids.shape
-    token_index = empty((tokens * topk,), torch.int32)
-    row_index = empty((tokens, topk), torch.int32)
-    expert_offsets = empty((experts + 1,), torch.int32)
-    _native.cpu.moe_dispatch(
-        topk_ids.data_ptr(),
-        token_index.data_ptr(),
-        row_index.data_ptr(),
-        expert_offsets.data_ptr(),
-        tokens,
-        topk,
-        experts,
-    )
-    return MoeDispatch(token_index, row_index, expert_offsets)
+    shapes = ((tokens * topk,), (tokens, topk), (experts + 1,))
+    outputs = [empty(shape, torch.int32, topk_ids.device) for shape in shapes]
+    call("moe_dispatch", (topk_ids, *outputs), tokens, topk, experts)
+    return MoeDispatch(*outputs)
 
 
 def moe_combine(
@@ -176,16 +182,13 @@ def moe_combine(
     tokens, topk = topk_weights.shape
     check_activation("moe_combine", "rows", rows, (tokens * topk, None))
     check_tensor("moe_combine", "row_index", dispatch.row_index, (tokens, topk), torch.int32)
-    out = empty((tokens, rows.shape[1]), out_dtype)
+    out = empty((tokens, rows.shape[1]), out_dtype, rows.device)
     check_activation("moe_combine", "out", out, (tokens, None))
     if shared is not None:
         check_tensor("moe_combine", "shared", shared, tuple(out.shape), out_dtype)
-    _native.cpu.moe_combine(
-        rows.data_ptr(),
-        dispatch.row_index.data_ptr(),
-        topk_weights.data_ptr(),
-        pointer(shared),
-        out.data_ptr(),
+    call(
+        "moe_combine",
+        (rows, dispatch.row_index, topk_weights, shared, out),
         _DTYPES[rows.dtype],
         _DTYPES[out_dtype],
         tokens,
@@ -198,11 +201,18 @@ def moe_combine(
 # ---- experts: INT4 matrices -----------------------------------------------------------------------------------------
 
 
-def int4_gemm(x: Tensor, weight: Int4Weight, *, out_dtype: torch.dtype | None = None) -> Tensor:
+def int4_gemm(
+    x: Tensor,
+    weight: Int4Weight,
+    *,
+    out_dtype: torch.dtype | None = None,
+    compute: str = "exact",
+) -> Tensor:
     """x times an INT4 matrix transposed.
 
     x        [tokens, in]   bf16 or float32; taken as 16-bit block fixed point per 32 (docs/kernels.md, int4_gemm):
                             exact for bf16 entries within 2**-7 of their group's largest, else within 2**-15 of it
+    compute  "int8": x is taken as 8 bits per entry instead, within 1/254 of its group's largest, which is not exact
     returns  [tokens, out]  out_dtype (default: of x); integer dot products are exact, sums in fp32
 
     Raises ValueError on a shape, TypeError on a dtype. Reference: reference.int4_gemm.
@@ -210,28 +220,43 @@ def int4_gemm(x: Tensor, weight: Int4Weight, *, out_dtype: torch.dtype | None = 
     out_dtype = out_dtype or x.dtype
     if active_backend() == "reference":
         return reference.int4_gemm(
-            x, weight.weight_packed, weight.weight_scale, out_dtype=out_dtype
+            x, weight.weight_packed, weight.weight_scale, out_dtype=out_dtype, compute=compute
         )
+    check_layout("int4_gemm", weight, tiled=uses_cuda(x.device))
     parts = (weight.weight_packed, weight.weight_scale)
-    return _group_gemm("int4_gemm", x, *parts, weight.out_features, weight.in_features, out_dtype)
+    sizes = (weight.out_features, weight.in_features)
+    return _group_gemm("int4_gemm", x, *parts, *sizes, out_dtype, _compute("int4_gemm", compute))
+
+
+def _compute(op: str, name: str) -> int:
+    require(name in _COMPUTE, f"{op}: compute must be exact or int8 (got {name})")
+    return _COMPUTE[name]
 
 
 def _group_gemm(
-    op: str, x: Tensor, matrix: Tensor, scale: Tensor, out: int, in_: int, out_dtype: torch.dtype
+    op: str,
+    x: Tensor,
+    matrix: Tensor,
+    scale: Tensor,
+    out: int,
+    in_: int,
+    out_dtype: torch.dtype,
+    *compute: int,
 ) -> Tensor:
     """What int4_gemm and int8_gemm share: everything but the width of a weight."""
     check_activation(op, "x", x, (None, in_))
-    y = empty((x.shape[0], out), out_dtype)
+    y = empty((x.shape[0], out), out_dtype, x.device)
     check_activation(op, "out", y, (None, None))
     call_with_workspace(
         op,
-        *(t.data_ptr() for t in (x, matrix, scale, y)),
+        (x, matrix, scale, y),
         _DTYPES[x.dtype],
         _DTYPES[out_dtype],
         x.shape[0],
         out,
         in_,
         GROUP_SIZE,
+        *compute,
     )
     return y
 
@@ -243,21 +268,24 @@ def _grouped(
     dispatch: MoeDispatch,
     projections: tuple[Int4ExpertWeights, ...],
     out_dtype: torch.dtype,
+    compute: str,
 ) -> Tensor:
     """What the grouped ops share: a row per token and slot, by the matrices of its expert."""
     first = projections[0]
+    for projection in projections:
+        check_layout(op, projection, tiled=uses_cuda(x.device))
     check_activation(op, "x", x, (None, first.in_features))
     check_tensor(op, "expert_offsets", dispatch.expert_offsets, (len(first) + 1,), torch.int32)
     check_tensor(op, "token_index", dispatch.token_index, (None,), torch.int32)
     rows = dispatch.token_index.shape[0]
     if x_index is None:
         require(x.shape[0] == rows, f"{op}: x must have {rows} rows (got {x.shape[0]})")
-    y = empty((rows, first.out_features), out_dtype)
+    y = empty((rows, first.out_features), out_dtype, x.device)
     check_activation(op, "out", y, (None, None))
     tables = [t for p in projections for t in (p.packed_pointers, p.scale_pointers)]
     call_with_workspace(
         op,
-        *(pointer(t) for t in (x, x_index, dispatch.expert_offsets, *tables, y)),
+        (x, x_index, dispatch.expert_offsets, *tables, y),
         _DTYPES[x.dtype],
         _DTYPES[out_dtype],
         x.shape[0],
@@ -266,6 +294,7 @@ def _grouped(
         first.out_features,
         first.in_features,
         GROUP_SIZE,
+        _compute(op, compute),
     )
     return y
 
@@ -277,11 +306,13 @@ def int4_grouped_swiglu(
     up: Int4ExpertWeights,
     *,
     out_dtype: torch.dtype | None = None,
+    compute: str = "exact",
 ) -> Tensor:
     """silu(x Wgate^T) * (x Wup^T) for every dispatched row, by its expert, in one pass over x.
 
     x         [tokens, in]    bf16 or float32; row r reads x[dispatch.token_index[r]]
     gate, up  per expert [out, in] INT4
+    compute   as in int4_gemm
     returns   [rows, out]     out_dtype (default: of x); products, silu and their product in fp32
 
     Raises ValueError on a shape or index, TypeError on a dtype. Reference: reference.int4_grouped_swiglu.
@@ -302,8 +333,9 @@ def int4_grouped_swiglu(
             [(w.weight_packed, w.weight_scale) for w in gate.weights],
             [(w.weight_packed, w.weight_scale) for w in up.weights],
             out_dtype=out_dtype,
+            compute=compute,
         )
-    return _grouped(op, x, dispatch.token_index, dispatch, (gate, up), out_dtype)
+    return _grouped(op, x, dispatch.token_index, dispatch, (gate, up), out_dtype, compute)
 
 
 def int4_grouped_gemm(
@@ -312,11 +344,13 @@ def int4_grouped_gemm(
     weights: Int4ExpertWeights,
     *,
     out_dtype: torch.dtype | None = None,
+    compute: str = "exact",
 ) -> Tensor:
     """x times the INT4 matrix of each row's expert (the down projection).
 
     x        [rows, in]   bf16 or float32, in the order of `dispatch`
     weights  per expert [out, in] INT4
+    compute  as in int4_gemm
     returns  [rows, out]  out_dtype (default: of x)
 
     Raises ValueError on a shape or index, TypeError on a dtype. Reference: reference.int4_grouped_gemm.
@@ -328,8 +362,9 @@ def int4_grouped_gemm(
             dispatch.expert_offsets,
             [(w.weight_packed, w.weight_scale) for w in weights.weights],
             out_dtype=out_dtype,
+            compute=compute,
         )
-    return _grouped("int4_grouped_gemm", x, None, dispatch, (weights,), out_dtype)
+    return _grouped("int4_grouped_gemm", x, None, dispatch, (weights,), out_dtype, compute)
 
 
 # ---- dense matrices -------------------------------------------------------------------------------------------------
@@ -359,11 +394,11 @@ def bf16_gemm(
     _check_bf16_gemm(op, x, weight, out_dtype)
     per_head = x.dim() == 3
     shape = (*x.shape[:-1], weight.shape[-2])
-    y = empty(shape, out_dtype) if out is None else out
+    y = empty(shape, out_dtype, x.device) if out is None else out
     check_rows(op, "out", y, shape, out_dtype)
     call_with_workspace(
         op,
-        *map(pointer, (x, weight, y)),
+        (x, weight, y),
         *(_DTYPES[x.dtype], _DTYPES[out_dtype]),
         *(x.shape[0], x.shape[1] if per_head else 1, *weight.shape[-2:]),
         x.stride(0),
@@ -393,8 +428,7 @@ def _check_bf16_gemm(op: str, x: Tensor, weight: Tensor, out_dtype: torch.dtype)
         x.stride(-1) == 1 and weight.stride(-1) == 1 and weight.stride(-2) == weight.shape[-1],
         f"{op}: rows of x and matrices of weight must be contiguous (got strides {x.stride()} and {weight.stride()})",
     )
-    if x.device.type != "cpu" or weight.device.type != "cpu":
-        raise RuntimeError(f"{op}: no kernel for device {x.device} in this build (supported: cpu)")
+    check_device(op, x)
 
 
 def int8_gemm(x: Tensor, weight: Int8Weight, *, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -410,6 +444,41 @@ def int8_gemm(x: Tensor, weight: Int8Weight, *, out_dtype: torch.dtype | None = 
         return reference.int8_gemm(x, weight.weight, weight.weight_scale, out_dtype=out_dtype)
     parts = (weight.weight, weight.weight_scale)
     return _group_gemm("int8_gemm", x, *parts, weight.out_features, weight.in_features, out_dtype)
+
+
+def int4_quantize(w: Tensor, *, out: Int4Weight | None = None) -> Int4Weight:
+    """A BF16 matrix to INT4 in the checkpoint's layout: the bits of quant.int4.quantize(w), in one pass over w.
+
+    w        [out, in]  bf16, finite, in a multiple of 32
+    out      an Int4Weight of that shape, written; default: a new one
+    returns  Int4Weight; per 32 weights scale = bf16(max|w| / 7), at least 2**-126, and q = w / scale to the nearest
+             integer, halves to even, in -7 .. 7
+
+    Raises ValueError on a shape or on NaN or infinity, TypeError on a dtype. Reference: reference.int4_quantize.
+    """
+    op = "int4_quantize"
+    check_tensor(op, "w", w, (None, None), torch.bfloat16)
+    rows, columns = w.shape
+    require(
+        columns > 0 and columns % GROUP_SIZE == 0,
+        f"{op}: in must be a positive multiple of {GROUP_SIZE} (got {columns})",
+    )
+    if out is None:
+        packed = empty((rows, columns // 8), torch.int32)
+        out = Int4Weight(packed, empty((rows, columns // GROUP_SIZE), torch.bfloat16))
+    require(
+        (out.out_features, out.in_features) == (rows, columns),
+        f"{op}: out must be {[rows, columns]} (got {[out.out_features, out.in_features]})",
+    )
+    if active_backend() == "reference":
+        for written, part in zip(
+            (out.weight_packed, out.weight_scale), reference.int4_quantize(w), strict=True
+        ):
+            written.copy_(part)
+        return out
+    parts = (w, out.weight_packed, out.weight_scale)
+    call("int4_quantize", parts, rows, columns, GROUP_SIZE)
+    return out
 
 
 # ---- attention and norms --------------------------------------------------------------------------------------------
@@ -448,10 +517,10 @@ def mla_decode(
     require(
         1 <= kv_lora_rank <= width, f"{op}: kv_lora_rank must be 1 to {width} (got {kv_lora_rank})"
     )
-    out = empty((batch, heads, kv_lora_rank), q.dtype)
+    out = empty((batch, heads, kv_lora_rank), q.dtype, q.device)
     call_with_workspace(
         op,
-        *map(pointer, (q, cache, page_table, seq_lens, out)),
+        (q, cache, page_table, seq_lens, out),
         *(_DTYPES[q.dtype], _DTYPES[cache.dtype]),
         batch,
         heads,
@@ -478,15 +547,14 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
         return reference.rms_norm(x, weight, eps=eps)
     check_dtype("rms_norm", "x", x, torch.bfloat16, torch.float32)
     require(
-        x.dim() == 2 and x.stride(1) == 1 and x.device.type == "cpu",
-        f"rms_norm: x must be [tokens, hidden] on the cpu with contiguous rows (got {list(x.shape)}, {x.device})",
+        x.dim() == 2 and x.stride(1) == 1,
+        f"rms_norm: x must be [tokens, hidden] with contiguous rows (got {list(x.shape)}, strides {x.stride()})",
     )
     check_tensor("rms_norm", "weight", weight, (x.shape[1],), torch.bfloat16)
-    y = empty(x.shape, x.dtype)
-    _native.cpu.rms_norm(
-        x.data_ptr(),
-        weight.data_ptr(),
-        y.data_ptr(),
+    y = empty(x.shape, x.dtype, x.device)
+    call(
+        "rms_norm",
+        (x, weight, y),
         _DTYPES[x.dtype],
         x.shape[0],
         x.shape[1],
@@ -512,13 +580,10 @@ def add_rms_norm(
     check_activation("add_rms_norm", "x", x, (None, None))
     check_tensor("add_rms_norm", "residual", residual, tuple(x.shape), x.dtype)
     check_tensor("add_rms_norm", "weight", weight, (x.shape[1],), torch.bfloat16)
-    y, total = empty(x.shape, x.dtype), empty(x.shape, x.dtype)
-    _native.cpu.add_rms_norm(
-        x.data_ptr(),
-        residual.data_ptr(),
-        weight.data_ptr(),
-        y.data_ptr(),
-        total.data_ptr(),
+    y, total = (empty(x.shape, x.dtype, x.device) for _ in range(2))
+    call(
+        "add_rms_norm",
+        (x, residual, weight, y, total),
         _DTYPES[x.dtype],
         x.shape[0],
         x.shape[1],
@@ -566,8 +631,9 @@ def rope_append(
     for name, table in (("cos", cos), ("sin", sin)):
         check_tensor(op, name, table, (tokens, rope // 2), torch.float32)
     check_tensor(op, "slots", slots, (tokens,), torch.int64)
-    _native.cpu.rope_append(
-        *map(pointer, (q, latent, k_rope, cos, sin, slots, q_out, cache)),
+    call(
+        "rope_append",
+        (q, latent, k_rope, cos, sin, slots, q_out, cache),
         *(_DTYPES[t.dtype] for t in (q, q_out, cache)),
         tokens,
         heads,
@@ -596,11 +662,10 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         return reference.swiglu(gate, up)
     check_activation("swiglu", "gate", gate, (None, None))
     check_tensor("swiglu", "up", up, tuple(gate.shape), gate.dtype)
-    y = empty(gate.shape, gate.dtype)
-    _native.cpu.swiglu(
-        gate.data_ptr(),
-        up.data_ptr(),
-        y.data_ptr(),
+    y = empty(gate.shape, gate.dtype, gate.device)
+    call(
+        "swiglu",
+        (gate, up, y),
         _DTYPES[gate.dtype],
         gate.shape[0],
         gate.shape[1],

@@ -14,6 +14,7 @@ from kimi_native.cache import PAGE_SIZE
 from kimi_native.checkpoint import Checkpoint, StoredMatrices
 from kimi_native.config import KimiConfig
 from kimi_native.errors import MemoryPlanError
+from kimi_native.huge_pages import aligned_bytes
 from kimi_native.machine import available_memory
 from kimi_native.safetensors_file import DTYPE_BYTES, TensorInfo
 from kimi_native.tensor_table import (
@@ -24,18 +25,20 @@ from kimi_native.tensor_table import (
 from kimi_native.units import bytes_text
 
 PREFILL_CHUNK = 1024  # as in model.py, which this module does not import: planning needs no kernels
+QUERY_BLOCK = 32  # as in attention.py
 EXPANDED_BYTES = 256 << 20
 INTERPRETER_BYTES = (
     400 << 20
 )  # measured: 0.15 GB private after import, 0.23 GB with threads; room for the caller
-INT8_GROUP = 32
+GROUP_SIZE = 32  # weights that share a scale of 2 bytes
+DENSE_FORMATS = ("bf16", "int8", "int4")  # most exact first
 ITEM_BYTES = {"bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
 class Settings:
     """What the caller chooses: max_context and max_batch in tokens and sequences, dtype of activations and cache
-    ("bfloat16", "float32"), dense ("bf16": matrices as published, "int8": 8-bit copies)."""
+    ("bfloat16", "float32"), dense ("bf16": matrices as published, "int8", "int4": copies of 8 or 4 bits)."""
 
     max_context: int
     max_batch: int
@@ -145,7 +148,7 @@ def _check_settings(s: Settings) -> None:
         value = getattr(s, name)
         if type(value) is not int or not 1 <= value <= 1 << 40:
             raise ValueError(f"memory_plan: {name} must be a positive integer (got {value!r})")
-    for name, allowed in (("dtype", tuple(ITEM_BYTES)), ("dense", ("bf16", "int8"))):
+    for name, allowed in (("dtype", tuple(ITEM_BYTES)), ("dense", DENSE_FORMATS)):
         value = getattr(s, name)
         if value not in allowed:
             raise ValueError(f"memory_plan: {name} must be {' or '.join(allowed)} (got {value!r})")
@@ -158,9 +161,9 @@ class _Weights:
     """Bytes that the loader copies and bytes that stay mapped, by the rules of the loader:
 
     - BF16 and INT4 matrices are used in place; F16 and F32 become BF16 copies, FP8 too: 2 bytes a weight.
-    - dense="int8" makes 8-bit copies, 1 + 2/32 bytes a weight, of the dense matrices that are not INT4. kv_b_proj is
-      not among them (absorbed decoding takes it apart), nor one whose in_features are no multiple of 32, nor a head
-      tied to the embedding.
+    - dense="int8" (or "int4") makes copies of 1 (or 1/2) + 2/32 bytes a weight, integers and scales at cache lines, of
+      the dense matrices that are not INT4. kv_b_proj is not among them (absorbed decoding takes it apart), nor one
+      whose in_features are no multiple of 32, nor a head tied to the embedding.
     - kv_b_proj also gets its key half transposed, heads * nope * kv_lora_rank in BF16 per layer.
     - Experts of a layer are all INT4 or all BF16: where some are not INT4, the others become BF16.
     - Norms, router and embedding are used in place if BF16, else converted; the router's bias becomes F32.
@@ -168,10 +171,11 @@ class _Weights:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.config: KimiConfig = checkpoint.config
-        self.copied = {"bf16": 0, "int8": 0}
-        self.scratch = {"bf16": 0, "int8": 0}  # the largest temporary of one conversion
-        self._mapped = {"bf16": 0, "int8": 0}
-        self._touched = {"bf16": 0, "int8": 0}  # mapped bytes per decoded token
+        # By the format of the dense matrices.
+        self.copied = dict.fromkeys(DENSE_FORMATS, 0)
+        self.scratch = dict.fromkeys(DENSE_FORMATS, 0)  # the largest temporary of one conversion
+        self._mapped = dict.fromkeys(DENSE_FORMATS, 0)
+        self._touched = dict.fromkeys(DENSE_FORMATS, 0)  # mapped bytes per decoded token
         experts = [s for s in checkpoint.stored if _is_expert(s)]
         mixed = {_layer(s.names[0]) for s in experts if s.form != "int4"}
         for s in checkpoint.stored:
@@ -188,7 +192,7 @@ class _Weights:
     def _add_matrices(self, group: StoredMatrices, mixed: bool) -> None:
         """mixed: experts of a layer whose experts are not all INT4."""
         expert = _is_expert(group)
-        for dense in ("bf16", "int8"):
+        for dense in DENSE_FORMATS:
             copied, scratch = _conversion(group, dense, mixed)
             self.copied[dense] += copied * len(group.names)
             self.scratch[dense] = max(self.scratch[dense], scratch)
@@ -202,7 +206,7 @@ class _Weights:
         embedding = name.endswith("embed_tokens.weight")
         row_only = embedding and not self.config.tie_word_embeddings
         wanted, size = ("F32", 4) if name.endswith("e_score_correction_bias") else ("BF16", 2)
-        for dense in ("bf16", "int8"):
+        for dense in DENSE_FORMATS:
             if info.dtype != wanted:
                 self.copied[dense] += numel_of(info.shape) * size
                 self.scratch[dense] = max(self.scratch[dense], info.nbytes)
@@ -228,10 +232,12 @@ def _conversion(group: StoredMatrices, dense: str, mixed: bool) -> tuple[int, in
         return (numel * 2, 0) if absorbed or mixed else (0, 0)
     # F16 and F32 are converted back once, to see that nothing was lost.
     scratch = numel * DTYPE_BYTES[dtype] if dtype in ("F16", "F32") else 0
-    in_groups = group.in_features % INT8_GROUP == 0
-    if dense == "int8" and in_groups and not absorbed and not _is_expert(group):
+    in_groups = group.in_features % GROUP_SIZE == 0
+    if dense != "bf16" and in_groups and not absorbed and not _is_expert(group):
         by_way_of_bf16 = 0 if dtype == "BF16" else numel * 2
-        return numel + numel // INT8_GROUP * 2, scratch + by_way_of_bf16
+        integers = numel if dense == "int8" else numel // 2
+        copy = aligned_bytes(integers) + aligned_bytes(numel // GROUP_SIZE * 2)
+        return copy, scratch + by_way_of_bf16
     return (0, 0) if dtype == "BF16" else (numel * 2, scratch)
 
 
@@ -263,8 +269,7 @@ def _prefill_bytes(c: KimiConfig, s: Settings) -> int:
       attention  heads * (query, its rotated parts and the fp32 copy that attends; the fp32 and rounded outputs)
       MLP        dense 3 * intermediate; experts topk * (3 * width + hidden in fp32), shared experts 3 * width
     Per cached token: the gathered row three times; keys and values in fp32 of as many heads as model.py expands at
-    once, each as expanded, as joined, and padded twice. A mask of chunk x context (6 bytes) from the second chunk on.
-    The logits in fp32.
+    once, each as expanded, as joined, and padded twice. A mask of QUERY_BLOCK x context (6 bytes). The logits in fp32.
     """
     item, keys = ITEM_BYTES[s.dtype], s.max_context
     chunk = min(PREFILL_CHUNK, keys)
@@ -279,7 +284,7 @@ def _prefill_bytes(c: KimiConfig, s: Settings) -> int:
     at_once = min(heads, max(1, EXPANDED_BYTES // (keys * padded * 12)))
     floats = c.qk_nope_head_dim + c.v_head_dim + c.qk_head_dim + 4 * padded
     expanded = keys * (at_once * floats * 4 + 3 * c.latent_width * 4)
-    mask = chunk * keys * 6 if keys > chunk else 0
+    mask = QUERY_BLOCK * keys * 6
     return tokens + expanded + mask + s.max_batch * c.vocab_size * 4
 
 
@@ -303,7 +308,9 @@ def _suggestions(weights: _Weights, s: Settings, available: int) -> tuple[str, .
     def needed(t: Settings) -> int:
         return sum(size for _, size in _items(weights, t))
 
-    other_dense = replace(s, dense="int8" if s.dense == "bf16" else "bf16")
+    others = [replace(s, dense=dense) for dense in DENSE_FORMATS if dense != s.dense]
+    fitting = (t for t in others if needed(t) <= available)  # the most exact first
+    other_dense = next(fitting, min(others, key=needed))
     changes = {
         "max_batch=1": replace(s, max_batch=1),
         f'dense="{other_dense.dense}"': other_dense,

@@ -122,7 +122,30 @@ _TINY = {
     "vocab_size": 2048,
 }
 
+# kimi-nano, the bundled model: trained on two cores, decoded at hundreds of tokens per second on them.
+_NANO = {
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "kv_lora_rank": 64,
+    "max_position_embeddings": 32768,
+    "moe_intermediate_size": 96,
+    "n_routed_experts": 32,
+    "n_shared_experts": 1,
+    "num_attention_heads": 6,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 5,
+    "num_key_value_heads": 6,
+    "q_lora_rank": 96,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.5,
+    "v_head_dim": 32,
+    "vocab_size": 1024,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
+    "nano": _NANO,
     "tiny": _TINY,
     "tiny-noqlora": {**_TINY, "q_lora_rank": None, "n_shared_experts": 2, "rope_scaling": None},
     # A ramp instead of a step, and mscale != mscale_all_dim: the one case where cos and sin are scaled.

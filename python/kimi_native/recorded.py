@@ -1,8 +1,11 @@
 """A model whose decode steps are replayed: the ops of one step are recorded once per batch size, then made again by a
-single native call. The numbers are those of KimiModel.decode, to the bit; what goes is the Python between two ops.
+single native call, or on a GPU as a CUDA graph. The numbers are those of KimiModel.decode, to the bit; what goes is the
+Python between two ops.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,6 +13,7 @@ from torch import Tensor
 from kimi_native import ops
 from kimi_native.cache import CachedSequence, LatentCache
 from kimi_native.model import Experts, KimiModel, Step
+from kimi_native.placement import HostExperts
 
 MAX_RECORDED_BATCH = 16  # beyond it the Python between the ops hardly shows, and buffers grow
 
@@ -17,8 +21,8 @@ MAX_RECORDED_BATCH = 16  # beyond it the Python between the ops hardly shows, an
 class RecordedModel:
     """`prefill` and `decode` of a KimiModel over one cache. Its modules and weights must not be replaced any more.
 
-    Not recorded, but run as they are: models with BF16 experts (they loop over the hit experts in Python), larger
-    batches, and the reference backend.
+    Logits come back to the CPU. Not recorded, but run as they are: models whose experts are BF16 (they loop over the
+    hit experts in Python) or on the CPU beside a GPU, larger batches, and the reference backend.
     """
 
     def __init__(self, model: KimiModel, cache: LatentCache) -> None:
@@ -26,11 +30,11 @@ class RecordedModel:
         self._model = model
         self._cache = cache
         self._steps: dict[int, _RecordedStep] = {}
-        self._recordable = not any(isinstance(m, Experts) for m in model.modules())
+        self._recordable = not any(isinstance(m, Experts | HostExperts) for m in model.modules())
 
     def prefill(self, ids: Tensor, cache: LatentCache, seq: CachedSequence) -> Tensor:
         """See KimiModel.prefill."""
-        return self._model.prefill(ids, cache, seq)
+        return self._model.prefill(ids, cache, seq).cpu()
 
     # Under inference_mode torch shows a recording its composite operations whole, views and copies alike.
     @torch.inference_mode(mode=False)
@@ -44,35 +48,37 @@ class RecordedModel:
             or not 1 <= batch <= MAX_RECORDED_BATCH
             or ops.active_backend() != "native"
         ):
-            return self._model.decode(ids, cache, seqs)
+            return self._model.decode(ids, cache, seqs).cpu()
         step = self._model.decode_step(ids, cache, seqs)
         if batch not in self._steps:
             self._steps[batch] = _RecordedStep(self._model, cache, batch)
         logits = self._steps[batch].run(self._model.embed(ids), step)
         for seq in seqs:
             seq.length += 1
-        return logits
+        return logits.cpu()
 
 
 class _RecordedStep:
-    """One batch size: the buffers that change from step to step, and the recording that reads them."""
+    """One batch size: the buffers that change from step to step, and what reads them, a recording or a CUDA graph."""
 
     def __init__(self, model: KimiModel, cache: LatentCache, batch: int) -> None:
         config = model.config
         pages = min(cache.num_pages, -(-config.max_position_embeddings // cache.page_size))
         half = config.qk_rope_head_dim // 2
         self._model = model
-        self._x = torch.empty(batch, config.hidden_size, dtype=model.dtype)
+        where = {"device": cache.device}
+        self._x = torch.empty(batch, config.hidden_size, dtype=model.dtype, **where)
         self._step = Step(
             cache,
-            torch.zeros(batch, dtype=torch.int64),
-            torch.empty(batch, half),
-            torch.empty(batch, half),
-            page_table=torch.zeros(batch, pages, dtype=torch.int32),
-            seq_lens=torch.zeros(batch, dtype=torch.int32),
+            torch.zeros(batch, dtype=torch.int64, **where),
+            torch.empty(batch, half, **where),
+            torch.empty(batch, half, **where),
+            page_table=torch.zeros(batch, pages, dtype=torch.int32, **where),
+            seq_lens=torch.zeros(batch, dtype=torch.int32, **where),
         )
-        self._recording: ops.Recording | None = None
+        self._replay: Callable[[], None] | None = None
         self._logits: Tensor | None = None
+        self._scratch: Tensor | None = None  # that the graph's kernels write to
 
     def run(self, x: Tensor, step: Step) -> Tensor:
         mine = self._step
@@ -82,10 +88,24 @@ class _RecordedStep:
         mine.sin.copy_(step.sin)
         mine.page_table[:, : step.page_table.shape[1]].copy_(step.page_table)
         mine.seq_lens.copy_(step.seq_lens)
-        if self._recording is None:
-            with ops.record() as recording:
-                self._logits = self._model.logits(*self._model.model(self._x, mine))
-            self._recording = recording
+        if self._replay is None:
+            self._replay = self._capture() if self._x.is_cuda else self._record()
         else:
-            self._recording.replay()
+            self._replay()
         return self._logits
+
+    def _record(self) -> Callable[[], None]:
+        with ops.record() as recording:
+            self._logits = self._model.logits(*self._model.model(self._x, self._step))
+        return recording.replay
+
+    def _capture(self) -> Callable[[], None]:
+        """Capturing runs nothing: the step is made before, which also sizes the scratch, and replayed after."""
+        self._model.logits(*self._model.model(self._x, self._step))
+        torch.cuda.synchronize(self._x.device)
+        self._scratch = ops.workspace(0, self._x.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._logits = self._model.logits(*self._model.model(self._x, self._step))
+        graph.replay()
+        return graph.replay

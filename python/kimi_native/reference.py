@@ -138,16 +138,48 @@ def _matmul(x: Tensor, w: Tensor) -> Tensor:
     return x.to(wide) @ w.to(wide).transpose(-1, -2)
 
 
+def activations(x: Tensor, compute: str) -> Tensor:
+    """What INT4 matrices meet: x itself ("exact"), or x in 8 bits per 32 entries ("int8", not differentiable)."""
+    if compute == "exact":
+        return x
+    if compute != "int8":
+        raise ValueError(f"activations: compute must be exact or int8 (got {compute})")
+    groups = x.to(_wide(x)).unflatten(-1, (-1, 32))
+    largest = groups.abs().amax(dim=-1, keepdim=True).clamp_min(2.0**-100)
+    return (torch.round(groups * (127 / largest)) * (largest / 127)).flatten(-2)
+
+
 def int4_gemm(
-    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, *, out_dtype: torch.dtype
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    *,
+    out_dtype: torch.dtype,
+    compute: str = "exact",
 ) -> Tensor:
     """x times a dequantized INT4 matrix transposed; see ops.int4_gemm."""
-    return _matmul(x, dequantize_int4(weight_packed, weight_scale)).to(out_dtype)
+    w = dequantize_int4(weight_packed, weight_scale)
+    return _matmul(activations(x, compute), w).to(out_dtype)
 
 
 def int8_gemm(x: Tensor, weight: Tensor, weight_scale: Tensor, *, out_dtype: torch.dtype) -> Tensor:
     """x times a dequantized INT8 matrix transposed; see ops.int8_gemm."""
     return _matmul(x, dequantize_int8(weight, weight_scale)).to(out_dtype)
+
+
+def int4_quantize(w: Tensor) -> tuple[Tensor, Tensor]:
+    """(weight_packed, weight_scale) of a BF16 matrix; see ops.int4_quantize. The result is not differentiable."""
+    groups = w.detach().to(_wide(w)).unflatten(1, (-1, 32))
+    largest = groups.abs().amax(dim=2)
+    bad = int((~largest.isfinite()).sum())
+    if bad:
+        raise ValueError(
+            f"int4_quantize: w must be finite (got NaN or infinite values in {bad} groups of 32)"
+        )
+    scale = (largest / 7).clamp_min(2.0**-126).to(torch.bfloat16)
+    q = torch.round(groups / scale.to(groups.dtype)[:, :, None]).to(torch.int64).flatten(1)
+    words = sum((q[:, k::8] + 8) << 4 * k for k in range(8))
+    return torch.where(words < 2**31, words, words - 2**32).to(torch.int32), scale
 
 
 def bf16_gemm(x: Tensor, weight: Tensor, *, out_dtype: torch.dtype) -> Tensor:
@@ -176,6 +208,7 @@ def int4_grouped_swiglu(
     up: list[tuple[Tensor, Tensor]],
     *,
     out_dtype: torch.dtype,
+    compute: str = "exact",
 ) -> Tensor:
     """silu(x Wgate^T) * (x Wup^T) by each row's expert; gate and up are (weight_packed, weight_scale) per expert."""
 
@@ -183,7 +216,8 @@ def int4_grouped_swiglu(
         g = _matmul(rows, dequantize_int4(*gate[e]))
         return g * torch.sigmoid(g) * _matmul(rows, dequantize_int4(*up[e]))
 
-    return _per_expert(x[token_index.long()], expert_offsets, expert).to(out_dtype)
+    rows = activations(x, compute)[token_index.long()]
+    return _per_expert(rows, expert_offsets, expert).to(out_dtype)
 
 
 def int4_grouped_gemm(
@@ -192,10 +226,13 @@ def int4_grouped_gemm(
     weights: list[tuple[Tensor, Tensor]],
     *,
     out_dtype: torch.dtype,
+    compute: str = "exact",
 ) -> Tensor:
     """x times the INT4 matrix of each row's expert; weights are (weight_packed, weight_scale) per expert."""
     return _per_expert(
-        x, expert_offsets, lambda e, rows: _matmul(rows, dequantize_int4(*weights[e]))
+        activations(x, compute),
+        expert_offsets,
+        lambda e, rows: _matmul(rows, dequantize_int4(*weights[e])),
     ).to(out_dtype)
 
 

@@ -4,8 +4,8 @@ The draw is an inverse CDF over the surviving tokens in id order, with one unifo
 generator (Philox, keyed by the seed, counted by the sequence position). So the same seed gives the same tokens
 whatever else is in the batch and whatever the process did before, and a filter that removes nothing changes nothing.
 
-Order, as vLLM: repetition, frequency and presence penalty; temperature; min_p; top_k; top_p. Sums are float64 in a
-fixed order (numpy, one thread); ties go to the lowest id.
+Order, as vLLM: repetition, frequency and presence penalty; what is not allowed; temperature; min_p; top_k; top_p. Sums
+are float64 in a fixed order (numpy, one thread); ties go to the lowest id.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ MAX_STOP_LENGTH = 1024  # characters of one stop string: text that long is held 
 MAX_LOGPROBS = 20  # alternatives per token, as common servers allow
 MAX_TOKEN_ID = 2**31 - 1
 _BINS = 4096  # of the top_p histogram
+_MAX_SORTED = 2048  # tokens that top_p sorts at once; beyond it the histogram is quicker
 
 # generation_config.json fields that mean the same here; the file's max_length is the context, which the engine knows.
 _CONFIG_FIELDS = {
@@ -236,6 +237,7 @@ def sample(
     seed: int,
     position: int,
     history: TokenHistory | None = None,
+    allowed: np.ndarray | None = None,
 ) -> SampledToken:
     """Chooses one token.
 
@@ -243,6 +245,7 @@ def sample(
     seed      key of the random draw (params.seed is not read: the caller has settled it)
     position  index in the sequence, prompt included, of the token to choose: the counter of the random draw
     history   prompt and output so far; needed for the penalties only
+    allowed   [vocab] bool: the tokens to choose from, at least one; the logprobs stay those of all
 
     Raises NonFiniteLogitsError naming the position, ValueError on a shape, TypeError on a dtype.
     """
@@ -258,6 +261,13 @@ def sample(
             f"at position {position})"
         )
     scores = _penalized(raw, params, history)
+    if allowed is not None:
+        if allowed.shape != raw.shape or not allowed.any():
+            raise ValueError(
+                f"sample: allowed must be True for at least one of {raw.size} tokens "
+                f"(got {int(allowed.sum())} of {allowed.size})"
+            )
+        scores = np.where(allowed, scores, -np.inf)
     if params.temperature == 0:
         chosen = int(np.argmax(scores))
     else:
@@ -335,28 +345,55 @@ def _top_p(
 ) -> np.ndarray:
     """Keeps a token while the probability of the better ones is below top_p.
 
-    A histogram of probability over the distance from the best score finds the one bin in which the bound is reached;
-    only that bin is sorted. Equal scores share a bin, so order and ties are those of a full sort.
+    Probability is counted in steps of about 2**-53 times the number of tokens, of the best one: their sums are exact,
+    hence the same in any order, and neither shortcut can differ from a full sort.
     """
     pool = scores if ids is None else scores[ids]
-    mass = weights if ids is None else weights[ids]
+    counts = (weights if ids is None else weights[ids]) * 2.0 ** (53 - pool.size.bit_length())
+    np.rint(counts, out=counts)
+    bound = params.top_p * counts.sum()
+    kept = _kept_of_few(pool, counts, bound)
+    if kept is None:
+        kept = _kept_of_many(pool, counts, bound, params.temperature)
+    return kept if ids is None else ids[kept]
+
+
+def _kept_of_few(pool: np.ndarray, counts: np.ndarray, bound: float) -> np.ndarray | None:
+    """The usual case: sorts only the tokens that weigh enough; None if they are too many."""
+    # All tokens at or below this weight together are within what the bound leaves over.
+    heavy = counts > (counts.sum() - bound) / counts.size
+    if not 0 < np.count_nonzero(heavy) <= _MAX_SORTED:
+        return None
+    best = np.flatnonzero(pool >= pool[heavy].min())  # the best of all in order, ties included
+    order = best[np.argsort(-pool[best], kind="stable")]
+    reached = np.cumsum(counts[order])
+    if reached[-1] < bound:  # the limit of `heavy` was rounded
+        return None
+    return np.sort(order[: 1 + int(np.searchsorted(reached, bound, side="left"))])
+
+
+def _kept_of_many(
+    pool: np.ndarray, counts: np.ndarray, bound: float, temperature: float
+) -> np.ndarray:
+    """A histogram over the distance from the best score finds the bin in which the bound is reached; only that bin is
+    sorted. Equal scores share a bin."""
     gap = pool.max().astype(np.float64) - pool
-    # Weights past 64 nats are below 2**-92 of the best: the last bin may as well hold them all.
-    widest = min(float(gap.max()), 64 * params.temperature)
-    bins = np.zeros(pool.size, dtype=np.int64)
+    # Weights past 64 nats count as 0: the last bin may as well hold them all.
+    widest = min(float(gap.max()), 64 * temperature)
     if widest > 0:
-        bins = np.minimum(gap / widest * _BINS, _BINS - 1).astype(np.int64)
-    reached = np.cumsum(np.bincount(bins, weights=mass, minlength=_BINS))
-    bound = params.top_p * reached[-1]
+        gap /= widest
+        gap *= _BINS
+        np.minimum(gap, _BINS - 1, out=gap)
+    bins = gap.astype(np.int64)
+    reached = np.cumsum(np.bincount(bins, weights=counts, minlength=_BINS))
     crossing = int(np.searchsorted(reached, bound, side="left"))
     inside = np.flatnonzero(bins == crossing)
     order = inside[np.argsort(-pool[inside], kind="stable")]
     before = reached[crossing - 1] if crossing else 0.0
-    # Of the sorted bin, the first token is kept, and each next one while the sum before it is below the bound.
-    kept = 1 + int(np.searchsorted(before + np.cumsum(mass[order]), bound, side="left"))
+    kept = 1 + int(np.searchsorted(before + np.cumsum(counts[order]), bound, side="left"))
     keep = bins < crossing
     keep[order[:kept]] = True
-    return np.flatnonzero(keep) if ids is None else ids[keep]
+    return np.flatnonzero(keep)
 
 
 def _draw(weights: np.ndarray, ids: np.ndarray | None, u: float) -> int:

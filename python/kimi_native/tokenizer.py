@@ -46,6 +46,11 @@ class Tokenizer:
         self.special_ids = data.special_ids
         self.eos_ids = data.eos_ids
 
+    @property
+    def token_bytes(self) -> list[bytes]:
+        """Bytes of every id; control ids give their names, ids without a token nothing."""
+        return [b"" if token is None else token for token in self._token_bytes]
+
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text: never a control id, whatever the text spells.
 

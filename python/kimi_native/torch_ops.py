@@ -143,6 +143,21 @@ _register(
         x, x.shape[0], weight.shape[0], dtype=out_dtype
     ),
 )
+
+
+def _int4_quantize(w: Tensor) -> tuple[Tensor, Tensor]:
+    weight = ops.int4_quantize(w)
+    return weight.weight_packed, weight.weight_scale
+
+
+_register(
+    "int4_quantize(Tensor w) -> (Tensor, Tensor)",
+    _int4_quantize,
+    lambda w: (
+        _like(w, w.shape[0], w.shape[1] // 8, dtype=torch.int32),
+        _like(w, w.shape[0], w.shape[1] // 32),
+    ),
+)
 _register(
     "bf16_gemm(Tensor x, Tensor weight, *, ScalarType? out_dtype=None) -> Tensor",
     ops.bf16_gemm,

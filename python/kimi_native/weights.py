@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ class Int4Weight:
 
     weight_packed: Tensor
     weight_scale: Tensor
+    is_tiled: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_dtype("Int4Weight", "weight_packed", self.weight_packed, torch.int32)
@@ -50,24 +52,54 @@ class Int4Weight:
         return self.weight_packed.shape[1] * 8
 
 
+@dataclass(frozen=True)
+class Int4TiledWeight:
+    """One INT4 matrix in the layout of the CUDA kernels (layout.h), made by quant.tiles from an Int4Weight.
+
+    weight_packed  tiles, uint8, on the GPU
+    weight_scale   their scales, uint8, on the GPU
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    out_features: int
+    in_features: int
+    is_tiled: ClassVar[bool] = True
+
+
+def check_layout(
+    op: str, weight: Int4Weight | Int4TiledWeight | Int4ExpertWeights, *, tiled: bool
+) -> None:
+    """CUDA kernels read tiles and CPU kernels the checkpoint's layout; the wrong one would be read as noise."""
+    require(
+        weight.is_tiled == tiled,
+        f"{op}: weights must be {'tiles' if tiled else 'in the layout of the checkpoint'} on this device "
+        f"(got {'tiles' if weight.is_tiled else 'the layout of the checkpoint'}; quant.tiles makes one from the other)",
+    )
+
+
 class Int4ExpertWeights:
     """The same projection of every expert: one pointer per expert, so each may live in its own mapped file.
 
-    weights                          one Int4Weight per expert, all of one shape
+    weights                          one Int4Weight, or one Int4TiledWeight, per expert, all of one shape
     packed_pointers, scale_pointers  [experts] int64, addresses of their tensors
     """
 
-    def __init__(self, weights: list[Int4Weight]) -> None:
+    is_tiled = False
+
+    def __init__(self, weights: list[Int4Weight] | list[Int4TiledWeight]) -> None:
         require(len(weights) > 0, "Int4ExpertWeights: at least one expert is needed (got 0)")
         shapes = {(w.out_features, w.in_features) for w in weights}
         require(len(shapes) == 1, f"Int4ExpertWeights: experts must share one shape (got {shapes})")
         self.weights = weights
+        self.is_tiled = weights[0].is_tiled
         out_features, in_features = shapes.pop()
         self._point(
             [w.weight_packed.data_ptr() for w in weights],
             [w.weight_scale.data_ptr() for w in weights],
             out_features,
             in_features,
+            weights[0].weight_packed.device,
         )
 
     @classmethod
@@ -89,11 +121,16 @@ class Int4ExpertWeights:
         return self
 
     def _point(
-        self, packed: list[int], scale: list[int], out_features: int, in_features: int
+        self,
+        packed: list[int],
+        scale: list[int],
+        out_features: int,
+        in_features: int,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.out_features, self.in_features = out_features, in_features
-        self.packed_pointers = torch.tensor(packed, dtype=torch.int64)
-        self.scale_pointers = torch.tensor(scale, dtype=torch.int64)
+        self.packed_pointers = torch.tensor(packed, dtype=torch.int64, device=device)
+        self.scale_pointers = torch.tensor(scale, dtype=torch.int64, device=device)
 
     @functools.cached_property
     def weights(self) -> list[Int4Weight]:

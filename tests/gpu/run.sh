@@ -76,6 +76,9 @@ step "conformance: each wrapper here and in the shim, on the same bits"
 step "the ops against float64; on a GPU, once more as CUDA graphs"
 KIMI_NATIVE_SYNC=0 "${pytest[@]}" tests/simt/test_cuda_*.py
 
+step "a model on the GPU against the CPU, and its steps as CUDA graphs"
+"${pytest[@]}" tests/gpu/test_model.py
+
 if $rehearse; then
   left_out+=("compute-sanitizer: it needs a GPU" "CUDA graphs: they need a GPU")
 else
@@ -84,7 +87,7 @@ else
     compute-sanitizer --tool $tool --error-exitcode 9 --print-limit 5 "${pytest[@]}" -x "${tests[@]}"
   done
 fi
-left_out+=("the model on a GPU, and benchmarks against peers: not built yet")
+left_out+=("benchmarks against peers: not built yet")
 
 step "done"
 printf 'not run: %s\n' "${left_out[@]}"

@@ -14,6 +14,7 @@ SCALARS = {
     "float": ctypes.c_float,
     "bool": ctypes.c_bool,
     "DType": ctypes.c_int32,
+    "Compute": ctypes.c_int32,
     "Scoring": ctypes.c_int32,
     "GroupScore": ctypes.c_int32,
 }

@@ -148,6 +148,7 @@ def test_cuda_int4_gemm_reads_shared_memory_without_bank_conflicts():
     ("change", "message"),
     [
         ({"group_size": 64}, "group_size must be 32"),
+        ({"compute": 1}, r"compute must be exact \(0\) on a GPU \(got 1\)"),
         ({"in": 48}, "in must be a positive multiple of 32"),
         ({"x_dtype": 2}, r"x must be bf16 \(0\) or fp32 \(1\)"),
         ({"tokens": -1}, "non-negative"),

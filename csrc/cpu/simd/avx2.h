@@ -186,6 +186,33 @@ KN_INLINE f32x16 load_odd(const float* p) {
   return {every_second<0xdd>(p), every_second<0xdd>(p + 16)};
 }
 
+// The largest of 32 magnitudes: NaN if one is NaN, else infinite if one is.
+KN_INLINE float largest_of(__m128i magnitudes) {  // of 8, by the instruction that finds a smallest
+  const __m128i flipped = _mm_xor_si128(magnitudes, _mm_set1_epi32(-1));
+  const int bits = ~_mm_cvtsi128_si32(_mm_minpos_epu16(flipped)) & 0x7fff;
+  return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(bits << 16)));
+}
+KN_INLINE float largest_magnitude(const bf16* p) {
+  const __m256i mask = _mm256_set1_epi16(0x7fff);
+  const __m256i a = _mm256_and_si256(_mm256_loadu_si256((const __m256i*)p), mask);
+  const __m256i b = _mm256_and_si256(_mm256_loadu_si256((const __m256i*)(p + 16)), mask);
+  const __m256i both = _mm256_max_epu16(a, b);
+  return largest_of(_mm_max_epu16(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1)));
+}
+// The low four bits of each lane, those of `even` in the low half of a byte.
+KN_INLINE __m256i nibble_pairs(__m256 even, __m256 odd) {
+  const __m256i low = _mm256_and_si256(_mm256_castps_si256(even), _mm256_set1_epi32(15));
+  const __m256i high = _mm256_and_si256(_mm256_castps_si256(odd), _mm256_set1_epi32(15));
+  return _mm256_or_si256(low, _mm256_slli_epi32(high, 4));
+}
+KN_INLINE void store_nibbles(uint8_t* p, f32x16 even, f32x16 odd) {
+  const __m256i words =
+      _mm256_packus_epi32(nibble_pairs(even.lo, odd.lo), nibble_pairs(even.hi, odd.hi));
+  const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
+  _mm_storeu_si128((__m128i*)p, _mm_packus_epi16(_mm256_castsi256_si128(ordered),
+                                                 _mm256_extracti128_si256(ordered, 1)));
+}
+
 // sum_lanes of 16 registers, `p` and the next at 64 bytes: lane i is the sum of register i.
 KN_INLINE f32x16 sum_lanes16(const float* p) {
   float sums[16];

@@ -121,6 +121,25 @@ KN_INLINE f32x16 every_second(const float* p, int from) {
 KN_INLINE f32x16 load_even(const float* p) { return every_second(p, 0); }
 KN_INLINE f32x16 load_odd(const float* p) { return every_second(p, 1); }
 
+// The largest of 32 magnitudes: NaN if one is NaN, else infinite if one is.
+KN_INLINE float largest_of(__m128i magnitudes) {  // of 8, by the instruction that finds a smallest
+  const __m128i flipped = _mm_xor_si128(magnitudes, _mm_set1_epi32(-1));
+  const int bits = ~_mm_cvtsi128_si32(_mm_minpos_epu16(flipped)) & 0x7fff;
+  return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(bits << 16)));
+}
+KN_INLINE float largest_magnitude(const bf16* p) {
+  const __m512i all = _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi16(0x7fff));
+  const __m256i half =
+      _mm256_max_epu16(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+  return largest_of(_mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+}
+// The low four bits of each lane, those of `even` in the low half of a byte.
+KN_INLINE void store_nibbles(uint8_t* p, f32x16 even, f32x16 odd) {
+  const __m512i low = _mm512_and_si512(_mm512_castps_si512(even.v), _mm512_set1_epi32(15));
+  const __m512i high = _mm512_slli_epi32(_mm512_castps_si512(odd.v), 4);
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_or_si512(low, high)));
+}
+
 // sum_lanes of 16 registers, `p` and the next at 64 bytes: lane i is the sum of register i. Each
 // step adds the halves (quarters, pairs, ...) of two registers at once: a blend, a shuffle and an
 // addition, whose operands may come in either order. The registers enter in bit-reversed order and

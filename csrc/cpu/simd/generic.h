@@ -185,6 +185,27 @@ KN_INLINE f32x16 load_odd(const bf16* p) { return every_second(p, 1); }
 KN_INLINE f32x16 load_even(const bf16* p, int n) { return every_second(p, n, 0); }
 KN_INLINE f32x16 load_odd(const bf16* p, int n) { return every_second(p, n, 1); }
 
+// The largest of 32 magnitudes: NaN if one is NaN, else infinite if one is.
+KN_INLINE float largest_magnitude(const bf16* p) {
+  uint16_t bits[32], largest = 0;
+  std::memcpy(bits, p, sizeof bits);
+  for (int i = 0; i < 32; ++i) {
+    const uint16_t magnitude = bits[i] & 0x7fff;
+    largest = largest > magnitude ? largest : magnitude;
+  }
+  const uint32_t u = uint32_t(largest) << 16;
+  float r;
+  std::memcpy(&r, &u, 4);
+  return r;
+}
+// The low four bits of each lane, those of `even` in the low half of a byte.
+KN_INLINE void store_nibbles(uint8_t* p, f32x16 even, f32x16 odd) {
+  uint32_t low[16], high[16];
+  std::memcpy(low, even.v, sizeof low);
+  std::memcpy(high, odd.v, sizeof high);
+  for (int i = 0; i < 16; ++i) p[i] = uint8_t((low[i] & 15) | (high[i] & 15) << 4);
+}
+
 // sum_lanes of 16 registers, `p` and the next at 64 bytes: lane i is the sum of register i.
 KN_INLINE f32x16 sum_lanes16(const float* p) {
   f32x16 r;

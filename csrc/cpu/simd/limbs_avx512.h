@@ -165,6 +165,22 @@ KN_INLINE __m128i step_exponents(__m128i largest) {
   return _mm_mask_add_epi32(step, passes, step, _mm_set1_epi32(1));
 }
 
+// The steps of four groups and their reciprocals, from the bits of their largest magnitudes.
+struct Steps {
+  __m128 step, inverse;
+};
+template <typename Format>
+KN_INLINE Steps steps_of(Format, __m128i largest) {
+  const __m128i exponent = step_exponents(largest);
+  return {_mm_castsi128_ps(_mm_slli_epi32(exponent, 23)),
+          _mm_castsi128_ps(_mm_slli_epi32(_mm_sub_epi32(_mm_set1_epi32(254), exponent), 23))};
+}
+KN_INLINE Steps steps_of(Int4OneLimb, __m128i largest) {
+  const __m128 limit = _mm_set1_ps(kByteLimit);
+  const __m128 at_least = _mm_max_ps(_mm_castsi128_ps(largest), _mm_set1_ps(kSmallestByteMax));
+  return {_mm_div_ps(at_least, limit), _mm_div_ps(limit, at_least)};
+}
+
 // Sum over the four lanes of 128 bits.
 KN_INLINE __m128i add_lanes(__m512i a) {
   const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
@@ -184,11 +200,11 @@ KN_INLINE void prepare_chunk(Format format, const T* x, uint8_t* values, int32_t
     largest[g] = _mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(f[g][0].v), magnitude),
                                   _mm512_and_si512(_mm512_castps_si512(f[g][1].v), magnitude));
   }
-  const __m128i most = largest_of_each(largest), exponent = step_exponents(most);
+  const __m128i most = largest_of_each(largest);
+  const Steps steps = steps_of(format, most);
   const __mmask8 bad = _mm_cmpge_epu32_mask(most, _mm_set1_epi32(0x7f800000));
   alignas(16) float inverse[4];
-  _mm_store_ps(inverse, _mm_castsi128_ps(_mm_maskz_slli_epi32(
-                            __mmask8(~bad), _mm_sub_epi32(_mm_set1_epi32(254), exponent), 23)));
+  _mm_store_ps(inverse, _mm_maskz_mov_ps(__mmask8(~bad), steps.inverse));
   __m512i limbs[4];
 #pragma GCC unroll 4
   for (int g = 0; g < 4; ++g) {
@@ -217,11 +233,11 @@ KN_INLINE void prepare_chunk(Format format, const T* x, uint8_t* values, int32_t
   sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, ones, low[0]), ones, low[1]);
   for (int half = 0; half < 2; ++half) {
     _mm512_storeu_si512(values + half * 128, low[half]);
-    _mm512_storeu_si512(values + half * 128 + 64, high[half]);
+    if constexpr (Format::kLimbs == 2) _mm512_storeu_si512(values + half * 128 + 64, high[half]);
   }
   _mm_store_si128((__m128i*)offset,
                   _mm_mullo_epi32(add_lanes(sum), _mm_set1_epi32(-zero_point(format))));
-  _mm_store_si128((__m128i*)step, _mm_mask_mov_epi32(_mm_slli_epi32(exponent, 23), bad,
+  _mm_store_si128((__m128i*)step, _mm_mask_mov_epi32(_mm_castps_si128(steps.step), bad,
                                                      _mm_set1_epi32(0x7fc00000)));
 }
 

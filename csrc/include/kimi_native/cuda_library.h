@@ -26,8 +26,19 @@ using CudaOp = const char* (*)(const void* args, void* stream);
 struct CudaLibrary {
   std::string architectures;
   std::string error;
+  CudaOp (*op)(const char* name) = nullptr;
+  CudaOp (*workspace_bytes)(const char* name) = nullptr;
 };
 
 const CudaLibrary& cuda_library();
+
+// Uses another library from now on: the kernels in the shim (tests), or another build of them.
+// Throws std::runtime_error if it cannot be opened.
+void open_cuda_library(const std::string& path);
+
+// One op of the library. Throw what the op throws (namespace kn::cuda in ops.h), and
+// std::runtime_error if there is no such kernel or no device.
+void cuda_call(const char* name, const void* args, void* stream);
+int64_t cuda_workspace_bytes(const char* name, const void* args);
 
 }  // namespace kn

@@ -62,6 +62,7 @@ struct Int4GemmArgs {
   DType x_dtype, y_dtype;
   int64_t tokens, out, in;
   int32_t group_size;  // 32
+  Compute compute;
   void* workspace;
   int64_t workspace_bytes;
 };
@@ -78,6 +79,7 @@ struct Int4GroupedGemmArgs {
   DType x_dtype, y_dtype;
   int64_t x_rows, rows, experts, out, in;
   int32_t group_size;
+  Compute compute;
   void* workspace;
   int64_t workspace_bytes;
 };
@@ -96,6 +98,7 @@ struct Int4GroupedSwigluArgs {
   DType x_dtype, y_dtype;
   int64_t x_rows, rows, experts, out, in;
   int32_t group_size;
+  Compute compute;
   void* workspace;
   int64_t workspace_bytes;
 };
@@ -125,6 +128,17 @@ struct Int8GemmArgs {
   int32_t group_size;
   void* workspace;
   int64_t workspace_bytes;
+};
+
+// A bf16 matrix to INT4 in the checkpoint layout: per group of 32, scale = bf16(max|w| / 7), at
+// least 2^-126, and q = w / scale (in fp32) to the nearest integer, halves to even; -7 .. 7. Throws
+// std::invalid_argument, after writing, if a weight is NaN or infinite.
+struct Int4QuantizeArgs {
+  const bf16* w;           // [out, in]
+  uint8_t* weight_packed;  // [out, in / 2]
+  bf16* weight_scale;      // [out, in / 32]
+  int64_t out, in;
+  int32_t group_size;  // 32
 };
 
 // Attention of one new token per sequence over the paged latent cache (absorbed MLA). The key is
@@ -212,6 +226,7 @@ int64_t bf16_gemm_workspace_bytes(const Bf16GemmArgs&);
 void bf16_gemm(const Bf16GemmArgs&);
 int64_t int8_gemm_workspace_bytes(const Int8GemmArgs&);
 void int8_gemm(const Int8GemmArgs&);
+void int4_quantize(const Int4QuantizeArgs&);
 
 int64_t mla_decode_workspace_bytes(const MlaDecodeArgs&);
 void mla_decode(const MlaDecodeArgs&);
@@ -249,6 +264,23 @@ int64_t int4_grouped_gemm_workspace_bytes(const Int4GroupedGemmArgs&);
 void int4_grouped_gemm(const Int4GroupedGemmArgs&, void* stream);
 int64_t int4_grouped_swiglu_workspace_bytes(const Int4GroupedSwigluArgs&);
 void int4_grouped_swiglu(const Int4GroupedSwigluArgs&, void* stream);
+
+// weight and the rows of a bf16 x 16-byte aligned, `in` and weight_head_stride multiples of 8.
+int64_t bf16_gemm_workspace_bytes(const Bf16GemmArgs&);
+void bf16_gemm(const Bf16GemmArgs&, void* stream);
+
+// weight 16-byte aligned.
+int64_t int8_gemm_workspace_bytes(const Int8GemmArgs&);
+void int8_gemm(const Int8GemmArgs&, void* stream);
+
+// kv_lora_rank 512 and qk_rope_head_dim 64, all bf16, pages of a multiple of 32 tokens; q, cache
+// and out 16-byte aligned. The workspace is enough if sequences share no pages; a larger one than
+// asked for is used. mla_decode is mla_schedule, then mla_decode_scheduled: mla_schedule reads
+// seq_lens alone and leaves its result in the workspace, where it serves all layers of a step.
+int64_t mla_decode_workspace_bytes(const MlaDecodeArgs&);
+void mla_schedule(const MlaDecodeArgs&, void* stream);
+void mla_decode_scheduled(const MlaDecodeArgs&, void* stream);
+void mla_decode(const MlaDecodeArgs&, void* stream);
 
 void moe_route(const MoeRouteArgs&, void* stream);
 void moe_dispatch(const MoeDispatchArgs&, void* stream);

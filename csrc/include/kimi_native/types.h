@@ -15,6 +15,10 @@ enum class DType : int32_t { kBf16 = 0, kFp32 = 1 };
 
 constexpr int64_t dtype_bytes(DType t) { return t == DType::kBf16 ? 2 : 4; }
 
+// What activations become before they meet INT4 weights: 16-bit fixed point, exact to rounding
+// error, or 8 bits, half the dot products and not exact.
+enum class Compute : int32_t { kExact = 0, kInt8 = 1 };
+
 // How router logits become scores (kimi-k2: sigmoid; DeepSeek-V2: softmax).
 enum class Scoring : int32_t { kSigmoid = 0, kSoftmax = 1 };
 

@@ -22,7 +22,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
+from kimi_native.chat.call_ids import DeclaredTools, calls_in, is_number, tool_name
 from kimi_native.chat.template import END_THINK, FAMILY_TOKENS, THINK, get_format
+from kimi_native.chat.tool import ToolLike
 from kimi_native.chat.types import (
     ContentDelta,
     Event,
@@ -91,15 +93,24 @@ class OutputParser:
     tokenizer   of the checkpoint
     format      one of template.FORMATS, or None for plain text: content until a marker says otherwise
     prompt_ids  the prompt, if any: what it already opened (such as a prefilled <think>) decides the first state
+    tools       the declared tools, if any, as Tool, dict or function: a call whose id is another form of
+                functions.{name}:{number}, but can mean only one of them, gets that name, and as number the calls before
+                it, those of the prompt included. All other ids stay as the model wrote them
 
     Text is given out as soon as it is certain: an unfinished UTF-8 character, whitespace that would end the reasoning
     or the arguments, and whitespace that would start the content or the arguments wait for what follows. A marker that
-    the tokenizer has no id for (some lack <think>) is found in the text.
-    Raises RequestError on an unknown format, TokenizerError on an id outside the vocabulary.
+    the tokenizer has no id for (some lack <think>) is found in the text. A call whose header is a number alone waits
+    for its arguments, which tell the tool.
+    Raises RequestError on an unknown format or bad tools, TokenizerError on an id outside the vocabulary.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, format: str | None, prompt_ids: Sequence[int] = ()
+        self,
+        tokenizer: Tokenizer,
+        *,
+        format: str | None,
+        prompt_ids: Sequence[int] = (),
+        tools: Iterable[ToolLike] | None = None,
     ) -> None:
         thinks = format is not None and get_format(format).thinking != "no"
         ids = tokenizer.control_ids
@@ -117,6 +128,11 @@ class OutputParser:
         self._channel_started = False  # something other than whitespace came since the state began
         self._call_open = False
         self._num_calls = 0
+        self._tools = DeclaredTools(tools)
+        self._call_ids: set[str] = set()  # of prompt and answer
+        self._call_number = 0  # calls of prompt and answer
+        self._nameless: str | None = None  # header of a call that waits for its arguments
+        self._nameless_arguments: list[str] = []
         self._ended = False
         self._finished = False
         self._unfinished_call = False
@@ -207,6 +223,8 @@ class OutputParser:
             self._events.append(ReasoningDelta(text))
         elif self._state is _State.CONTENT:
             self._events.append(ContentDelta(text))
+        elif self._nameless is not None:
+            self._nameless_arguments.append(text)
         elif self._state is _State.ARGUMENTS and self._call_open:
             self._events.append(ToolCallDelta(self._num_calls - 1, None, None, text))
 
@@ -230,6 +248,7 @@ class OutputParser:
             self._state = _State.ARGUMENTS
             self._emit("{}")
         if next_state is not _State.ARGUMENTS:
+            self._name_call()
             self._call_open = False
         self._state = next_state
         self._held = []
@@ -238,11 +257,36 @@ class OutputParser:
     def _open_call(self) -> None:
         """A call begins with its header; one without any names no function and is dropped with its arguments."""
         header = "".join(self._held).strip()
-        name = tool_name(header)
-        self._call_open = bool(name)
-        if self._call_open:
-            self._events.append(ToolCallDelta(self._num_calls, header, name, ""))
-            self._num_calls += 1
+        self._call_open = bool(tool_name(header))
+        if not self._call_open:
+            return
+        self._num_calls += 1
+        if self._tools and is_number(header):
+            self._nameless = header
+        else:
+            self._tell_call(header, self._tools.name_in(header))
+
+    def _tell_call(self, header: str, name: str | None) -> None:
+        """The call's first event. name: the declared tool that the header means, None: it is taken as written."""
+        call_id = header
+        if name is not None and not self._tools.is_native(header):
+            number = self._call_number
+            while (call_id := f"functions.{name}:{number}") in self._call_ids:
+                number += 1
+        self._call_ids.add(call_id)
+        self._call_number += 1
+        name = name or tool_name(header)
+        self._events.append(ToolCallDelta(self._num_calls - 1, call_id, name, ""))
+
+    def _name_call(self) -> None:
+        """Tells of the call that waited for its arguments, if one did."""
+        if self._nameless is None:
+            return
+        arguments = "".join(self._nameless_arguments)
+        self._tell_call(self._nameless, self._tools.name_for(arguments))
+        self._nameless, self._nameless_arguments = None, []
+        if arguments:
+            self._events.append(ToolCallDelta(self._num_calls - 1, None, None, arguments))
 
     def _flush_decoder(self) -> None:
         self._on_text(self._decoder.flush())
@@ -255,6 +299,7 @@ class OutputParser:
         is_cut_short = self._state is _State.ARGUMENTS and self._channel_started
         if self._state is _State.CONTENT or is_cut_short:
             self._emit("".join(self._held))
+        self._name_call()
         self._held = []
         self._ended = True
 
@@ -264,26 +309,25 @@ class OutputParser:
         start = len(prompt_ids)
         while start > 0 and prompt_ids[start - 1] not in boundaries:
             start -= 1
+        if self._tools:
+            earlier = calls_in(tokenizer, prompt_ids[:start])
+            self._call_ids, self._call_number = set(earlier), len(earlier)
         for token_id in prompt_ids[start:]:
             self._on_id(token_id)
-        calls = [event for event in self._events if isinstance(event, ToolCallDelta)]
         if self._state in (_State.REASONING, _State.CONTENT):
             self._held = []  # belongs to the prompt; a header or arguments are told anew from their beginning
         self._events = [
-            replace(call, index=0)
-            for call in calls
-            if self._call_open and call.index == calls[-1].index
+            replace(event, index=0)
+            for event in self._events
+            if self._call_open
+            and isinstance(event, ToolCallDelta)
+            and event.index == self._num_calls - 1
         ]
         self._num_calls = int(self._call_open)
 
     def _take_events(self) -> list[Event]:
         events, self._events = self._events, []
         return events
-
-
-def tool_name(call_id: str) -> str:
-    """Function name of a call id: `functions.` and the last `:digits` are taken off, where they are there."""
-    return re.sub(r":[0-9]+\Z", "", call_id).removeprefix("functions.").strip()
 
 
 # ---- the whole answer ----------------------------------------------------------------------------------------------
@@ -305,10 +349,15 @@ class ParsedOutput:
 
 
 def parse(
-    tokenizer: Tokenizer, ids: Iterable[int], *, format: str | None, prompt_ids: Sequence[int] = ()
+    tokenizer: Tokenizer,
+    ids: Iterable[int],
+    *,
+    format: str | None,
+    prompt_ids: Sequence[int] = (),
+    tools: Iterable[ToolLike] | None = None,
 ) -> ParsedOutput:
     """The answer whose ids these are: OutputParser in one go. Raises as it does."""
-    parser = OutputParser(tokenizer, format=format, prompt_ids=prompt_ids)
+    parser = OutputParser(tokenizer, format=format, prompt_ids=prompt_ids, tools=tools)
     events = [event for token_id in ids for event in parser.push(token_id)]
     return merge_events([*events, *parser.finish()])
 

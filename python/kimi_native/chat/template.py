@@ -10,6 +10,7 @@ checkpoints, byte for byte; the golden prompts are in tests/test_chat_template.p
 
 from __future__ import annotations
 
+import json
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +19,7 @@ from typing import Any, Literal, Protocol, get_args
 
 from kimi_native.chat.tool import ToolLike, declarations
 from kimi_native.chat.types import Message, ToolCall, as_messages, json_text
+from kimi_native.chat.typescript import typescript_tools
 from kimi_native.errors import RequestError, TokenizerError
 from kimi_native.tokenizer import Tokenizer
 
@@ -128,7 +130,7 @@ def render(
     Tool call ids of other providers are renamed (see canonical_tool_ids).
 
     Raises RequestError on a bad conversation or an argument the format does not have, TokenizerError if the tokenizer
-    lacks a control token of the format or a text holds a lone surrogate, NotImplementedError for tools in k2.5.
+    lacks a control token of the format or a text holds a lone surrogate.
     """
     parts = _prompt(
         as_messages(messages),
@@ -278,15 +280,16 @@ def _body(fmt: ChatFormat, message: Message, shows_reasoning: bool) -> Iterator[
 
 
 def _tools_text(fmt: ChatFormat, tools: list[dict[str, Any]]) -> str:
-    """The declaration: the list with its keys sorted at every depth, compact, non-ASCII kept."""
+    """The declaration: TypeScript where the format has it and the schemas allow it, else the list as JSON.
+
+    The list has its keys sorted at every depth and is compact, with non-ASCII kept.
+    """
     if fmt.tools is None:
         raise RequestError(f"chat: format {fmt.name} has no tools (got {len(tools)})")
+    text = json_text("chat: tools", tools, sort_keys=True, separators=(",", ":"))
     if fmt.tools == "typescript":
-        raise NotImplementedError(
-            "chat: tools of the format k2.5 need the TypeScript tool declaration, which is not built yet "
-            f"(got {len(tools)} tools)"
-        )
-    return json_text("chat: tools", tools, sort_keys=True, separators=(",", ":"))
+        return typescript_tools(json.loads(text)) or text
+    return text
 
 
 # ---- tool call ids -------------------------------------------------------------------------------------------------

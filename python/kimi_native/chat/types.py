@@ -169,8 +169,15 @@ class ToolCallDelta:
 
 @dataclass(frozen=True)
 class Usage:
+    """Tokens of one request. reused_tokens: of the prompt, found in the cache; prefilled_tokens: the others."""
+
     prompt_tokens: int
     completion_tokens: int
+    reused_tokens: int = 0
+
+    @property
+    def prefilled_tokens(self) -> int:
+        return self.prompt_tokens - self.reused_tokens
 
     @property
     def total_tokens(self) -> int:

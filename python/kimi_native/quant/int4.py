@@ -23,7 +23,7 @@ _INTEGER_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64)
 
 # levels -> (divisor of amax, smallest q). 15: -7 .. 7, as the published INT4 weights appear to use; 16: the rule of
 # compressed-tensors, where amax / 7.5 puts half a step beyond 7 and the positive extreme is clamped.
-_LEVELS = {15: (7.0, -7), 16: (7.5, -8)}
+LEVELS = {15: (7.0, -7), 16: (7.5, -8)}
 
 
 def pack(q: Tensor) -> Tensor:
@@ -107,9 +107,9 @@ def quantize(w: Tensor, *, levels: int = 15) -> Int4Weight:
     Raises ValueError on a shape, on NaN or infinity or on another `levels`, TypeError on a dtype.
     """
     check_group_matrix("quantize", w)
-    if levels not in _LEVELS:
+    if levels not in LEVELS:
         raise ValueError(f"quantize: levels must be 15 or 16 (got {levels})")
-    divisor, q_min = _LEVELS[levels]
+    divisor, q_min = LEVELS[levels]
     out_features, in_features = w.shape
     packed = torch.empty(out_features, in_features // 8, dtype=torch.int32, device=w.device)
     scale = torch.empty(

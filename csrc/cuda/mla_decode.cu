@@ -1,0 +1,188 @@
+// mla_decode: a schedule of splits made on the device from seq_lens, attention over each split
+// (mla_decode.cuh), and the combination of a sequence's splits in ascending order. The host never
+// learns a length: it launches two blocks a multiprocessor, which go through the schedule.
+//
+// Supports kv_lora_rank 512, qk_rope_head_dim 64, bf16 queries and cache, pages of a multiple of 32
+// tokens.
+#include "core/op_checks.h"
+#include "cuda/mla_decode.cuh"
+
+namespace kn::cuda {
+namespace {
+
+constexpr const char* kOp = "mla_decode";
+constexpr int kScheduleThreads = 256;
+constexpr int kCombineThreads = 128;
+constexpr int kCombineColumns = kLatent / kCombineThreads;
+
+int64_t blocks_of(int64_t n, int64_t each) { return (n + each - 1) / each; }
+
+// The workspace: first [batch + 1], then of each split its values, stats and place.
+int64_t first_bytes(const MlaDecodeArgs& a) { return blocks_of((a.batch + 1) * 4, 16) * 16; }
+int64_t split_bytes(const MlaDecodeArgs& a) { return a.heads * (kLatent * 4 + 8) + 8; }
+
+// Splits that the workspace has room for.
+int64_t split_capacity(const MlaDecodeArgs& a) {
+  return std::min<int64_t>((a.workspace_bytes - first_bytes(a)) / split_bytes(a), 0x7fffffff);
+}
+
+__global__ void __launch_bounds__(kScheduleThreads)
+    mla_schedule_kernel(const int32_t* seq_lens, int64_t batch, int64_t most_tokens,
+                        int64_t capacity, Schedule schedule) {
+  KN_SHARED(shared);
+  const int64_t each = (batch + kScheduleThreads - 1) / kScheduleThreads;
+  const int64_t begin = min(int64_t(threadIdx.x) * each, batch), end = min(begin + each, batch);
+  int64_t mine = 0;
+  for (int64_t b = begin; b < end; ++b) {
+    const int32_t length = seq_lens[b];
+    device_require(length >= 0 && length <= most_tokens,
+                   "mla_decode: seq_lens must be 0 to max_pages * page_size");
+    mine += (length + kSplitTokens - 1) / kSplitTokens;
+  }
+  device_require(mine <= capacity, "mla_decode: the workspace must hold all splits");
+  const auto partial = shared_at<int32_t>(shared, 0);
+  int32_t next = exclusive_scan(int32_t(mine), partial);
+  int64_t all = 0;
+  for (int w = 0; w < kScheduleThreads / 32; ++w) all += partial[w];
+  device_require(all <= capacity, "mla_decode: the workspace must hold all splits");
+  if (threadIdx.x == 0) schedule.first[batch] = int32_t(all);
+  for (int64_t b = begin; b < end; ++b) {
+    schedule.first[b] = next;
+    for (int32_t token = 0; token < seq_lens[b]; token += kSplitTokens)
+      schedule.splits[next++] = make_int2(int(b), token);
+  }
+}
+
+// Block i: heads i % head_blocks of splits i / head_blocks, and every `workers` on.
+template <int kGroups>
+__global__ void __launch_bounds__(kGroups * kGroupWarps * 32, 1)
+    mla_decode_kernel(MlaProblem p, int head_blocks, int workers) {
+  KN_SHARED(shared);
+  const int group = int(threadIdx.x) / (kGroupWarps * 32);
+  const int64_t head = (int64_t(blockIdx.x) % head_blocks * kGroups + group) * kMlaHeads;
+  const int64_t splits = p.schedule.first[p.batch];
+  for (int64_t split = blockIdx.x / head_blocks; split < splits; split += workers)
+    attend_split<kGroups>(p, split, head, shared);
+}
+
+__global__ void __launch_bounds__(kCombineThreads) mla_combine_kernel(MlaProblem p, bf16* out) {
+  const int64_t row = int64_t(blockIdx.x), b = row / p.heads, head = row % p.heads;
+  const int64_t begin = p.schedule.first[b], end = p.schedule.first[b + 1];
+  float largest = -INFINITY;
+  for (int64_t s = begin; s < end; ++s)
+    largest = fmaxf(largest, p.results.stats[s * p.heads + head].x);
+  float sum = 0.0f, values[kCombineColumns] = {};
+  for (int64_t s = begin; s < end; ++s) {
+    const float2 stats = p.results.stats[s * p.heads + head];
+    const float weight = ptx::exp2_approx(__fsub_rn(stats.x, largest));
+    const float4 v = reinterpret_cast<const float4*>(p.results.values +
+                                                     (s * p.heads + head) * kLatent)[threadIdx.x];
+    sum = __fmaf_rn(stats.y, weight, sum);
+    values[0] = __fmaf_rn(v.x, weight, values[0]);
+    values[1] = __fmaf_rn(v.y, weight, values[1]);
+    values[2] = __fmaf_rn(v.z, weight, values[2]);
+    values[3] = __fmaf_rn(v.w, weight, values[3]);
+  }
+  if (begin == end) sum = 1.0f;  // no token: zeros
+  *reinterpret_cast<uint2*>(out + row * kLatent + threadIdx.x * kCombineColumns) =
+      make_uint2(ptx::to_bf16x2(__fdiv_rn(values[0], sum), __fdiv_rn(values[1], sum)),
+                 ptx::to_bf16x2(__fdiv_rn(values[2], sum), __fdiv_rn(values[3], sum)));
+}
+
+void check_supported(const MlaDecodeArgs& a) {
+  check_op(a);
+  KN_REQUIRE(a.q_dtype == DType::kBf16 && a.cache_dtype == DType::kBf16, kOp,
+             ": q and cache must be bf16 (0) on a GPU (got ", int32_t(a.q_dtype), ", ",
+             int32_t(a.cache_dtype), ")");
+  KN_REQUIRE(a.kv_lora_rank == kLatent && a.qk_rope_head_dim == kRope, kOp,
+             ": kv_lora_rank and qk_rope_head_dim must be 512 and 64 on a GPU (got ",
+             a.kv_lora_rank, ", ", a.qk_rope_head_dim, ")");
+  KN_REQUIRE(a.page_size % kMlaTileTokens == 0 && a.page_size < (1 << 30), kOp,
+             ": page_size must be a multiple of 32, below 2^30, on a GPU (got ", a.page_size, ")");
+  KN_REQUIRE(a.max_pages * a.page_size <= 0x7fffffff - kSplitTokens, kOp,
+             ": max_pages * page_size must be below 2^31 - 512 on a GPU (got ", a.max_pages, " * ",
+             a.page_size, ")");
+}
+
+MlaProblem problem(const MlaDecodeArgs& a) {
+  const int64_t needed = mla_decode_workspace_bytes(a);
+  KN_REQUIRE(a.workspace && uintptr_t(a.workspace) % 16 == 0 && a.workspace_bytes >= needed, kOp,
+             ": workspace must have ", needed, " bytes, 16-byte aligned (got ", a.workspace_bytes,
+             " at ", a.workspace, ")");
+  KN_REQUIRE(a.seq_lens, kOp, ": seq_lens must not be null (got null)");
+  MlaProblem p{};
+  p.q = static_cast<const bf16*>(a.q);
+  p.cache = static_cast<const bf16*>(a.cache);
+  p.page_table = a.page_table;
+  p.seq_lens = a.seq_lens;
+  p.batch = a.batch;
+  p.heads = a.heads;
+  p.pages = a.pages;
+  p.page_size = int(a.page_size);
+  p.max_pages = a.max_pages;
+  p.scale = a.softmax_scale * 1.4426950408889634f;
+  const int64_t capacity = split_capacity(a);
+  auto* at = static_cast<uint8_t*>(a.workspace);
+  p.schedule.first = reinterpret_cast<int32_t*>(at);
+  at += first_bytes(a);
+  p.results.values = reinterpret_cast<float*>(at);
+  at += capacity * a.heads * kLatent * 4;
+  p.results.stats = reinterpret_cast<float2*>(at);
+  at += capacity * a.heads * 8;
+  p.schedule.splits = reinterpret_cast<int2*>(at);
+  return p;
+}
+
+template <int kGroups>
+void attend(const MlaDecodeArgs& a, const MlaProblem& p, void* stream) {
+  const int64_t head_blocks = blocks_of(a.heads, kGroups * kMlaHeads);
+  const int64_t wanted = blocks_of(2 * multiprocessors(kOp), head_blocks);
+  const int64_t workers = std::max<int64_t>(std::min(wanted, split_capacity(a)), 1);
+  launch({kOp, grid_of(kOp, workers * head_blocks), dim3(kGroups * kGroupWarps * 32),
+          kMlaSharedBytes<kGroups>, stream},
+         mla_decode_kernel<kGroups>, p, int(head_blocks), int(workers));
+}
+
+}  // namespace
+
+int64_t mla_decode_workspace_bytes(const MlaDecodeArgs& a) {
+  check_supported(a);
+  const int64_t longest = blocks_of(a.max_pages * a.page_size, kSplitTokens);
+  const int64_t unshared = a.batch + a.pages * a.page_size / kSplitTokens;
+  const int64_t splits = std::min(checked_mul(kOp, a.batch, longest), unshared);
+  return first_bytes(a) + checked_mul(kOp, splits, split_bytes(a));
+}
+
+void mla_schedule(const MlaDecodeArgs& a, void* stream) {
+  check_supported(a);
+  if (a.batch == 0) return;
+  const MlaProblem p = problem(a);
+  launch({kOp, dim3(1), dim3(kScheduleThreads), kScheduleThreads / 32 * 4, stream},
+         mla_schedule_kernel, a.seq_lens, a.batch, a.max_pages * a.page_size, split_capacity(a),
+         p.schedule);
+}
+
+void mla_decode_scheduled(const MlaDecodeArgs& a, void* stream) {
+  check_supported(a);
+  if (a.batch == 0) return;
+  const MlaProblem p = problem(a);
+  KN_REQUIRE(a.q && a.out && is_aligned({a.q, a.cache, a.out}, {}), kOp,
+             ": q, cache and out must be 16-byte aligned on a GPU (got q=", a.q,
+             ", cache=", a.cache, ", out=", a.out, ")");
+  KN_REQUIRE(a.max_pages == 0 || a.pages == 0 || (a.cache && a.page_table), kOp,
+             ": cache and page_table must not be null (got cache=", a.cache,
+             ", page_table=", a.page_table, ")");
+  if (a.heads > kMlaHeads)
+    attend<2>(a, p, stream);
+  else
+    attend<1>(a, p, stream);
+  launch({kOp, grid_of(kOp, a.batch * a.heads), dim3(kCombineThreads), 0, stream},
+         mla_combine_kernel, p, static_cast<bf16*>(a.out));
+}
+
+void mla_decode(const MlaDecodeArgs& a, void* stream) {
+  mla_schedule(a, stream);
+  mla_decode_scheduled(a, stream);
+}
+
+}  // namespace kn::cuda

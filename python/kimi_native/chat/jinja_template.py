@@ -1,0 +1,156 @@
+"""Prompts by a checkpoint's own chat template, for checkpoints whose format is none of template.FORMATS.
+
+The template is code of whoever published the checkpoint, so it runs in a sandbox (sandbox.py). Text of the caller can
+never become a control token: it is marked before the template sees it (masking.py), and only names without a mark in
+them are control tokens afterwards. A template that reads such text itself (say, one that cuts an answer at </think>)
+would do otherwise with the marks in; that is an error, not another prompt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kimi_native.chat.masking import Mask
+from kimi_native.chat.sandbox import Sandbox
+from kimi_native.chat.tool import ToolLike, declarations
+from kimi_native.chat.types import Message, as_messages, json_text
+from kimi_native.errors import ConfigError, RequestError
+from kimi_native.json_file import read_json
+from kimi_native.model_file import find_file
+from kimi_native.tokenizer import Tokenizer
+
+_MAX_FILE_BYTES = 64 << 20
+_TOKEN_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+@dataclass(frozen=True)
+class JinjaTemplate:
+    """A chat template and what it needs.
+
+    source   of the template
+    tokens   names of control tokens that templates know by their use: bos_token, eos_token, ...
+    sandbox  where it runs
+    """
+
+    source: str
+    tokens: Mapping[str, str]
+    sandbox: Sandbox
+
+    def render(
+        self,
+        messages: Iterable[Message | Mapping[str, Any]],
+        *,
+        tokenizer: Tokenizer,
+        tools: Iterable[ToolLike] | None = None,
+        add_generation_prompt: bool = True,
+        thinking: bool | None = None,
+        keep_thinking: str = "auto",
+    ) -> list[int]:
+        """Token ids of the prompt for a conversation; arguments as chat.template.render has them.
+
+        thinking       given to the template as `thinking` and `enable_thinking`; what it makes of them is its own
+        keep_thinking  "auto": which reasoning is shown is the template's decision
+
+        Raises RequestError on a bad conversation, an error in the template (with its line), a broken limit, or a
+        template that reads text which looks like control tokens; TokenizerError for a lone surrogate.
+        """
+        if keep_thinking != "auto":
+            raise RequestError(
+                f"chat template: keep_thinking must be 'auto', the template decides (got {keep_thinking!r})"
+            )
+        given = {
+            "messages": [_message_dict(m) for m in as_messages(messages)],
+            "tools": json.loads(json_text("chat: tools", declarations(tools))) or None,
+        }
+        mask = Mask(tokenizer.control_ids, given)
+        fixed = {**self.tokens, "add_generation_prompt": add_generation_prompt, "documents": None}
+        if thinking is not None:
+            fixed |= {"thinking": thinking, "enable_thinking": thinking}
+        try:
+            masked = {key: mask.masked(value) for key, value in given.items()}
+        except RecursionError:
+            raise RequestError("chat: tools and arguments must not nest so deep") from None
+        marked, plain = self.sandbox.render(
+            self.source, [{**masked, **fixed}, {**given, **fixed}], mask.mark
+        )
+        if mask.unmasked(marked) != plain:
+            raise RequestError(
+                "chat template: it treats text of the conversation that looks like control tokens as such; give "
+                "reasoning as reasoning_content and calls as tool_calls, and leave such text out of the rest"
+            )
+        parts = mask.parts(marked, tokenizer.control_ids)
+        if not any(mask.holds_name(part) for part in parts if isinstance(part, str)):
+            return tokenizer.encode_with_control(plain)
+        return tokenizer.encode_parts(parts)
+
+
+def find_template(folder: str | Path) -> JinjaTemplate | None:
+    """The chat template of a checkpoint folder: chat_template.jinja, else tokenizer_config.json's chat_template.
+
+    Of several named templates the one named default. Raises ConfigError on a file that is malformed or too long.
+    """
+    folder = Path(folder)
+    config: dict[str, Any] = {}
+    if path := find_file(folder, "tokenizer_config.json"):
+        config = read_json(path, max_bytes=_MAX_FILE_BYTES)
+    source = config.get("chat_template")
+    if isinstance(source, list):
+        named = [one for one in source if isinstance(one, dict) and one.get("name") == "default"]
+        source = named[0].get("template") if named else None
+    if path := find_file(folder, "chat_template.jinja"):
+        source = _read_source(path)
+    if source is None:
+        return None
+    if not isinstance(source, str):
+        raise ConfigError(
+            f"{folder / 'tokenizer_config.json'}: chat_template must be a string (got {type(source).__name__})"
+        )
+    tokens = {name: _token_name(config.get(name)) for name in _TOKEN_NAMES}
+    return JinjaTemplate(source, {k: v for k, v in tokens.items() if v is not None}, Sandbox())
+
+
+def _read_source(path: Path) -> str:
+    with open(path, "rb") as file:
+        data = file.read(_MAX_FILE_BYTES + 1)
+    if len(data) > _MAX_FILE_BYTES:
+        raise ConfigError(f"{path}: must be at most {_MAX_FILE_BYTES} bytes (got more)")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: must be UTF-8 text ({error})") from None
+
+
+def _token_name(value: Any) -> str | None:
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _message_dict(message: Message) -> dict[str, Any]:
+    """As templates expect a message: absent fields absent, arguments as an object where they are one."""
+    given: dict[str, Any] = {"role": message.role, "content": message.content or ""}
+    for field in ("reasoning_content", "tool_call_id", "name"):
+        if getattr(message, field) is not None:
+            given[field] = getattr(message, field)
+    if message.tool_calls:
+        given["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": _arguments(call.arguments)},
+            }
+            for call in message.tool_calls
+        ]
+    return given
+
+
+def _arguments(text: str) -> Any:
+    try:
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return text
+    return value if isinstance(value, dict) else text

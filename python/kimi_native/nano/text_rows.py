@@ -1,0 +1,98 @@
+"""A JSON-lines file as a dataset; rows that cannot be used are counted and named, not swallowed. Imports no torch.
+
+A row is {"text": "..."}, all of it predicted but the first token, or {"ids": [...], "loss": [...]} as in Example.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kimi_native.errors import RequestError
+from kimi_native.nano.dataset import Example
+
+SHOWN = 5  # bad rows that a message names
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """A Dataset of the good rows of a file, in its order.
+
+    examples  the good rows
+    bad       (line number from 1, reason) of the others
+    """
+
+    path: Path
+    examples: list[Example] = field(repr=False)
+    bad: list[tuple[int, str]]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def example(self, index: int) -> Example:
+        if not 0 <= index < len(self.examples):
+            raise IndexError(f"text rows: index must be 0 to {len(self) - 1} (got {index})")
+        return self.examples[index]
+
+    def report(self) -> str:
+        """One line: how many rows are used, how many are not, the first of those and why."""
+        used = f"{self.path}: {len(self.examples)} rows used, {len(self.bad)} not"
+        named = "; ".join(f"line {line}: {reason}" for line, reason in self.bad[:SHOWN])
+        more = f"; and {len(self.bad) - SHOWN} more" if len(self.bad) > SHOWN else ""
+        return f"{used} ({named}{more})" if self.bad else used
+
+
+def read_rows(
+    path: str | Path, encode: Callable[[str], list[int]], *, vocab_size: int, max_tokens: int
+) -> TextRows:
+    """Read a file of rows.
+
+    encode      text to ids
+    max_tokens  longer rows are bad, not cut: a conversation without its end teaches the wrong end
+
+    Raises RequestError if the file cannot be read or has no good row.
+    """
+    examples, bad = [], []
+    try:
+        with open(path, encoding="utf-8", errors="strict", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    examples.append(_example(json.loads(line), encode, vocab_size, max_tokens))
+                except (ValueError, RecursionError) as error:
+                    bad.append((number, str(error) or type(error).__name__))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path}: must be a readable UTF-8 file (got {error})") from error
+    rows = TextRows(Path(path), examples, bad)
+    if not examples:
+        raise RequestError(f"{path}: must have a row that can be used; {rows.report()}")
+    return rows
+
+
+def _example(
+    row: Any, encode: Callable[[str], list[int]], vocab_size: int, max_tokens: int
+) -> Example:
+    if not isinstance(row, dict) or set(row) not in ({"text"}, {"ids", "loss"}):
+        raise ValueError('must be {"text": ...} or {"ids": ..., "loss": ...}')
+    if "text" in row:
+        if not isinstance(row["text"], str):
+            raise ValueError("text must be a string")
+        ids = encode(row["text"])
+        loss = [False] + [True] * (len(ids) - 1)
+    else:
+        ids, loss = row["ids"], row["loss"]
+        if not _all_of(int, ids) or not _all_of(bool, loss):
+            raise ValueError("ids must be a list of integers and loss a list of booleans")
+        if not all(0 <= i < vocab_size for i in ids):
+            raise ValueError(f"ids must be in [0, {vocab_size})")
+    if not 2 <= len(ids) <= max_tokens:
+        raise ValueError(f"must have 2 to {max_tokens} tokens (got {len(ids)})")
+    return Example(ids, loss)
+
+
+def _all_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and all(type(v) is kind for v in value)

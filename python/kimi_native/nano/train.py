@@ -1,0 +1,192 @@
+"""`python -m kimi_native.nano.train OUT`: train a small model of the family and export it in the published format.
+
+The same command continues an interrupted run. OUT gets the state, a log with one JSON object a line, and at the end the
+folder OUT/checkpoint: INT4 if the run trained with quantized weights, else BF16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kimi_native import presets
+from kimi_native.checkpoint import Checkpoint
+from kimi_native.errors import KimiNativeError, RequestError
+from kimi_native.folder_names import CONFIG_NAME
+from kimi_native.json_file import read_json
+from kimi_native.nano.dataset import Dataset
+from kimi_native.nano.plot import new_figure, plot_log
+from kimi_native.nano.settings import TrainSettings
+from kimi_native.nano.text_rows import read_rows
+from kimi_native.nano.toy import CopyTask
+from kimi_native.nano.train_log import LOG_NAME, StepReport
+from kimi_native.nano.trainer import Progress, Trainer
+from kimi_native.nano.transcripts import TranscriptDataset
+from kimi_native.nano.vocabulary import MODEL_FOLDER
+from kimi_native.quant.export import export_checkpoint
+from kimi_native.tokenizer import load_tokenizer
+from kimi_native.tokenizer_files import tokenizer_files
+
+WORLD, COPY = "world", "copy"
+WORLD_EXAMPLES = 1 << 40  # more than any run sees: no conversation comes twice
+COPY_SYMBOLS = 64
+TOKENIZER_FILES = ("tiktoken.model", "tokenizer_config.json")
+GENERATION_CONFIG = "generation_config.json"
+INTERRUPTED = 130  # as a shell reports a command that SIGINT ended
+_KINDS = {"int": int, "float": float, "str": str}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", metavar="OUT", help="folder of the run, made if missing")
+    parser.add_argument(
+        "--data",
+        default=WORLD,
+        metavar="FILE",
+        help=f'rows {{"text": ...}} or {{"ids": ..., "loss": ...}}; "{WORLD}" (default): kimi-nano\'s '
+        f'conversations; "{COPY}": repeat a sequence',
+    )
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--preset", choices=list(presets.PRESETS), default="nano")
+    model.add_argument("--start", metavar="FOLDER", help="a checkpoint to train on")
+    model.add_argument("--config", metavar="FILE", help="config.json of a model to start anew")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FOLDER",
+        help="with tiktoken.model (default: the start's, kimi-nano's, or a small one)",
+    )
+    parser.add_argument("--plot", metavar="FILE", help="draw the log at the end (needs matplotlib)")
+    for f in dataclasses.fields(TrainSettings):
+        name = "--" + f.name.replace("_", "-")
+        kind = _KINDS[str(f.type).partition(" ")[0]]
+        text = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
+        parser.add_argument(name, type=kind, default=f.default, help=text)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train as the arguments say; errors (KimiNativeError, ValueError) are the caller's to print."""
+    names = [f.name for f in dataclasses.fields(TrainSettings)]
+    settings = TrainSettings(**{name: getattr(args, name) for name in names})
+    if args.plot is not None:
+        new_figure()  # what cannot be drawn in the end is said before hours of training
+    start = None if args.start is None else Checkpoint.open(args.start)
+    values = _values(args)
+    files = _files(args, values)
+    dataset, held_out = _datasets(args.data, values, files, settings)
+    trainer = Trainer(values, dataset, args.out, settings, held_out=held_out, start=start)
+    if trainer.steps_done:
+        note(f"going on after step {trainer.steps_done}")
+    with progress_line(settings.steps, trainer.steps_done) as progress:
+        complete = trainer.run(progress)
+    if args.plot is not None:
+        plot_log(Path(args.out) / LOG_NAME, Path(args.plot))
+    if not complete:
+        note(f"stopped after step {trainer.steps_done}; the same command goes on from there")
+        return INTERRUPTED
+    format = "int4" if settings.qat_from is not None else "bf16"
+    folder = Path(args.out) / "checkpoint"
+    summary = export_checkpoint(
+        trainer.graph, folder, values, format=format, files=files, overwrite=True
+    )
+    print(json.dumps(summary))
+    return 0
+
+
+def _values(args: argparse.Namespace) -> dict[str, Any]:
+    """config.json of the model, without its quantization."""
+    if args.start is None and args.config is None:
+        return presets.text_config(args.preset, {})
+    file = Path(args.config) if args.start is None else Path(args.start) / CONFIG_NAME
+    values = read_json(file, max_bytes=1 << 20)
+    if "text_config" in values:
+        raise RequestError(f"train: {file} must be of a text model (got a wrapper)")
+    values.pop("quantization_config", None)
+    return values
+
+
+def _files(args: argparse.Namespace, values: Mapping[str, Any]) -> dict[str, bytes]:
+    """What the checkpoint holds besides weights and config: the tokenizer, and where an answer ends."""
+    folder = args.tokenizer or args.start
+    if folder is None and args.config is None and args.preset == "nano":
+        folder = MODEL_FOLDER
+    if folder is None:
+        files = tokenizer_files(values["vocab_size"])
+    else:
+        paths = [Path(folder) / name for name in TOKENIZER_FILES]
+        files = {path.name: path.read_bytes() for path in paths if path.is_file()}
+    ends = {key: values[key] for key in ("bos_token_id", "eos_token_id") if key in values}
+    return files | {GENERATION_CONFIG: (json.dumps(ends, indent=2) + "\n").encode()}
+
+
+def _datasets(
+    data: str, values: Mapping[str, Any], files: Mapping[str, bytes], settings: TrainSettings
+) -> tuple[Dataset, Dataset | None]:
+    """What to learn, and for kimi-nano's conversations what to look at only."""
+    vocab_size = values["vocab_size"]
+    if data == COPY:
+        return CopyTask(min(vocab_size, COPY_SYMBOLS + 2), seed=settings.seed), None
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        tokenizer = load_tokenizer(folder, vocab_size=vocab_size)
+    if data == WORLD:
+        held_out = TranscriptDataset(tokenizer, WORLD_EXAMPLES, settings.seed, "held-out")
+        return TranscriptDataset(tokenizer, WORLD_EXAMPLES, settings.seed), held_out
+    limit = settings.tokens_per_step + 1
+    rows = read_rows(data, tokenizer.encode, vocab_size=vocab_size, max_tokens=limit)
+    if rows.bad:
+        note(rows.report())
+    return rows, None
+
+
+# ---- what is shown --------------------------------------------------------------------------------------------------
+
+
+def note(text: str) -> None:
+    print(f"kimi-native train: {text}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def progress_line(steps: int, done: int) -> Iterator[Progress | None]:
+    """A line on stderr with loss, tokens per second and time left, on a terminal only; None elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich import progress as rich_progress
+    from rich.console import Console
+
+    columns = (
+        rich_progress.TextColumn("step {task.completed}/{task.total}"),
+        rich_progress.BarColumn(),
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.TimeRemainingColumn(),
+    )
+    with rich_progress.Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=steps, completed=done)
+
+        def show(report: StepReport) -> None:
+            speed = report.tokens / report.seconds
+            text = f"loss {report.loss:.4f}  {speed:,.0f} tokens/s"
+            bar.update(task, completed=report.step + 1, description=text)
+
+        yield show
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="kimi_native.nano.train", description=__doc__)
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args(argv))
+    except (KimiNativeError, ValueError, OSError) as error:
+        note(f"error: {error}")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""A whole model on the CUDA kernels, in the shim, against the same model on the CPU kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kimi_native import native
+from kimi_native.cache import LatentCache
+from kimi_native.errors import RequestError
+from kimi_native.loader import load_model
+from kimi_native.make_checkpoint import make_checkpoint
+from kimi_native.placement import HostExperts, check_device, device_bytes, place
+from kimi_native.quant.modules import Int4Experts
+from simt import simt_only
+from simt_build import build
+
+pytestmark = simt_only
+HOST = torch.device("cpu")
+# What the model is allowed to differ from the published implementation in fp32, as a share of the logits' range.
+LIMIT = 1e-4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    widths = {
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+    }  # the family's; the GPU's mla_decode has no other
+    sizes = {"layers": 2, "experts": 8, "seed": 3, "overrides": widths}
+    make_checkpoint(path / "int4", **sizes)
+    make_checkpoint(path / "bf16", **sizes, format="bf16")
+    make_checkpoint(path / "narrow", layers=1)
+    return path
+
+
+def prefill(model):
+    """Logits of a prompt in two calls, with an fp32 cache."""
+    cache = LatentCache(model.config, max_tokens=128, dtype=torch.float32)
+    seq = cache.new_sequence()
+    prompt = torch.arange(70) * 7 % model.config.vocab_size
+    return torch.stack([model.prefill(part, cache, seq) for part in prompt.split(50)])
+
+
+def decode(model, dtype=torch.bfloat16):
+    """Logits of three steps of two sequences; one crosses into its second page."""
+    cache = LatentCache(model.config, max_tokens=256, dtype=dtype)
+    seqs = [cache.new_sequence(), cache.new_sequence()]
+    prompt = torch.arange(62) * 7 % model.config.vocab_size
+    for seq, length in zip(seqs, (62, 3), strict=True):
+        model.prefill(prompt[:length], cache, seq)
+    return torch.cat([model.decode(torch.tensor([t, t + 1]), cache, seqs) for t in (5, 9, 2)])
+
+
+@pytest.mark.parametrize("experts_on_cpu", [False, True])
+@pytest.mark.parametrize(
+    ("format", "dense"), [("int4", "bf16"), ("int4", "int4"), ("bf16", "int8")]
+)
+def test_cuda_model_gives_the_logits_of_the_cpu(folder, format, dense, experts_on_cpu):
+    path, options = folder / format, {"dtype": "float32", "dense": dense}
+    expected = prefill(load_model(path, **options)[0])
+    model, _ = load_model(path, **options)
+    with native.cuda_on_host(build()):
+        place(model, HOST, experts_on_cpu=experts_on_cpu, cache_bytes=0)
+        actual = prefill(model)
+    worst = (actual - expected).abs().max() / (expected.max() - expected.min())
+    print(f"{format}, dense {dense}: {worst:.1e} of the range")
+    assert worst <= LIMIT
+    assert sum(isinstance(m, HostExperts) for m in model.modules()) == experts_on_cpu
+
+
+def test_cuda_model_decodes_in_bf16_as_exactly_as_the_cpu(folder):
+    """Both round at every op, each in its own order: measured against fp32, neither is worse than the other."""
+    exact = decode(load_model(folder / "int4", dtype="float32")[0], torch.float32)
+    cpu = decode(load_model(folder / "int4")[0])
+    model, _ = load_model(folder / "int4")
+    with native.cuda_on_host(build()):
+        place(model, HOST, experts_on_cpu=False, cache_bytes=0)
+        gpu = decode(model)
+    errors = [(logits - exact).abs() for logits in (cpu, gpu)]
+    print("median and largest error, CPU and CUDA:", [(e.median(), e.max()) for e in errors])
+    # 24,576 errors a side, many of one cause: a tenth of spread for the median, a third for the largest.
+    assert errors[1].median() <= 1.25 * errors[0].median()
+    assert errors[1].max() <= 2 * errors[0].max()
+
+
+def test_cuda_model_counts_the_bytes_that_it_takes(folder):
+    model, _ = load_model(folder / "int4")
+    expected = device_bytes(model, experts_on_cpu=False)
+    with native.cuda_on_host(build()):
+        place(model, HOST, experts_on_cpu=False, cache_bytes=0)
+    taken = sum(p.numel() * p.element_size() for p in model.parameters())
+    for module in model.modules():
+        if hasattr(module, "key_up_t"):
+            taken += module.key_up_t.numel() * 2
+        if isinstance(module, Int4Experts):
+            for weights in (module.gate, module.up, module.down):
+                for w in weights.weights:
+                    taken += w.weight_packed.numel() + w.weight_scale.numel()
+    assert taken == expected
+
+
+def test_cuda_model_refuses_widths_without_a_kernel(folder):
+    model, _ = load_model(folder / "narrow")
+    with pytest.raises(RequestError, match="kv_lora_rank and qk_rope_head_dim must be 512 and 64"):
+        place(model, HOST, experts_on_cpu=False, cache_bytes=0)
+
+
+@pytest.mark.parametrize(
+    ("device", "experts", "message"),
+    [
+        ("gpu", None, "device must be 'cpu', 'cuda' or 'cuda:N'"),
+        ("cuda:x", None, "device must be 'cpu', 'cuda' or 'cuda:N'"),
+        ("cpu", "cuda", "experts must be 'cpu' or None"),
+    ],
+)
+def test_cuda_model_refuses_unknown_places(device, experts, message):
+    with pytest.raises(RequestError, match=message):
+        check_device(device, experts)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_model_says_why_there_is_no_gpu():
+    with pytest.raises(RequestError, match="load: device cuda cannot be used: "):
+        check_device("cuda", None)

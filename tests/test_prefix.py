@@ -1,0 +1,104 @@
+"""A prompt computed in several calls, and requests that continue what an earlier one left in the cache."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+import torch
+
+import kimi_native as kn
+from kimi_native.make_checkpoint import make_checkpoint
+from kimi_native.prefixes import KeptPrefix
+from kimi_native.sampling import SamplingParams
+from oracle import assert_same_bits, threads
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prefix") / "tiny"
+    make_checkpoint(path, preset="tiny", format="int4")
+    return path
+
+
+def prefill_in(network, cache, ids, cuts):
+    """Logits after the last id, and every layer's cache rows, with the ids given in pieces."""
+    seq = cache.new_sequence()
+    for start, stop in zip([0, *cuts], [*cuts, len(ids)], strict=True):
+        logits = network.prefill(ids[start:stop], cache, seq)
+    slots = cache.slots(seq, 0, len(ids))
+    rows = torch.stack([cache.read(layer, slots) for layer in range(len(cache.data))])
+    cache.free(seq)
+    return logits, rows
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_prefill_gives_the_same_bits_however_a_prompt_is_cut(folder, dtype):
+    model = kn.load(folder, max_context=2048, max_batch=1, dtype=dtype)
+    network, cache = model._engine._model, model._engine._cache
+    g = torch.Generator().manual_seed(0)
+    for length in (2, 40, 200, 1500):
+        ids = torch.randint(0, 1900, (length,), generator=g)
+        logits, rows = prefill_in(network, cache, ids, [])
+        picked = torch.randperm(length - 1, generator=g)[:6].add(1).sort().values.tolist()
+        for cuts in ([1], [length - 1], [length // 2], picked):
+            actual = prefill_in(network, cache, ids, sorted(set(cuts)))
+            assert_same_bits(actual[0], logits)
+            assert_same_bits(actual[1], rows)
+
+
+def test_prefill_in_pieces_on_other_threads_gives_the_same_bits(folder):
+    model = kn.load(folder, max_context=512, max_batch=1, dtype="float32")
+    network, cache = model._engine._model, model._engine._cache
+    ids = torch.arange(300)
+    expected = prefill_in(network, cache, ids, [])
+    for n in (1, 3):
+        with threads(n):
+            actual = prefill_in(network, cache, ids, [33, 34, 170])
+        assert_same_bits(actual[0], expected[0])
+        assert_same_bits(actual[1], expected[1])
+
+
+def test_requests_with_a_prefix_equal_fresh_ones_to_the_last_bit(folder):
+    """logprobs are the logits' bits; the answers in between are computed by decode and not kept."""
+    options = {"max_context": 1024, "max_batch": 1, "dtype": "float32"}
+    kept, fresh = (kn.load(folder, **options)._engine for _ in range(2))
+    prefix, prompt = KeptPrefix(), [3] * 70
+    params = SamplingParams(seed=5, max_tokens=20, ignore_eos=True, logprobs=3)
+    for turn in range(5):
+        engines = (kept, prefix), (fresh, None)
+        tokens, reused = [], []
+        for engine, handle in engines:
+            request = engine.add(prompt, params, prefix=handle)
+            report = engine.report(request)
+            outputs = []
+            while engine.is_active(request):
+                outputs += [output.token for output in engine.step()]
+            tokens.append(outputs)
+            reused.append(report.reused_tokens)
+        assert tokens[0] == tokens[1]
+        assert reused == [len(prompt) - 33 if turn else 0, 0]
+        prompt = prompt + [t.id for t in tokens[0]] + [turn] * 13
+
+
+def test_chat_says_what_fresh_prompts_would(folder):
+    """Answers, calls and results in one conversation that reuses the cache, against each prompt on its own."""
+
+    def weather(city: Literal["Beijing", "Berlin"]) -> str:
+        return f"clear in {city}"
+
+    options = {"tools": [weather], "seed": 3, "max_tokens": 50, "thinking_budget": 9}
+    choice = {"name": "weather"}
+    model, fresh = (kn.load(folder, max_context=2048, max_batch=1) for _ in range(2))
+    chat = model.chat(run_tools=["weather"], tool_choice=choice, **options)
+    usages = [u for text in ("Hi", "And now?", "So?") for u in chat.send(text).finish.usages]
+    answers = [i for i, m in enumerate(chat.messages) if m.role == "assistant"]
+    assert sum(len(m.tool_calls) for m in chat.messages) == 3
+    for index, usage in zip(answers, usages, strict=True):
+        before, answer = list(chat.messages[:index]), chat.messages[index]
+        asked = {"tool_choice": choice} if before[-1].role == "user" else {}
+        result = fresh.generate(before, **options, **asked)
+        assert (result.text, result.reasoning) == (answer.content, answer.reasoning_content)
+        assert result.tool_calls == answer.tool_calls
+        assert result.usage.prompt_tokens == usage.prompt_tokens
+        assert (result.usage.reused_tokens, usage.reused_tokens > 0) == (0, index > 1)

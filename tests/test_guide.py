@@ -200,7 +200,9 @@ def test_guide_needs_the_control_tokens(tmp_path, compiler):
     options = {"vocab_size": 600, "eos_ids": (1,), "start": Start(True), "compiler": compiler}
     with pytest.raises(RequestError, match="tokenizer must have </think>"):
         Guide(tokenizer, rules=None, thinking_budget=2, **options)
-    bare = small_tokenizer(tmp_path / "bare", {1: ("[EOS]", True), 2: ("<|im_end|>", True)})
+    bare = small_tokenizer(
+        tmp_path / "bare", {0: ("[BOS]", True), 1: ("[EOS]", True), 2: ("<|im_end|>", True)}
+    )
     with pytest.raises(RequestError, match=r"tokenizer must have <\|tool_calls_section_begin"):
         Guide(bare, rules=ToolRules((tool(),)), **options)
 

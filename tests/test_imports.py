@@ -209,7 +209,8 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "nano.train": (
         {"checkpoint", "folder_names", "json_file", "presets", "tokenizer", "tokenizer_files"}
         | {"quant.export", "nano.trainer", "nano.plot", "nano.text_rows", "nano.toy"}
-        | {"nano.dataset", "nano.settings", "nano.train_log"},
+        | {"nano.dataset", "nano.settings", "nano.train_log", "nano.transcripts"}
+        | {"nano.vocabulary"},
         {"rich"},
     ),
     "nano.plot": ({"nano.train_log"}, {"matplotlib"}),
@@ -250,7 +251,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "nano.transcripts": (
         {"chat.template", "tokenizer", "nano.conversations", "nano.dataset", "nano.dice"}
-        | {"nano.problems"},
+        | {"nano.problems", "nano.texts"},
         set(),
     ),
     "nano.vocabulary": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -129,20 +130,42 @@ def test_expert_makes_a_failed_call_again():
         assert episode.num_false_alarms == 0
 
 
-def test_expert_misses_only_wrong_numbers_that_end_right():
+def test_expert_takes_a_result_that_comes_twice():
+    """Then its own digit was wrong; but an error in between is no second result."""
+    assert texts.judge("calc", "404", "1") == ("4 not 1", False)
+    assert texts.judge("calc", "404", "1", rejected="4") == ("4 twice", True)
+    assert texts.judge("calc", "391", "1", rejected="4") == ("1 ok", True)
+    assert texts.judge("calc", "407", "1", rejected="4") == ("7 not 1", False)
+    assert texts.judge("calc", "error: busy", "1", rejected="4") == ("error", False)
+    user = Message("user", "Start with 17.\n137: times 23\n138: report the value")
+    slip = expert.answer([user])
+    messages = [user, replace(slip, reasoning_content="137: 17*23=..5")]
+    for _ in range(2):
+        messages.append(Message("tool", "391", tool_call_id=messages[-1].tool_calls[0].id))
+        messages.append(expert.answer(messages))
+    assert [m.reasoning_content for m in messages[1::2]] == [
+        "137: 17*23=..5",
+        "1 not 5\n137: 17*23=..5",
+        "1 twice\n138: 391",
+    ]
+
+
+def test_expert_misses_only_wrong_numbers_that_end_right_or_alike():
     for index in range(30):
         problem = make_problem(Dice(index), 8, "held-out")
         episode = play(problem, "interleaved", Failures(0.4, wrong=8), seed=index)
-        digits = [re.search(r"=\.\.(\d)", t or "") for t in thoughts(episode)[:-1]]
-        for call, after, digit in zip(
-            episode.world.log, [*episode.world.log[1:], None], digits, strict=True
+        said = [m for m in episode.messages if m.role == "assistant"][:-1]
+        for call, after, message in zip(
+            episode.world.log, [*episode.world.log[1:], None], said, strict=True
         ):
+            digit = re.search(r"=\.\.(\d)", message.reasoning_content)
+            rejected = texts.rejected_digit(message)
             retried = after is not None and (call.name, call.arguments) == (
                 after.name,
                 after.arguments,
             )
             ends_right = digit is not None and call.result.endswith(digit[1])
-            missed = call.failure == "wrong" and ends_right
+            missed = call.failure == "wrong" and (ends_right or call.result[-1] == rejected)
             assert retried == (call.failure is not None and not missed)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import sys
 
 import pytest
 import torch
@@ -14,11 +16,13 @@ from graphs import small_graph, small_values
 from kimi_native.checkpoint import Checkpoint
 from kimi_native.errors import CheckpointWriteError, DivergedError, ModelFormatError, RequestError
 from kimi_native.nano import train
+from kimi_native.nano.plot import plot_log
 from kimi_native.nano.settings import TrainSettings
 from kimi_native.nano.toy import CopyTask
 from kimi_native.nano.train_log import LOG_NAME, read_log
 from kimi_native.nano.train_state import STATE_NAME
 from kimi_native.nano.trainer import Trainer, evaluate
+from kimi_native.nano.vocabulary import MODEL_FOLDER
 from kimi_native.quant.export import export_checkpoint
 from kimi_native.tokenizer_files import tokenizer_files
 from oracle import assert_same_bits
@@ -328,7 +332,7 @@ def test_train_settings_are_checked(changes, message):
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
-SHORT = "--steps 3 --warmup-steps 1 --decay-steps 1 --tokens-per-step 60 --log-every 1".split()  # noqa: SIM905
+SHORT = "--data copy --steps 3 --warmup-steps 1 --decay-steps 1 --tokens-per-step 60 --log-every 1".split()  # noqa: SIM905
 
 
 def config_file(tmp_path) -> str:
@@ -357,11 +361,55 @@ def test_train_command_reads_rows_and_reports_bad_ones(tmp_path, capsys):
     )
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "Once upon a time"}\n{"txt": 1}\n{"text": "Good morning, how"}\n')
-    arguments = ["--start", str(tmp_path / "start"), "--data", str(rows), *SHORT]
+    arguments = ["--start", str(tmp_path / "start"), *SHORT, "--data", str(rows)]
     assert train.main([str(tmp_path / "run"), *arguments]) == 0
     said = capsys.readouterr()
     assert "2 rows used, 1 not (line 2: must be" in said.err
     assert json.loads(said.out)["format"] == "bf16"
+
+
+def test_train_command_shows_its_progress_on_a_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "120")
+    assert train.main([str(tmp_path / "run"), "--config", config_file(tmp_path), *SHORT]) == 0
+    shown = capsys.readouterr().err
+    assert re.search(r"step 3/3 .*loss \d+\.\d{4}  [\d,]+ tokens/s", shown)
+
+
+def test_train_command_without_matplotlib_says_so_before_it_trains(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    arguments = [str(tmp_path / "run"), "--config", config_file(tmp_path), *SHORT]
+    assert train.main([*arguments, "--plot", str(tmp_path / "log.png")]) == 1
+    assert "plot: matplotlib must be installed" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_plot_refuses_what_it_cannot_draw(whole, tmp_path):
+    log = whole.folder.path / LOG_NAME
+    with pytest.raises(RequestError, match=r"log\.txyz cannot be written"):
+        plot_log(log, tmp_path / "log.txyz")
+    with pytest.raises(RequestError, match=r"must have steps \(got none\)"):
+        plot_log(tmp_path / "none.jsonl", tmp_path / "log.png")
+
+
+def test_log_with_a_broken_line_is_refused(tmp_path):
+    file = tmp_path / "log.jsonl"
+    file.write_text('{"step": 0}\nbroken\n{"step": 2}\n{"st')
+    with pytest.raises(ModelFormatError, match="line 2 must be a step"):
+        read_log(file)
+
+
+def test_train_command_learns_kimi_nanos_conversations(tmp_path, capsys):
+    """The default data with the default preset's vocabulary; what is looked at is held out."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(small_values(vocab_size=1024)))
+    model = ["--config", str(file), "--tokenizer", str(MODEL_FOLDER)]
+    looks = ["--held-out-every", "2", "--held-out-tokens", "3000", "--tokens-per-step", "3000"]
+    assert train.main([str(tmp_path / "run"), *model, *SHORT, "--data", "world", *looks]) == 0
+    steps = read_log(tmp_path / "run" / LOG_NAME)
+    assert [s["held_out_loss"] is not None for s in steps] == [False, True, True]
+    folder = json.loads(capsys.readouterr().out)["path"]
+    assert kimi_native.load(folder).generate("1 + 1", max_tokens=1).ids
 
 
 def test_train_command_stops_at_an_interrupt_and_goes_on(tmp_path, capsys, monkeypatch):

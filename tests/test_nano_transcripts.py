@@ -17,7 +17,8 @@ from kimi_native.nano.dataset import Example
 from kimi_native.nano.dice import Dice
 from kimi_native.nano.modes import mode_of
 from kimi_native.nano.problems import held_out_compositions, read_sheet
-from kimi_native.nano.transcripts import TranscriptDataset, answer_mask, encode
+from kimi_native.nano.texts import expects_wrong_digit
+from kimi_native.nano.transcripts import TranscriptDataset, encode
 from kimi_native.nano.vocabulary import nano_tokenizer
 
 PROBLEMS = Recipe(small_talk=0, questions=0)
@@ -56,7 +57,11 @@ def runs(loss):
     return found
 
 
-@pytest.mark.parametrize("recipe", [Recipe(later_calls=0), WINDOWS], ids=["whole", "windows"])
+@pytest.mark.parametrize(
+    "recipe",
+    [Recipe(later_calls=0, slips=0), replace(WINDOWS, slips=0)],
+    ids=["whole", "windows"],
+)
 def test_transcripts_show_what_the_model_will_see(tokenizer, recipe):
     """Before every learned message stands the prompt that generation would start from; in it, the message itself."""
     for conversation in some(recipe):
@@ -83,13 +88,9 @@ def test_transcripts_show_what_the_model_will_see(tokenizer, recipe):
 def test_transcripts_hide_a_number_that_nothing_tells(tokenizer):
     """Where the calls are numbered on from a cut, the first call's id carries no loss, all else does."""
     seen = 0
-    for conversation in some(replace(BETWEEN, later_calls=1.0)):
+    for conversation in some(replace(BETWEEN, later_calls=1.0, slips=0)):
         example = encode(conversation, tokenizer)
-        whole = answer_mask(
-            example.ids,
-            tokenizer,
-            sum(m.role == "assistant" for m in conversation.messages[: conversation.first_learned]),
-        )
+        whole = encode(replace(conversation, number_is_open=False), tokenizer).loss
         hidden = [i for i, (a, b) in enumerate(zip(whole, example.loss, strict=True)) if a != b]
         first = learned(conversation)[0][1].tool_calls[0]
         if conversation.number_is_open:
@@ -114,7 +115,44 @@ def test_transcripts_are_the_experts_words():
                     first_call=int(first.rpartition(":")[2]),
                     has_tools=bool(conversation.tools),
                 )
+                if expects_wrong_digit(message) and not expects_wrong_digit(said):
+                    slip = message.reasoning_content[:-1] + said.reasoning_content[-1]
+                    message = replace(message, reasoning_content=slip)
                 assert said == message
+
+
+def test_transcripts_show_slips_and_teach_what_follows(tokenizer):
+    """A wrong digit carries no loss; the right result comes twice and is taken, if no tool fails."""
+    recipe = replace(BETWEEN, slips=1.0, reliable=1.0, windows=0)
+    for conversation in some(recipe, 30):
+        example = encode(conversation, tokenizer)
+        without = encode(replace(conversation, first_learned=len(conversation.messages)), tokenizer)
+        assert not any(without.loss)
+        hidden = [
+            tokenizer.decode(example.ids[i - 1 : i + 2])
+            for start, end in itertools.pairwise(runs(example.loss))
+            for i in range(start[1], end[0])
+            if end[0] - start[1] == 1
+        ]
+        slipped = [m for _, m in learned(conversation) if expects_wrong_digit(m)]
+        digits = [m.reasoning_content[-1] for m in slipped]
+        assert hidden == [f"=..{digit}</think>" for digit in digits]
+        assert len(slipped) % 2 == 0  # each is followed by the same once more
+        thoughts = [m.reasoning_content for _, m in learned(conversation)]
+        assert sum(" twice\n" in t for t in thoughts) == len(slipped) // 2
+        *_, sheet_value = [m.content for m in conversation.messages]
+        assert sheet_value == f"The value is {solve(conversation)}."
+
+
+def solve(conversation):
+    """The right answer, from the results that the transcript's own tools gave: the last calculation's."""
+    results = [
+        (before.tool_calls[0].name, message.content)
+        for before, message in itertools.pairwise(conversation.messages)
+        if message.role == "tool"
+    ]
+    start = read_sheet(conversation.messages[conversation.first_learned - 1].content).start
+    return next((r for name, r in reversed(results) if name == "calc"), start)
 
 
 def test_transcripts_come_in_the_recipes_shares():
@@ -213,3 +251,23 @@ def test_example_checks_its_fields():
         Example([1, 2], [False])
     with pytest.raises(ValueError, match="first token"):
         Example([1, 2], [True, True])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("small_talk", -1),
+        ("windows", 1.5),
+        ("highest_failure", -0.1),
+        ("steps", (0, 3)),
+        ("plan_steps", (5, 3)),
+        ("longer_lists", (1, 3)),
+        ("thinned_lists", (2, 900)),
+        ("last_call", 0),
+    ],
+)
+def test_transcripts_recipe_out_of_range_is_named(field, value):
+    with pytest.raises(ValueError, match=rf"recipe: ({field}|weights) must .*got"):
+        Recipe(**{field: value})
+    with pytest.raises(ValueError, match="weights must not be negative, one positive"):
+        Recipe(0, 0, 0, 0, 0)

@@ -67,7 +67,7 @@ __device__ __forceinline__ void multiply_segment(const Bf16Problem& p, int64_t h
       for (int i = 0; i < kTiles; ++i) x[limb][i] = next[limb][i];
     load_tokens(p, head, first, c + 1, next);
     ptx::cp_async_wait<kRowsStages - 2>();
-    __syncwarp();  // the copies of all lanes are in, and all have read the stage that is free now
+    // No barrier: a lane reads the two pieces that it has copied itself.
     issue(c + kRowsStages - 1, stage == 0 ? kRowsStages - 1 : stage - 1);
     const auto pieces = shared_cast<uint4>(ring + stage * kRowsStageBytes);
     const RowFragment w{pieces[lane], pieces[32 + lane]};

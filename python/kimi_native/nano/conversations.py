@@ -12,7 +12,15 @@ from kimi_native.nano import expert, questions
 from kimi_native.nano.dice import Dice
 from kimi_native.nano.modes import MODES, Mode, declared_tools, opening_messages
 from kimi_native.nano.planner import look_back, make_plan, think_alone
-from kimi_native.nano.problems import FACTORS, Problem, Sheet, Split, make_problem, read_sheet
+from kimi_native.nano.problems import (
+    FACTORS,
+    MAX_STEPS,
+    Problem,
+    Sheet,
+    Split,
+    make_problem,
+    read_sheet,
+)
 from kimi_native.nano.small_talk import make_exchange
 from kimi_native.nano.world import MODULUS, Failures, World
 
@@ -26,11 +34,15 @@ class Recipe:
     reliable      share of conversations whose tools never fail; the others fail at a rate even in 0 .. highest_failure
     history       share of conversations with something before: small talk, or a problem of 1 or 2 steps
     later_calls   share of conversations whose calls are numbered from 1 .. last_call on, as after earlier ones cut off
+    slips         share of calculations before which the expert expects a wrong digit, as a model will now and then; the
+                  digit is not to be learned, but what to do then is
     windows       share of interleaved conversations that are a piece of a longer one: of a list of longer_lists steps
                   (fewest, most), no more than steps[1] are carried out. In lists of at most 12 labels the last digit
                   alone tells one from another, and a model that learned to look at no more would be lost in longer ones
     thinned       share of the windows whose list, of thinned_lists steps, lacks most lines; what is left beside the
                   piece is chosen for labels that are easily mistaken, and costs few tokens
+
+    Raises ValueError naming the field that is out of range.
     """
 
     interleaved: float = 80
@@ -45,10 +57,38 @@ class Recipe:
     history: float = 0.1
     later_calls: float = 0.4
     last_call: int = 499
+    slips: float = 0.02
     windows: float = 0.12
     longer_lists: tuple[int, int] = (13, 150)
     thinned: float = 0.5
     thinned_lists: tuple[int, int] = (150, 300)
+
+    def __post_init__(self) -> None:
+        if min(self.weights) < 0 or sum(self.weights) <= 0:
+            raise ValueError(
+                f"recipe: weights must not be negative, one positive (got {self.weights})"
+            )
+        for name in (
+            "reliable",
+            "highest_failure",
+            "history",
+            "later_calls",
+            "slips",
+            "windows",
+            "thinned",
+        ):
+            if not 0 <= (share := getattr(self, name)) <= 1:
+                raise ValueError(f"recipe: {name} must be in 0 .. 1 (got {share})")
+        for name in ("steps", "plan_steps", "longer_lists", "thinned_lists"):
+            fewest, most = getattr(self, name)
+            lowest = 1 if "steps" in name else 2  # a window needs the step before it
+            if not lowest <= fewest <= most <= MAX_STEPS:
+                raise ValueError(
+                    f"recipe: {name} must be two numbers, ascending, in {lowest} .. {MAX_STEPS} "
+                    f"(got {fewest} and {most})"
+                )
+        if self.last_call < 1:
+            raise ValueError(f"recipe: last_call must be at least 1 (got {self.last_call})")
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -93,7 +133,7 @@ def _problem(dice: Dice, split: Split, recipe: Recipe, mode: Mode) -> Conversati
     is_cut = mode == "interleaved" and not number and dice.chance(recipe.later_calls)
     if is_cut:
         number = dice.between(1, recipe.last_call)
-    turn = _solve(problem, mode, world, number)
+    turn = _solve(problem, mode, world, number, recipe.slips)
     messages = (*opening[:-1], *history, opening[-1], *turn)
     tools = _tools(dice, messages, mode)
     return Conversation(messages, tools, len(messages) - len(turn), is_cut)
@@ -114,7 +154,7 @@ def _history(dice: Dice, split: Split, recipe: Recipe, mode: Mode) -> list[Messa
         return [Message("user", exchange.question), Message("assistant", exchange.answer)]
     problem = make_problem(dice, dice.between(1, 2), split)
     world = World(problem.prices, dice, _failures(dice, recipe))
-    turn = _solve(problem, mode, world, 0)
+    turn = _solve(problem, mode, world, 0, 0.0)
     return [Message("user", problem.text()), *(replace(m, reasoning_content=None) for m in turn)]
 
 
@@ -141,12 +181,11 @@ def _question(dice: Dice, split: Split, recipe: Recipe) -> Conversation:
     prices = {question.key: dice.choice(FACTORS)}
     world = World(prices, dice, _failures(dice, recipe))
     message = questions.first_message(question, sum(len(m.tool_calls) for m in history))
-    turn = [message]
-    while message.tool_calls:
-        call = message.tool_calls[0]
-        turn.append(_result(world, call))
-        message = questions.next_message(question, call, turn[-1].content)
-        turn.append(message)
+    turn = [_with_slip(message, dice, recipe.slips)]
+    while turn[-1].tool_calls:
+        last = turn[-1]
+        turn.append(_result(world, last.tool_calls[0]))
+        turn.append(questions.next_message(question, last, turn[-1].content))
     messages = (*before, *turn)
     return Conversation(messages, _tools(dice, messages), len(before))
 
@@ -160,13 +199,14 @@ def _tools(dice: Dice, messages: Sequence[Message], mode: Mode = "interleaved") 
 # ---- the expert at work --------------------------------------------------------------------------------------------
 
 
-def _solve(problem: Problem, mode: Mode, world: World, number: int) -> list[Message]:
+def _solve(problem: Problem, mode: Mode, world: World, number: int, slips: float) -> list[Message]:
     """The expert's messages and the tools' from the user's message on. number: of the first call."""
     sheet = _read(problem, shows_prices=mode == "no-tools")
     if mode == "no-tools":
         return [think_alone(sheet)]
     if mode == "interleaved":
-        return _work(sheet, world, sheet.first_label, sheet.start, number, last_label=1000)
+        first = expert.start_at(sheet, sheet.first_label, sheet.start, number)
+        return _work(sheet, world, slips, first)
     plan = make_plan(sheet, number)
     results: dict[str, str] = {}
     turn = [plan]
@@ -206,20 +246,30 @@ def _result(world: World, call: ToolCall) -> Message:
 
 
 def _work(
-    sheet: Sheet, world: World, label: int, value: int, number: int, last_label: int
+    sheet: Sheet, world: World, slips: float, first: Message, last_label: int = MODULUS
 ) -> list[Message]:
-    """The expert between the calls, from one step on, until it answers or comes to the step after last_label."""
-    message = expert.start_at(sheet, label, value, number)
-    turn = [message]
+    """The expert between the calls, from its first message on, until it answers or comes past last_label."""
+    turn = [_with_slip(first, world.dice, slips)]
     end = f"{last_label + 1}: "
-    while message.tool_calls:
-        call = message.tool_calls[0]
-        turn.append(_result(world, call))
-        message = expert.follow(sheet, message, turn[-1].content)
+    while turn[-1].tool_calls:
+        last = turn[-1]
+        result = _result(world, last.tool_calls[0])
+        message = expert.follow(sheet, last, result.content)
+        turn.append(result)
         if _thought(message).startswith(end):
             break
-        turn.append(message)
+        is_new = _thought(message) != _thought(last)
+        turn.append(_with_slip(message, world.dice, slips) if is_new else message)
     return turn
+
+
+def _with_slip(message: Message, dice: Dice, slips: float) -> Message:
+    """The message, or, in that share of calculations, the same with a wrong digit expected."""
+    thought = message.reasoning_content or ""
+    if "=.." not in thought or not dice.chance(slips):
+        return message
+    wrong = (int(thought[-1]) + dice.between(1, 9)) % 10
+    return replace(message, reasoning_content=f"{thought[:-1]}{wrong}")
 
 
 def _thought(message: Message) -> str:
@@ -248,7 +298,8 @@ def _window(dice: Dice, split: Split, recipe: Recipe) -> Conversation:
     text = _thinned(dice, problem, first, last) if is_thinned else problem.text()
     sheet = read_sheet(text)
     number = dice.between(start, 3 * start + 1)
-    turn = _work(sheet, world, first, dice.between(0, MODULUS - 1), number, last)
+    opening = expert.start_at(sheet, first, dice.between(0, MODULUS - 1), number)
+    turn = _work(sheet, world, recipe.slips, opening, last)
     messages = (Message("user", text), *turn)
     learned = next(
         index

@@ -13,7 +13,7 @@ conversation is, and every number in it is copied, counted up by one, or one dig
     1 ok, 139: 391 as red            note_set("red", 391)   -> saved
     ok, 140: 391                     The value is 391.
 
-(In the text the comma is a line break.)
+(In the text the comma is a line break.) A result that comes twice is taken: "4 twice" instead of another "4 not 1".
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from kimi_native.nano.texts import (
     lookup_call,
     note_get_call,
     note_set_call,
+    rejected_digit,
     thought_message,
 )
 
@@ -71,7 +72,7 @@ def answer(messages: Sequence[Message], *, first_call: int = 0, has_tools: bool 
         return questions.think_alone(question)
     if not turn:
         return questions.first_message(question, number)
-    return questions.next_message(question, turn[-2].tool_calls[0], turn[-1].content or "")
+    return questions.next_message(question, turn[-2], turn[-1].content or "")
 
 
 def _work(sheet: Sheet, mode: Mode, turn: Sequence[Message], number: int) -> Message:
@@ -113,7 +114,7 @@ def follow(sheet: Sheet, last: Message, result: str) -> Message:
     state = _read_state(last.reasoning_content or "")
     call = last.tool_calls[0]
     number = call_number(call) + 1
-    verdict, fine = judge(call.name, result, state.digit)
+    verdict, fine = judge(call.name, result, state.digit, rejected_digit(last))
     if not fine:
         return thought_message(verdict, state.text, again(call, number))
     if call.name in ("lookup", "note_get"):

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from kimi_native.errors import RequestError
 from kimi_native.nano.train_log import read_log
+
+
+def new_figure() -> Any:
+    """An empty picture. Raises RequestError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RequestError(
+            f"plot: matplotlib must be installed, pip install matplotlib (got {error})"
+        ) from error
+    return Figure(figsize=(9, 6), layout="constrained")
 
 
 def plot_log(log: Path, picture: Path) -> None:
@@ -13,16 +25,9 @@ def plot_log(log: Path, picture: Path) -> None:
 
     Raises RequestError without matplotlib, on an empty log or a name it does not know.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RequestError(
-            f"plot: matplotlib must be installed, pip install matplotlib (got {error})"
-        ) from error
-    steps = read_log(log)
+    figure, steps = new_figure(), read_log(log)
     if not steps:
         raise RequestError(f"plot: {log} must have steps (got none)")
-    figure = Figure(figsize=(9, 6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     at = [s["step"] for s in steps]
     upper.semilogy(at, [s["loss"] for s in steps], label="loss, nats per token")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from kimi_native.chat.types import Message, ToolCall
+from kimi_native.chat.types import Message
 from kimi_native.nano.dice import Dice
 from kimi_native.nano.texts import (
     again,
@@ -22,6 +22,7 @@ from kimi_native.nano.texts import (
     judge,
     last_digit,
     lookup_call,
+    rejected_digit,
     thought_message,
 )
 from kimi_native.nano.world import KEYS, MODULUS, operate
@@ -91,14 +92,15 @@ def first_message(question: Question, number: int) -> Message:
     return thought_message(None, thought, calc_call(number, str(a), op, str(b)))
 
 
-def next_message(question: Question, call: ToolCall, result: str) -> Message:
-    """The answer, or the call again if its result cannot be."""
-    digit = str(last_digit(question.a, question.op, question.b)) if question.op else ""
-    verdict, fine = judge(call.name, result, digit)
+def next_message(question: Question, last: Message, result: str) -> Message:
+    """The answer, or the call again if its result cannot be. last: the message with the call."""
+    call, thought = last.tool_calls[0], (last.reasoning_content or "").rpartition("\n")[2]
+    verdict, fine = judge(
+        call.name, result, thought[-1:] if question.op else "", rejected_digit(last)
+    )
     if fine:
         return answer_message(verdict, int(result))
-    first = first_message(question, 0)
-    return thought_message(verdict, first.reasoning_content, again(call, call_number(call) + 1))
+    return thought_message(verdict, thought, again(call, call_number(call) + 1))
 
 
 def think_alone(question: Question) -> Message:

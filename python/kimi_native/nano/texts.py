@@ -50,8 +50,13 @@ def last_digit(a: int, op: str, b: int) -> int:
     return operate(a % 10, op, b % 10) % 10
 
 
-def judge(name: str, result: str, digit: str) -> tuple[str, bool]:
-    """What the expert says of a result, and whether it takes it. digit: the last one that a calc must give."""
+def judge(name: str, result: str, digit: str, rejected: str = "") -> tuple[str, bool]:
+    """What the expert says of a result, and whether it takes it.
+
+    digit     the last one that a calc must give
+    rejected  the last digit of the result that was rejected just before, if one was. If two calls agree, the digit was
+              wrong: without this, one slip in its own arithmetic would keep a model calling for ever
+    """
     if result.startswith("error"):
         return "error", False
     if name == "note_set":
@@ -63,7 +68,23 @@ def judge(name: str, result: str, digit: str) -> tuple[str, bool]:
         return ("fits", True) if fits else ("impossible", False)
     if name == "note_get":
         return "fits", True
-    return (f"{digit} ok", True) if result[-1] == digit else (f"{result[-1]} not {digit}", False)
+    if result[-1] == digit:
+        return f"{digit} ok", True
+    if result[-1] == rejected:
+        return f"{rejected} twice", True
+    return f"{result[-1]} not {digit}", False
+
+
+def rejected_digit(message: Message) -> str:
+    """The last digit that the message rejected, empty if it did not."""
+    match = re.match(r"([0-9]) not [0-9]\n", message.reasoning_content or "")
+    return match[1] if match else ""
+
+
+def expects_wrong_digit(message: Message) -> bool:
+    """Whether the message says that a calculation must end in a digit in which it does not."""
+    match = re.search(r"([0-9]+)([-+*])([0-9]+)=\.\.([0-9])\Z", message.reasoning_content or "")
+    return match is not None and last_digit(int(match[1]), match[2], int(match[3])) != int(match[4])
 
 
 def thought_message(verdict: str | None, thought: str, call: ToolCall) -> Message:

@@ -22,17 +22,23 @@ from kimi_native.errors import KimiNativeError, RequestError
 from kimi_native.folder_names import CONFIG_NAME
 from kimi_native.json_file import read_json
 from kimi_native.nano.dataset import Dataset
+from kimi_native.nano.plot import new_figure, plot_log
 from kimi_native.nano.settings import TrainSettings
 from kimi_native.nano.text_rows import read_rows
 from kimi_native.nano.toy import CopyTask
 from kimi_native.nano.train_log import LOG_NAME, StepReport
 from kimi_native.nano.trainer import Progress, Trainer
+from kimi_native.nano.transcripts import TranscriptDataset
+from kimi_native.nano.vocabulary import MODEL_FOLDER
 from kimi_native.quant.export import export_checkpoint
 from kimi_native.tokenizer import load_tokenizer
 from kimi_native.tokenizer_files import tokenizer_files
 
-COPY = "copy"
-TOKENIZER_FILES = ("tiktoken.model", "tokenizer_config.json", "generation_config.json")
+WORLD, COPY = "world", "copy"
+WORLD_EXAMPLES = 1 << 40  # more than any run sees: no conversation comes twice
+COPY_SYMBOLS = 64
+TOKENIZER_FILES = ("tiktoken.model", "tokenizer_config.json")
+GENERATION_CONFIG = "generation_config.json"
 INTERRUPTED = 130  # as a shell reports a command that SIGINT ended
 _KINDS = {"int": int, "float": float, "str": str}
 
@@ -41,16 +47,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="folder of the run, made if missing")
     parser.add_argument(
         "--data",
-        default=COPY,
+        default=WORLD,
         metavar="FILE",
-        help=f'rows {{"text": ...}} or {{"ids": ..., "loss": ...}}; "{COPY}": repeat a sequence',
+        help=f'rows {{"text": ...}} or {{"ids": ..., "loss": ...}}; "{WORLD}" (default): kimi-nano\'s '
+        f'conversations; "{COPY}": repeat a sequence',
     )
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--preset", choices=list(presets.PRESETS), default="nano")
     model.add_argument("--start", metavar="FOLDER", help="a checkpoint to train on")
     model.add_argument("--config", metavar="FILE", help="config.json of a model to start anew")
     parser.add_argument(
-        "--tokenizer", metavar="FOLDER", help="with tiktoken.model (default: the start's, or small)"
+        "--tokenizer",
+        metavar="FOLDER",
+        help="with tiktoken.model (default: the start's, kimi-nano's, or a small one)",
     )
     parser.add_argument("--plot", metavar="FILE", help="draw the log at the end (needs matplotlib)")
     for f in dataclasses.fields(TrainSettings):
@@ -64,18 +73,18 @@ def run(args: argparse.Namespace) -> int:
     """Train as the arguments say; errors (KimiNativeError, ValueError) are the caller's to print."""
     names = [f.name for f in dataclasses.fields(TrainSettings)]
     settings = TrainSettings(**{name: getattr(args, name) for name in names})
+    if args.plot is not None:
+        new_figure()  # what cannot be drawn in the end is said before hours of training
     start = None if args.start is None else Checkpoint.open(args.start)
     values = _values(args)
-    files = _tokenizer_files(args, values)
-    dataset = _dataset(args.data, values, files, settings)
-    trainer = Trainer(values, dataset, args.out, settings, start=start)
+    files = _files(args, values)
+    dataset, held_out = _datasets(args.data, values, files, settings)
+    trainer = Trainer(values, dataset, args.out, settings, held_out=held_out, start=start)
     if trainer.steps_done:
         note(f"going on after step {trainer.steps_done}")
     with progress_line(settings.steps, trainer.steps_done) as progress:
         complete = trainer.run(progress)
     if args.plot is not None:
-        from kimi_native.nano.plot import plot_log
-
         plot_log(Path(args.out) / LOG_NAME, Path(args.plot))
     if not complete:
         note(f"stopped after step {trainer.steps_done}; the same command goes on from there")
@@ -101,29 +110,39 @@ def _values(args: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
-def _tokenizer_files(args: argparse.Namespace, values: Mapping[str, Any]) -> dict[str, bytes]:
+def _files(args: argparse.Namespace, values: Mapping[str, Any]) -> dict[str, bytes]:
+    """What the checkpoint holds besides weights and config: the tokenizer, and where an answer ends."""
     folder = args.tokenizer or args.start
+    if folder is None and args.config is None and args.preset == "nano":
+        folder = MODEL_FOLDER
     if folder is None:
-        return tokenizer_files(values["vocab_size"])
-    paths = [Path(folder) / name for name in TOKENIZER_FILES]
-    return {path.name: path.read_bytes() for path in paths if path.is_file()}
+        files = tokenizer_files(values["vocab_size"])
+    else:
+        paths = [Path(folder) / name for name in TOKENIZER_FILES]
+        files = {path.name: path.read_bytes() for path in paths if path.is_file()}
+    ends = {key: values[key] for key in ("bos_token_id", "eos_token_id") if key in values}
+    return files | {GENERATION_CONFIG: (json.dumps(ends, indent=2) + "\n").encode()}
 
 
-def _dataset(
+def _datasets(
     data: str, values: Mapping[str, Any], files: Mapping[str, bytes], settings: TrainSettings
-) -> Dataset:
+) -> tuple[Dataset, Dataset | None]:
+    """What to learn, and for kimi-nano's conversations what to look at only."""
     vocab_size = values["vocab_size"]
     if data == COPY:
-        return CopyTask(vocab_size, seed=settings.seed)
+        return CopyTask(min(vocab_size, COPY_SYMBOLS + 2), seed=settings.seed), None
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
             (Path(folder) / name).write_bytes(content)
-        encode = load_tokenizer(folder, vocab_size=vocab_size).encode
+        tokenizer = load_tokenizer(folder, vocab_size=vocab_size)
+    if data == WORLD:
+        held_out = TranscriptDataset(tokenizer, WORLD_EXAMPLES, settings.seed, "held-out")
+        return TranscriptDataset(tokenizer, WORLD_EXAMPLES, settings.seed), held_out
     limit = settings.tokens_per_step + 1
-    rows = read_rows(data, encode, vocab_size=vocab_size, max_tokens=limit)
+    rows = read_rows(data, tokenizer.encode, vocab_size=vocab_size, max_tokens=limit)
     if rows.bad:
         note(rows.report())
-    return rows
+    return rows, None
 
 
 # ---- what is shown --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from kimi_native.chat.template import render
@@ -9,6 +10,7 @@ from kimi_native.nano.conversations import Conversation, Recipe, make_conversati
 from kimi_native.nano.dataset import Example
 from kimi_native.nano.dice import Dice
 from kimi_native.nano.problems import Split
+from kimi_native.nano.texts import expects_wrong_digit
 from kimi_native.tokenizer import Tokenizer
 
 FORMAT = "k2-thinking"
@@ -52,7 +54,8 @@ class TranscriptDataset:
 def encode(conversation: Conversation, tokenizer: Tokenizer) -> Example:
     """The ids of a conversation; the assistant's messages from first_learned on carry loss, with their <|im_end|>.
 
-    Their opening does not: it is the prompt's. Nor does a call's id that nothing in the conversation tells.
+    Their opening does not: it is the prompt's. Nor do the id of a call that nothing in the conversation tells, and a
+    wrong digit that is there so that its consequences can be learned.
     """
     ids = render(
         conversation.messages,
@@ -62,40 +65,30 @@ def encode(conversation: Conversation, tokenizer: Tokenizer) -> Example:
         add_generation_prompt=False,
         keep_thinking="all",
     )
-    before = conversation.messages[: conversation.first_learned]
-    num_skipped = sum(message.role == "assistant" for message in before)
-    loss = answer_mask(ids, tokenizer, num_skipped)
-    if conversation.number_is_open:
-        _hide_first_header(ids, loss, tokenizer)
+    loss = [False] * len(ids)
+    control = tokenizer.control_ids
+    answers = [(i, m) for i, m in enumerate(conversation.messages) if m.role == "assistant"]
+    number_is_open = conversation.number_is_open
+    for (index, message), (start, stop) in zip(answers, answer_spans(ids, tokenizer), strict=True):
+        if index < conversation.first_learned:
+            continue
+        loss[start:stop] = [True] * (stop - start)
+        if expects_wrong_digit(message):
+            loss[ids.index(control["</think>"], start) - 1] = False
+        if number_is_open:
+            number_is_open = False
+            header = ids.index(control["<|tool_call_begin|>"], start) + 1
+            end = ids.index(control["<|tool_call_argument_begin|>"], header)
+            loss[header:end] = [False] * (end - header)
     return Example(ids, loss)
 
 
-def answer_mask(ids: list[int], tokenizer: Tokenizer, num_skipped: int = 0) -> list[bool]:
-    """Which ids are an assistant's words or the <|im_end|> after them, but for its first num_skipped messages."""
-    control = tokenizer.control_ids
-    assistant, middle, end = (
-        control[name] for name in ("<|im_assistant|>", "<|im_middle|>", "<|im_end|>")
-    )
-    mask = [False] * len(ids)
-    position = 0
-    while True:
-        try:
-            position = ids.index(middle, ids.index(assistant, position)) + 1
-            stop = ids.index(end, position) + 1
-        except ValueError:
-            return mask
-        if num_skipped:
-            num_skipped -= 1
-        else:
-            mask[position:stop] = [True] * (stop - position)
-        position = stop
-
-
-def _hide_first_header(ids: list[int], loss: list[bool], tokenizer: Tokenizer) -> None:
-    """Takes the loss off the id of the first call that carries any."""
-    begin = tokenizer.control_ids["<|tool_call_begin|>"]
-    arguments = tokenizer.control_ids["<|tool_call_argument_begin|>"]
-    start = next((i for i, token in enumerate(ids) if token == begin and loss[i]), None)
-    if start is not None:
-        for i in range(start + 1, ids.index(arguments, start)):
-            loss[i] = False
+def answer_spans(ids: list[int], tokenizer: Tokenizer) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the assistant's words in each of its messages, the <|im_end|> after them included."""
+    names = ("<|im_assistant|>", "<|im_middle|>", "<|im_end|>")
+    assistant, middle, end = (tokenizer.control_ids[name] for name in names)
+    stop = 0
+    for _ in range(ids.count(assistant)):
+        start = ids.index(middle, ids.index(assistant, stop)) + 1
+        stop = ids.index(end, start) + 1
+        yield start, stop

@@ -131,6 +131,23 @@ def test_a_template_prints_what_transformers_prints(tokenizer, rendered, source,
     assert ids == tokenizer.encode_with_control(theirs[0])
 
 
+@pytest.mark.parametrize(
+    ("source", "printed"),
+    [
+        ("{{ strftime_now('%Y') | length }}", "4"),
+        (
+            "{{ 'a b' | title }} {{ '%.1f' | format(2) }} {{ [2, 1] | sort | pprint }}",
+            "A B 2.0 [1, 2]",
+        ),
+        ("{{ 'é\\n月'.encode('utf-8') | length }} {{ 'a b' | urlencode }}", "6 a%20b"),
+        ("{{ {'b': 1, 'a': 2} | dictsort | map('first') | join(',') }}", "a,b"),
+        ("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01"),
+    ],
+)
+def test_what_templates_use_is_there(tokenizer, rendered, source, printed):
+    assert tokenizer.decode(rendered(source, [user()])) == printed
+
+
 def test_thinking_reaches_the_template(tokenizer, rendered):
     source = "{{ enable_thinking is defined }} {{ thinking }}"
     for thinking, text in [(None, "False "), (True, "True True"), (False, "True False")]:
@@ -282,6 +299,7 @@ def test_the_worker_sees_no_environment_and_opens_no_file(sandbox, monkeypatch):
     with open(f"/proc/{pid}/limits") as file:
         limits = {line[:26].strip(): line[26:].split()[0] for line in file}
     assert limits["Max address space"] == str(Limits().memory_bytes)
+    assert limits["Max open files"] == "3"
     assert limits["Max file size"] == limits["Max processes"] == "0"
     assert len(os.listdir(f"/proc/{pid}/fd")) == 3
 

@@ -131,6 +131,23 @@ def test_a_template_prints_what_transformers_prints(tokenizer, rendered, source,
     assert ids == tokenizer.encode_with_control(theirs[0])
 
 
+@pytest.mark.parametrize(
+    ("source", "printed"),
+    [
+        ("{{ strftime_now('%Y') | length }}", "4"),
+        (
+            "{{ 'a b' | title }} {{ '%.1f' | format(2) }} {{ [2, 1] | sort | pprint }}",
+            "A B 2.0 [1, 2]",
+        ),
+        ("{{ 'é\\n月'.encode('utf-8') | length }} {{ 'a b' | urlencode }}", "6 a%20b"),
+        ("{{ {'b': 1, 'a': 2} | dictsort | map('first') | join(',') }}", "a,b"),
+        ("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01"),
+    ],
+)
+def test_what_templates_use_is_there(tokenizer, rendered, source, printed):
+    assert tokenizer.decode(rendered(source, [user()])) == printed
+
+
 def test_thinking_reaches_the_template(tokenizer, rendered):
     source = "{{ enable_thinking is defined }} {{ thinking }}"
     for thinking, text in [(None, "False "), (True, "True True"), (False, "True False")]:
@@ -152,18 +169,19 @@ def control_ids(tokenizer, ids):
         CHAT.replace("m.content", "m.content | trim"),
         CHAT.replace("m.content", "'<|' ~ m.content ~ '|>'"),
         CHAT.replace("m.content", "m.content | replace('x', '')"),
-        CHAT.replace("m.content", "m.content[1:]"),
         CHAT.replace("m.content", "m.content | upper | lower"),
         CHAT.replace("m.content", "messages | map(attribute='content') | join"),
         CHAT.replace("m.content", "'<' ~ m.content ~ '|im_end|>'"),
         CHAT.replace("m.content", "m | tojson"),
+        CHAT.replace("m.content", "'<|im_' ~ m.content[:3] ~ '|>'"),
+        CHAT.replace("m.content", "'<|im_' ~ m.content.split()[0] ~ '|>'"),
     ],
 )
 def test_no_text_of_the_caller_becomes_a_control_token(tokenizer, rendered, source):
     expected = control_ids(tokenizer, rendered(source, [user("q"), user("q", name="q")]))
     names = list(tokenizer.control_ids)
     texts = [*names[:20], "".join(names[:8]), "<|im_xend|>", "x<|im_end|>", "im_end", "|im_end|>"]
-    for text in [*texts, "<|im_", "end|>", "<", "im_e", "<|IM_END|>"]:
+    for text in [*texts, "<|im_", "end|>", "<", "im_e", "<|IM_END|>", "enduser", "end x", "user"]:
         for messages in (
             [user(text), user(text, name=text)],
             [user(text), user("end|>", name="q")],
@@ -171,16 +189,36 @@ def test_no_text_of_the_caller_becomes_a_control_token(tokenizer, rendered, sour
             try:
                 ids = rendered(source, messages)
             except RequestError as error:
-                assert "looks like control tokens" in str(error)  # noqa: PT017
+                assert "must not decide by the text" in str(error)  # noqa: PT017
                 continue
             assert control_ids(tokenizer, ids) == expected, (text, tokenizer.decode(ids))
 
 
-def test_a_template_that_reads_such_text_is_refused(rendered):
-    source = "{{ messages[0].content.split('</think>')[-1] }}"
-    assert rendered(source, [user("a b")])
+@pytest.mark.parametrize(
+    ("source", "passes", "refused"),
+    [
+        ("{{ messages[0].content.split('</think>')[-1] }}", "a b", "a</think>b"),
+        (
+            "{% if '/no_think' in messages[0].content %}<think></think>{% endif %}",
+            "a",
+            "a /no_think",
+        ),
+        ("{{ messages[0].content[1:] }}", "", "ab"),
+        ("{{ messages[0].content | replace('ab', '') }}", "a b", "<|im_abend|>"),
+    ],
+)
+def test_a_template_that_decides_by_text_is_refused(rendered, source, passes, refused):
+    rendered(source, [user(passes)])
     with pytest.raises(RequestError, match="give reasoning as reasoning_content"):
-        rendered(source, [user("a</think>b")])
+        rendered(source, [user(refused)])
+
+
+def test_arguments_are_text_where_a_template_takes_no_object(tokenizer, rendered):
+    messages = [{"role": "assistant", "tool_calls": [CALL]}]
+    source = "{% for c in messages[0].tool_calls %}{{ c.function.name + '|' + c.function.arguments }}{% endfor %}"
+    assert tokenizer.decode(rendered(source, messages)) == 'get_weather|{"id": "月 <1>", "text": 2}'
+    with pytest.raises(RequestError, match="line 1: can only concatenate"):
+        rendered(source.replace("}}", "+ 1 }}"), messages)
 
 
 def test_text_keeps_every_character(tokenizer, rendered):
@@ -193,9 +231,9 @@ def test_text_keeps_every_character(tokenizer, rendered):
 
 def test_a_mark_is_always_one_that_the_text_lacks():
     marks = "".join(map(chr, range(0xFDD0, 0xFDF0)))
-    assert Mask(["<a>"], [marks[:-1]]).mark == marks[-1]
+    assert Mask({"<a>": 1}, [marks[:-1]]).mark == marks[-1]
     with pytest.raises(RequestError, match=r"leave one of U\+FDD0"):
-        Mask(["<a>"], [marks])
+        Mask({"<a>": 1}, [marks])
 
 
 def test_a_lone_surrogate_is_refused(rendered):
@@ -282,6 +320,7 @@ def test_the_worker_sees_no_environment_and_opens_no_file(sandbox, monkeypatch):
     with open(f"/proc/{pid}/limits") as file:
         limits = {line[:26].strip(): line[26:].split()[0] for line in file}
     assert limits["Max address space"] == str(Limits().memory_bytes)
+    assert limits["Max open files"] == "3"
     assert limits["Max file size"] == limits["Max processes"] == "0"
     assert len(os.listdir(f"/proc/{pid}/fd")) == 3
 

@@ -95,7 +95,7 @@ def _format_and_tokenizer(args: argparse.Namespace) -> tuple[str | None, Tokeniz
         return args.format, load_tokenizer(args.tokenizer)
     config = load_config(args.model)
     tokenizer = load_tokenizer(args.model, vocab_size=config.vocab_size)
-    return args.format or detect_format(config, tokenizer), tokenizer
+    return args.format or detect_format(config, tokenizer, args.model), tokenizer
 
 
 # ---- render ---------------------------------------------------------------------------------------------------------

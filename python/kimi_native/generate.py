@@ -94,7 +94,7 @@ def load(
     ignored = tuple(ignore_config_keys)
     config = load_config(path, ignore_keys=ignored)
     tokenizer = load_tokenizer(path, vocab_size=config.vocab_size)
-    chat_format = detect_format(config, tokenizer)
+    chat_format = detect_format(config, tokenizer, path)
     sizes = {"max_context": max_context or default_context(config), "max_batch": max_batch}
     weights = {"dtype": dtype, "dense": dense, "compute": compute}
     reading = {"prefetch": prefetch, "progress": progress, "ignored": ignored}

@@ -251,6 +251,15 @@ def test_train_goes_further_than_it_was_told_first(whole, tmp_path):
     assert longer.steps_done == 9
 
 
+def test_train_goes_on_with_as_many_threads_as_it_began(whole, tmp_path):
+    (tmp_path / STATE_NAME).write_bytes((whole.folder.path / STATE_NAME).read_bytes())
+    torch.set_num_threads(2)
+    trainer(tmp_path)
+    assert torch.get_num_threads() == 1
+    with pytest.raises(RequestError, match=r"another setting: threads must be 1 \(got 2\)"):
+        trainer(tmp_path, threads=2)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -187,6 +187,7 @@ class Trainer:
     def save(self) -> None:
         """Write the state as it is between two steps."""
         run = self._began | {
+            "threads": torch.get_num_threads(),
             "steps_done": self.steps_done,
             "optimizer_steps": self.optimizer.steps,
             "counter": self.counter,
@@ -198,6 +199,9 @@ class Trainer:
         file, run = read_run(path)
         for what, now in self._began.items():
             check_same(self.folder.path, what, run.get(what, {}), now)
+        if self.settings.threads is not None:
+            check_same(self.folder.path, "setting", _threads(run["threads"]), _threads())
+        torch.set_num_threads(run["threads"])
         restore(file, self._tensors())
         self.steps_done, self.counter = run["steps_done"], run["counter"]
         self.optimizer.steps = run["optimizer_steps"]
@@ -253,6 +257,10 @@ def evaluate(graph: KimiGraph, dataset: Dataset, *, tokens: int) -> tuple[float,
     targets = batch.targets.to(device)
     right = (logits.argmax(1) == targets).double().mean()
     return float(cross_entropy(logits, targets)), float(right)
+
+
+def _threads(num: int | None = None) -> dict[str, int]:
+    return {"threads": torch.get_num_threads() if num is None else num}
 
 
 def _fingerprint(dataset: Dataset) -> str:

@@ -29,7 +29,7 @@ from kimi_native.nano.balance import update_bias
 from kimi_native.nano.batches import Batch, make_batch
 from kimi_native.nano.dataset import Dataset
 from kimi_native.nano.divergence import check_loss, check_norms, norms
-from kimi_native.nano.graph import Documents, GraphOutput, KimiGraph
+from kimi_native.nano.graph import GraphOutput, KimiGraph
 from kimi_native.nano.muon import MuonAdamW, MuonSettings, qk_clip
 from kimi_native.nano.published import read_published
 from kimi_native.nano.settings import TrainSettings
@@ -124,7 +124,7 @@ class Trainer:
         return self.steps_done >= self.settings.steps
 
     def _batch(self, counter: int) -> Batch:
-        settings, device = self.settings, self.settings.device
+        settings = self.settings
         batch = make_batch(
             self.dataset,
             counter,
@@ -132,13 +132,7 @@ class Trainer:
             seed=settings.seed,
             stretch=self.stretch,
         )
-        if device == "cpu":
-            return batch
-        d = batch.documents
-        documents = Documents(d.ids.to(device), d.positions.to(device), d.lengths)
-        return replace(
-            batch, documents=documents, rows=batch.rows.to(device), targets=batch.targets.to(device)
-        )
+        return batch.to(settings.device)
 
     def _step(self, batch: Batch) -> StepReport:
         """Everything that changes the weights."""
@@ -249,14 +243,10 @@ def evaluate(graph: KimiGraph, dataset: Dataset, *, tokens: int) -> tuple[float,
 
     tokens  how many to look at, at most
     """
-    device = graph.lm_head.weight.device
-    batch = make_batch(dataset, 0, tokens=tokens, seed=0)
-    d = batch.documents
-    documents = Documents(d.ids.to(device), d.positions.to(device), d.lengths)
-    logits = graph(documents, batch.rows.to(device)).logits
-    targets = batch.targets.to(device)
-    right = (logits.argmax(1) == targets).double().mean()
-    return float(cross_entropy(logits, targets)), float(right)
+    batch = make_batch(dataset, 0, tokens=tokens, seed=0).to(graph.lm_head.weight.device)
+    logits = graph(batch.documents, batch.rows).logits
+    right = (logits.argmax(1) == batch.targets).double().mean()
+    return float(cross_entropy(logits, batch.targets)), float(right)
 
 
 def _threads(num: int | None = None) -> dict[str, int]:

@@ -111,7 +111,7 @@ class Trainer:
                 self.counter = batch.counter
                 self.steps_done += 1
                 report = self._looked_at(report)
-                if report.step % self.settings.log_every == 0 or self._is_last():
+                if self._is_logged(report):
                     append(self.folder.path / LOG_NAME, report)
                 if progress is not None:
                     progress(report)
@@ -119,6 +119,10 @@ class Trainer:
                     self.save()
             self.save()
         return self._is_last()
+
+    def _is_logged(self, report: StepReport) -> bool:
+        due = report.step % self.settings.log_every == 0
+        return due or report.held_out_loss is not None or self._is_last()
 
     def _is_last(self) -> bool:
         return self.steps_done >= self.settings.steps

@@ -26,7 +26,7 @@ from kimi_native.config_keys import (
 )
 from kimi_native.errors import ConfigError, ModelFormatError
 from kimi_native.folder_names import CONFIG_NAME, UNFINISHED_NAME
-from kimi_native.json_file import REQUIRED, Section, check_depth, read_json
+from kimi_native.json_file import REQUIRED, Section, UnknownKeys, check_depth, read_json
 from kimi_native.model_file import find_file
 from kimi_native.quantization import QuantizationConfig
 
@@ -94,19 +94,25 @@ class KimiConfig:
     ) -> KimiConfig:
         """Checks a parsed config.json.
 
-        ignore_keys  keys to treat as absent, dotted where nested ("text_config.foo", "quantization_config.bar")
+        ignore_keys  unknown keys to accept, dotted where nested ("text_config.foo", "quantization_config.bar")
 
-        Raises ConfigError naming the key on an unknown key or an unsupported value, NotImplementedError on a model
-        of the wider family that this package cannot run yet.
+        Raises ConfigError naming the key on an unsupported value, an unknown key, or an ignored one that is known or
+        absent; NotImplementedError on a model of the wider family that this package cannot run yet.
         """
         if isinstance(d, dict):
             check_depth(d, source)
-        top = Section(d, source, "", frozenset(ignore_keys))
+        unknown = UnknownKeys(source, ignore_keys)
+        config = KimiConfig._read(Section(d, "", unknown))
+        unknown.finish()
+        return config
+
+    @staticmethod
+    def _read(top: Section) -> KimiConfig:
         model_type = top.get("model_type", REQUIRED)
         if not isinstance(model_type, str):
             raise top.fail("model_type", "a string")
         if model_type in ("kimi_vl", "kimi_linear"):
-            raise NotImplementedError(f"{source}: model_type {model_type} is not supported yet")
+            raise NotImplementedError(f"{top.source}: model_type {model_type} is not supported yet")
         if model_type not in FAMILY_DEFAULTS and model_type not in WRAPPERS:
             known = ", ".join([*FAMILY_DEFAULTS, *WRAPPERS])
             raise top.fail("model_type", f"one of {known}")
@@ -193,7 +199,7 @@ def load_generation_config(path: str | Path) -> dict[str, Any]:
         return {}
     values = read_json(file, max_bytes=MAX_CONFIG_BYTES)
     check_depth(values, str(file))
-    section = Section(values, str(file), "", frozenset())
+    section = Section(values, "", UnknownKeys(str(file)))
     token_ids(section, "eos_token_id")
     for key in ("bos_token_id", "pad_token_id"):
         if section.get(key) is not None:

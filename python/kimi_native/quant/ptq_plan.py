@@ -80,9 +80,8 @@ def make_plan(
         left_out=[n for n in present if n not in taken],
         source_files=[n for n in present if n in taken],
     )
-    KimiConfig.from_dict(
-        plan.config, ignore_keys=ignore_config_keys
-    )  # what cannot be read back is not written
+    kept = [key for key in ignore_config_keys if "quantization_config." not in key]
+    KimiConfig.from_dict(plan.config, ignore_keys=kept)  # what cannot be read back is not written
     return plan
 
 

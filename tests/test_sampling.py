@@ -470,7 +470,7 @@ def test_from_generation_config_do_sample_false_is_greedy_unless_overridden():
 
 
 def test_from_generation_config_names_the_file_for_a_bad_value_in_it():
-    with pytest.raises(ConfigError, match=r"^generation_config\.json: sampling: top_p must"):
+    with pytest.raises(ConfigError, match=r"^generation_config\.json: top_p must"):
         SamplingParams.from_generation_config({"top_p": 7})
     with pytest.raises(ConfigError, match="do_sample must be true or false"):
         SamplingParams.from_generation_config({"do_sample": "no"})

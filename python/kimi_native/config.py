@@ -11,11 +11,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kimi_native.config_keys import (
     ANY_VALUE,
     FAMILY_DEFAULTS,
+    GENERATION_PREFIX,
     ONE_VALUE,
     TOKEN_ID,
     WRAPPER_ANY_VALUE,
@@ -36,7 +36,6 @@ __all__ = [
     "QuantizationConfig",
     "YarnConfig",
     "load_config",
-    "load_generation_config",
 ]
 
 LATENT_NORM_EPS = (
@@ -175,6 +174,7 @@ class KimiConfig:
 def load_config(path: str | Path, *, ignore_keys: Iterable[str] = ()) -> KimiConfig:
     """Reads and checks config.json of a model folder; errors as KimiConfig.from_dict.
 
+    ignore_keys  as of KimiConfig.from_dict; those that begin with "generation_config." are for that file
     Raises ModelFormatError if `kimi-native quantize` has begun the folder and not finished it.
     """
     if (Path(path) / UNFINISHED_NAME).exists():
@@ -186,38 +186,8 @@ def load_config(path: str | Path, *, ignore_keys: Iterable[str] = ()) -> KimiCon
     if file is None:
         raise ConfigError(f"{path}: must be a model folder with a config.json (found none)")
     values = read_json(file, max_bytes=MAX_CONFIG_BYTES)
-    return KimiConfig.from_dict(values, source=str(file), ignore_keys=ignore_keys)
-
-
-def load_generation_config(path: str | Path) -> dict[str, Any]:
-    """generation_config.json of a model folder as it is, {} if there is none; known keys have checked types.
-
-    Raises ConfigError on malformed JSON or a value of the wrong type or range.
-    """
-    file = find_file(Path(path), "generation_config.json")
-    if file is None:
-        return {}
-    values = read_json(file, max_bytes=MAX_CONFIG_BYTES)
-    check_depth(values, str(file))
-    section = Section(values, "", UnknownKeys(str(file)))
-    token_ids(section, "eos_token_id")
-    for key in ("bos_token_id", "pad_token_id"):
-        if section.get(key) is not None:
-            section.integer(key, TOKEN_ID)
-    for key, high in (
-        ("temperature", 100),
-        ("top_p", 1),
-        ("min_p", 1),
-        ("repetition_penalty", 100),
-    ):
-        if section.get(key) is not None:
-            section.number(key, 0, high)
-    for key in ("top_k", "max_length", "max_new_tokens"):
-        if section.get(key) is not None:
-            section.integer(key, (0, (1 << 31) - 1))
-    if section.get("do_sample") is not None:
-        section.boolean("do_sample")
-    return values
+    own = [key for key in ignore_keys if not key.startswith(GENERATION_PREFIX)]
+    return KimiConfig.from_dict(values, source=str(file), ignore_keys=own)
 
 
 def _read_wrapper(top: Section, model_type: str) -> KimiConfig:

@@ -9,6 +9,7 @@ from kimi_native.errors import ConfigError
 from kimi_native.json_file import REQUIRED, Section
 from kimi_native.quantization import TEXT_PREFIXES, read_quantization
 
+GENERATION_PREFIX = "generation_config."  # before that file's keys in ignore_config_keys
 MAX_EXPERTS = 100_000  # layers * experts: nine tensors each stay within the index's million entries
 
 _SIZE = (1, 1 << 20)

@@ -31,7 +31,7 @@ _BINS = 4096  # of the top_p histogram
 _MAX_SORTED = 2048  # tokens that top_p sorts at once; beyond it the histogram is quicker
 
 # generation_config.json fields that mean the same here; the file's max_length is the context, which the engine knows.
-_CONFIG_FIELDS = {
+GENERATION_FIELDS = {
     "temperature": "temperature",
     "top_p": "top_p",
     "top_k": "top_k",
@@ -155,9 +155,13 @@ class SamplingParams:
 
     @classmethod
     def from_generation_config(
-        cls, generation_config: Mapping[str, Any], **overrides: Any
+        cls,
+        generation_config: Mapping[str, Any],
+        source: str = "generation_config.json",
+        /,
+        **overrides: Any,
     ) -> SamplingParams:
-        """Defaults from a checkpoint's generation_config.json, then `overrides`.
+        """Defaults from a checkpoint's generation_config.json, then `overrides`; errors name the file as `source`.
 
         Only the fields that the file holds are taken; `do_sample: false` means temperature 0; null means absent.
 
@@ -166,20 +170,19 @@ class SamplingParams:
         check_names(overrides)
         fields = {
             ours: generation_config[theirs]
-            for theirs, ours in _CONFIG_FIELDS.items()
+            for theirs, ours in GENERATION_FIELDS.items()
             if generation_config.get(theirs) is not None
         }
         do_sample = generation_config.get("do_sample")
         if do_sample is not None and not isinstance(do_sample, bool):
-            raise ConfigError(
-                f"generation_config.json: do_sample must be true or false (got {do_sample!r})"
-            )
+            raise ConfigError(f"{source}: do_sample must be true or false (got {do_sample!r})")
         if do_sample is False:
             fields["temperature"] = 0.0
         try:
             defaults = cls(**{k: v for k, v in fields.items() if k not in overrides})
         except RequestError as error:
-            raise ConfigError(f"generation_config.json: {error}") from error
+            what = str(error).removeprefix("sampling: ")
+            raise ConfigError(f"{source}: {what}") from error
         return dataclasses.replace(defaults, **overrides)
 
     def replace(self, **overrides: Any) -> SamplingParams:

@@ -445,7 +445,7 @@ BAD_VALUES = {
     "v_head_dim": [0, None],
     "qk_head_dim": [1],
     "head_dim": [1],
-    "n_routed_experts": [0, -4, 1.5, 10**18, 60000],
+    "n_routed_experts": [0, -4, 1.5, 10**18, 4097],
     "num_local_experts": [8],
     "n_shared_experts": [-1, 1.0, 10**9],
     "num_experts_per_tok": [0, 5, -1, None, 1.5],
@@ -492,6 +492,14 @@ def test_config_bad_value_is_an_error_naming_the_key(key, value):
     with pytest.raises(ConfigError, match=key) as error:
         parse(TINY, **{key: value})
     assert len(str(error.value)) < 1000
+
+
+def test_config_takes_as_many_experts_as_the_router():
+    assert parse(TINY, n_routed_experts=4096).n_routed_experts == 4096
+    with pytest.raises(
+        ConfigError, match="n_routed_experts must be at most 100000 over all layers"
+    ):
+        parse(TINY, n_routed_experts=4096, num_hidden_layers=26)
 
 
 BAD_YARN = {

@@ -10,6 +10,7 @@ from kimi_native.json_file import REQUIRED, Section
 from kimi_native.quantization import TEXT_PREFIXES, read_quantization
 
 GENERATION_PREFIX = "generation_config."  # before that file's keys in ignore_config_keys
+MAX_ROUTED = 4096  # experts of a layer that ops.moe_route takes
 MAX_EXPERTS = 100_000  # layers * experts: nine tensors each stay within the index's million entries
 
 _SIZE = (1, 1 << 20)
@@ -231,7 +232,7 @@ def _read_experts(s: Section, family: str) -> dict[str, Any]:
             s.choice(alias, (experts,))
     dense = experts is None
     if not dense:
-        experts = s.integer("n_routed_experts", (1, 1 << 16))
+        experts = s.integer("n_routed_experts", (1, MAX_ROUTED))
     v = {"n_routed_experts": experts} | _read_router(s, defaults)
     missing = None if dense else REQUIRED
     shared = s.get("n_shared_experts", missing)

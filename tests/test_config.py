@@ -328,6 +328,12 @@ def test_config_wrapper_reads_the_text_model():
     assert c.quantization is None
 
 
+def test_config_wrapper_end_tokens_lie_in_the_text_models_vocabulary():
+    assert KimiConfig.from_dict(WRAPPED | {"eos_token_id": 163839}).eos_token_ids[-1] == 163839
+    with pytest.raises(ConfigError, match=r"eos_token_id must be .* 163840.*\(got 163840\)"):
+        KimiConfig.from_dict(WRAPPED | {"eos_token_id": 163840})
+
+
 @pytest.mark.parametrize("places", [("top",), ("text",), ("top", "text")])
 def test_config_wrapper_takes_quantization_from_either_level(places):
     d = copy.deepcopy(WRAPPED)
@@ -344,7 +350,7 @@ def test_config_wrapper_takes_quantization_from_either_level(places):
         ({"text_config": None}, "text_config must be an object"),
         ({"text_config": [1]}, "text_config must be an object"),
         ({"text_config": TINY | {"model_type": "llama"}}, "text_config.model_type must be"),
-        ({"text_config": TINY | {"what": 1}}, r"got text_config.what = 1\)"),
+        ({"text_config": TINY | {"what": 1}, "eos_token_id": 2}, r"got text_config.what = 1\)"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings must be false"),
         ({"what": 1}, r"keys must be known .*got what = 1\)"),
         (
@@ -469,7 +475,18 @@ BAD_VALUES = {
     "rope_scaling": [[], 3, {}.keys(), {"type": "linear", "factor": 2}, {"type": "yarn"}],
     "max_position_embeddings": [0, -1, 1.5, 10**18, None],
     "bos_token_id": [-1, 1.5, "1", 10**18, True],
-    "eos_token_id": [-1, 1.5, "1", [1, None], [True], {"a": 1}, 10**18, list(range(300))],
+    "eos_token_id": [
+        -1,
+        1.5,
+        "1",
+        [1, None],
+        [True],
+        {"a": 1},
+        10**18,
+        list(range(300)),
+        96,
+        [2, 96],
+    ],
     "tie_word_embeddings": [None, 0, "false"],
     "num_nextn_predict_layers": [-1, 1.5, 10**9],
     "attention_bias": [True, 1],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from kimi_native.generation_config import load_generation_config
 from kimi_native.sampling import SamplingParams
 from tiny_checkpoint import TINY, write_checkpoint
 
+load = functools.partial(load_generation_config, vocab_size=96)
+
 
 def write(folder: Path, values: dict) -> Path:
     (folder / "generation_config.json").write_text(json.dumps(values))
@@ -23,18 +26,18 @@ def write(folder: Path, values: dict) -> Path:
 
 def refused(folder: Path, values: dict, message: str, **options) -> None:
     with pytest.raises(ConfigError, match=message) as error:
-        load_generation_config(write(folder, values), **options)
+        load(write(folder, values), **options)
     assert str(error.value).startswith(f"{folder}/generation_config.json: ")
 
 
 def test_generation_config_is_returned_as_it_is(tmp_path):
-    assert load_generation_config(tmp_path) == {}
+    assert load(tmp_path) == {}
     values = {"eos_token_id": [1, 2], "temperature": 0.6, "max_length": 131072, "top_k": None}
-    assert load_generation_config(write(tmp_path, values)) == values
+    assert load(write(tmp_path, values)) == values
 
 
 BAD_VALUES = {
-    "eos_token_id": ["1", [-1], True],
+    "eos_token_id": ["1", [-1], True, 96, [2, 99999999]],
     "bos_token_id": [1.5, -1],
     "pad_token_id": ["0"],
     "max_length": [10**18, -1],
@@ -60,7 +63,9 @@ def test_generation_config_bad_length_is_named_as_ours(tmp_path):
     refused(tmp_path, {"max_new_tokens": 0}, r"max_tokens must be .*\(got 0\)")
 
 
-@pytest.mark.parametrize("values", [{"top_p": 0}, {"repetition_penalty": 50}, {"num_beams": 4}])
+@pytest.mark.parametrize(
+    "values", [{"top_p": 0}, {"repetition_penalty": 50}, {"num_beams": 4}, {"eos_token_id": 96}]
+)
 def test_generation_config_is_checked_before_the_weights(tmp_path, values):
     folder = write(write_checkpoint(tmp_path / "m", TINY), values)
     with pytest.raises(
@@ -92,7 +97,7 @@ MATTERS = {
 @pytest.mark.parametrize(("key", "value"), MATTERS.items())
 def test_generation_config_setting_we_lack_is_refused_where_it_matters(tmp_path, key, value):
     refused(tmp_path, {key: value}, f": {key} must be .*or null|: {key} must be null")
-    assert load_generation_config(write(tmp_path, {key: None})) == {key: None}
+    assert load(write(tmp_path, {key: None})) == {key: None}
 
 
 def test_generation_config_takes_every_default_of_transformers(tmp_path):
@@ -105,7 +110,7 @@ def test_generation_config_takes_every_default_of_transformers(tmp_path):
         k: v for k, v in published._get_default_generation_params().items() if k in written
     }
     for values in (written, explicit):
-        load_generation_config(write(tmp_path, values))
+        load(write(tmp_path, values))
     for key, value in MATTERS.items():
         refused(tmp_path, explicit | {key: value}, f": {key} must be")
 
@@ -118,7 +123,7 @@ def test_generation_config_unknown_key_is_refused_and_can_be_ignored(tmp_path):
         r"keys must be known .*got generation_config.novel = 1, generation_config.other = 'x'\)",
     )
     ignored = ("generation_config.novel", "generation_config.other")
-    assert load_generation_config(tmp_path, ignore_keys=ignored) == values
+    assert load(tmp_path, ignore_keys=ignored) == values
     refused(
         tmp_path, values, "got generation_config.top_k, which it reads",
         ignore_keys=(*ignored, "generation_config.top_k"),
@@ -145,5 +150,5 @@ def test_generation_config_ranges_are_those_of_sampling(tmp_path):
             except ConfigError:
                 refused(tmp_path, {key: value}, f": {key} must be")
             else:
-                values = load_generation_config(write(tmp_path, {key: value}))
+                values = load(write(tmp_path, {key: value}))
                 assert SamplingParams.from_generation_config(values) == expected

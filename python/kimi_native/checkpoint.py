@@ -98,7 +98,9 @@ class Checkpoint:
             raise ModelFormatError(f"{path}: must be a model folder (found none)")
         ignored = tuple(ignore_keys)
         config = load_config(path, ignore_keys=ignored)
-        generation_config = load_generation_config(path, ignore_keys=ignored)
+        generation_config = load_generation_config(
+            path, vocab_size=config.vocab_size, ignore_keys=ignored
+        )
         with paused_gc():
             return Checkpoint(path, config, generation_config, _open_files(path, config))
 

@@ -17,11 +17,11 @@ from kimi_native.config_keys import (
     FAMILY_DEFAULTS,
     GENERATION_PREFIX,
     ONE_VALUE,
-    TOKEN_ID,
     WRAPPER_ANY_VALUE,
     WRAPPERS,
     YarnConfig,
     read_text,
+    token_id,
     token_ids,
 )
 from kimi_native.errors import ConfigError, ModelFormatError
@@ -204,10 +204,10 @@ def _read_wrapper(top: Section, model_type: str) -> KimiConfig:
     text.finish(ONE_VALUE, ANY_VALUE)
     if "tie_word_embeddings" in top.values:
         top.choice("tie_word_embeddings", (values["tie_word_embeddings"],))
-    if values["bos_token_id"] is None and top.get("bos_token_id") is not None:
-        values["bos_token_id"] = top.integer("bos_token_id", TOKEN_ID)
-    top.get("bos_token_id")
-    eos = values["eos_token_ids"] + token_ids(top, "eos_token_id")
+    bos = token_id(top, "bos_token_id")
+    if values["bos_token_id"] is None:
+        values["bos_token_id"] = bos
+    eos = values["eos_token_ids"] + token_ids(top, "eos_token_id", values["vocab_size"])
     values |= {"model_type": model_type, "eos_token_ids": tuple(dict.fromkeys(eos))}
     top.finish(ONE_VALUE, WRAPPER_ANY_VALUE)
     return KimiConfig(**values, tensor_prefix=WRAPPERS[model_type])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kimi_native.config import MAX_CONFIG_BYTES
-from kimi_native.config_keys import GENERATION_PREFIX, TOKEN_ID, token_ids
+from kimi_native.config_keys import GENERATION_PREFIX, token_id, token_ids
 from kimi_native.json_file import Section, UnknownKeys, check_depth, read_json
 from kimi_native.model_file import find_file
 from kimi_native.sampling import GENERATION_FIELDS, SamplingParams
@@ -62,13 +62,16 @@ _ANY_VALUE = frozenset(
 )
 
 
-def load_generation_config(path: str | Path, *, ignore_keys: Iterable[str] = ()) -> dict[str, Any]:
+def load_generation_config(
+    path: str | Path, *, vocab_size: int, ignore_keys: Iterable[str] = ()
+) -> dict[str, Any]:
     """generation_config.json of a model folder as it is, {} if there is none.
 
+    vocab_size   of the model: every end token lies below it
     ignore_keys  as of load_config; those that begin with "generation_config." count here
 
-    Raises ConfigError on malformed JSON, a sampling value that SamplingParams refuses, a setting that this package
-    does not have at a value that would matter, or an unknown key.
+    Raises ConfigError on malformed JSON, an end token outside the vocabulary, a sampling value that SamplingParams
+    refuses, a setting that this package does not have at a value that would matter, or an unknown key.
     """
     file = find_file(Path(path), GENERATION_CONFIG_NAME)
     source = str(file or Path(path) / GENERATION_CONFIG_NAME)
@@ -76,17 +79,16 @@ def load_generation_config(path: str | Path, *, ignore_keys: Iterable[str] = ())
     unknown = UnknownKeys(source, ignored, GENERATION_PREFIX)
     values = {} if file is None else read_json(file, max_bytes=MAX_CONFIG_BYTES)
     check_depth(values, source)
-    _read(Section(values, "", unknown))
+    _read(Section(values, "", unknown), vocab_size)
     unknown.finish()
     SamplingParams.from_generation_config(values, source)
     return values
 
 
-def _read(section: Section) -> None:
-    token_ids(section, "eos_token_id")
+def _read(section: Section, vocab_size: int) -> None:
+    token_ids(section, "eos_token_id", vocab_size)
     for key in ("bos_token_id", "pad_token_id"):
-        if section.get(key) is not None:
-            section.integer(key, TOKEN_ID)
+        token_id(section, key)
     if section.get("max_length") is not None:  # the context, which config.json tells
         section.integer("max_length", (0, (1 << 31) - 1))
     for key in ("do_sample", *GENERATION_FIELDS):

@@ -128,6 +128,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         set(),
     ),
     "config_keys": ({"quantization", "json_file"}, set()),
+    "generation_config": ({"config", "config_keys", "json_file", "model_file", "sampling"}, set()),
     "quantization": ({"json_file"}, set()),
     "json_file": (set(), set()),
     "model_file": (set(), set()),
@@ -138,7 +139,10 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "safetensors_file": ({"json_file", "mapped_file"}, {"torch", "numpy"}),
     "tensor_table": ({"config", "quantization", "safetensors_file"}, set()),
     "folder_names": (set(), set()),
-    "checkpoint": ({"config", "quantization", "folder_names", *FILES}, {"torch"}),
+    "checkpoint": (
+        {"config", "generation_config", "quantization", "folder_names", *FILES},
+        {"torch"},
+    ),
     "plan": (
         {"checkpoint", "config", "quantization", "cache", "machine", "units", *FILES}
         | {"huge_pages"},
@@ -175,7 +179,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "quant.ptq_plan": (
         {"checkpoint", "config", "presets", "checkpoint_writer", "folder_names", *FILES}
-        | {"quant.ptq_tensors"},
+        | {"config_keys", "quant.ptq_tensors"},
         set(),
     ),
     "quant.ptq_tensors": (

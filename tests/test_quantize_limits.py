@@ -23,7 +23,7 @@ from kimi_native.make_checkpoint import make_checkpoint
 from kimi_native.quant import ptq
 from kimi_native.quant.ptq import quantize_checkpoint
 from made_checkpoints import read_bytes, read_tensors
-from tiny_checkpoint import INT4, TINY, tensors, write_checkpoint
+from tiny_checkpoint import FP8, INT4, TINY, tensors, write_checkpoint
 
 SMALL = TINY | {"num_hidden_layers": 2}
 EXPERT = "model.layers.1.mlp.experts.2.down_proj.weight"
@@ -256,9 +256,18 @@ def test_command_takes_unknown_config_keys_on_request(source, tmp_path, capsys):
     config = json.loads((own / "config.json").read_text()) | {"novelty": 1}
     (own / "config.json").write_text(json.dumps(config))
     assert run("quantize", own, out) == 1
-    assert "novelty is not a key this package knows" in capsys.readouterr().err
+    assert "keys must be known to this package (got novelty" in capsys.readouterr().err
     assert run("quantize", own, out, "--ignore-config-key", "novelty") == 0
     assert json.loads((out / "config.json").read_text())["novelty"] == 1
+
+
+def test_command_takes_an_unknown_key_of_the_scheme_it_replaces(tmp_path):
+    scheme = FP8 | {"novelty": 1}
+    config = SMALL | {"quantization_config": scheme}
+    own = write_checkpoint(tmp_path / "s", config, tensors(SMALL))
+    key = "quantization_config.novelty"
+    assert run("quantize", own, tmp_path / "o") == 1
+    assert run("quantize", own, tmp_path / "o", "--ignore-config-key", key) == 0
 
 
 def test_command_interrupted_says_how_to_go_on(source, tmp_path, capsys, monkeypatch):

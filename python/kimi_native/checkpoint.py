@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from kimi_native.config import KimiConfig, load_config, load_generation_config
+from kimi_native.config import KimiConfig, load_config
 from kimi_native.errors import ModelFormatError
 from kimi_native.folder_names import INDEX_NAME
 from kimi_native.gc_pause import paused_gc
+from kimi_native.generation_config import load_generation_config
 from kimi_native.json_file import printable, read_json
 from kimi_native.mapped_file import MappedFile
 from kimi_native.model_file import file_inside, find_file
@@ -88,15 +89,18 @@ class Checkpoint:
     def open(path: str | Path, *, ignore_keys: Iterable[str] = ()) -> Checkpoint:
         """Opens a model folder and checks every name, shape and dtype before any weight is read.
 
-        ignore_keys  config keys to treat as absent, see KimiConfig.from_dict
+        ignore_keys  unknown config keys to accept, see load_config and load_generation_config
 
-        Raises ConfigError on config.json, ModelFormatError on the index or a file (missing, unexpected, malformed).
+        Raises ConfigError on either of them, ModelFormatError on the index or a file (missing, unexpected, malformed).
         """
         path = Path(path)
         if not path.is_dir():
             raise ModelFormatError(f"{path}: must be a model folder (found none)")
-        config = load_config(path, ignore_keys=ignore_keys)
-        generation_config = load_generation_config(path)
+        ignored = tuple(ignore_keys)
+        config = load_config(path, ignore_keys=ignored)
+        generation_config = load_generation_config(
+            path, vocab_size=config.vocab_size, ignore_keys=ignored
+        )
         with paused_gc():
             return Checkpoint(path, config, generation_config, _open_files(path, config))
 

@@ -77,7 +77,8 @@ def load(
     isa                 kernel tier, such as "avx2" (default: the best here); process-wide
     prefetch            read the weights into memory now, at the speed of the disk, if all of them fit; else each is
                         read when it is first used
-    ignore_config_keys  config.json keys to accept although this package does not know them
+    ignore_config_keys  config.json keys to accept although this package does not know them; of generation_config.json
+                        with "generation_config." before them
     progress            called with (bytes done, bytes in all) while loading
 
     Raises ConfigError, ModelFormatError, TokenizerError, MemoryPlanError, RequestError for an argument, RuntimeError

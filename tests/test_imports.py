@@ -49,13 +49,22 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "__init__": ({"generate", "generation", "sampling", "chat.types", "chat.tool", *TALK}, set()),
     "__main__": ({"cli"}, set()),
     "terminal": ({"units"}, {"rich"}),
+    "streams": (set(), set()),
     "units": (set(), set()),
     "machine": (set(), set()),
     "machine_settings": ({"ops"}, {"torch"}),
     "cli": (
         {"__init__", "generate", "generation", "sampling", "tokenizer", "config", *CHAT}
         | {"checkpoint", "plan", "doctor", "make_checkpoint", "presets"}
-        | {"quant.ptq", "bench.command", "chat_cli", "progress_bar", "terminal", "units"},
+        | {
+            "quant.ptq",
+            "bench.command",
+            "chat_cli",
+            "progress_bar",
+            "streams",
+            "terminal",
+            "units",
+        },
         {"rich", "torch"},
     ),
     "chat_cli": ({"chat", "tokenizer", "config", "terminal", *CHAT}, set()),

@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import io
-import os
 import signal
 import sys
 import threading
@@ -21,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from kimi_native import chat_cli
 from kimi_native.errors import KimiNativeError, MemoryPlanWarning, RequestError
 from kimi_native.progress_bar import progress_bar
+from kimi_native.streams import standard_streams
+from kimi_native.terminal import error_text
 from kimi_native.terminal import note as _note
 from kimi_native.terminal import print_json as _print_json
 from kimi_native.terminal import print_table as _print_table
@@ -42,24 +42,18 @@ _ALL_REASONING = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code; argparse itself exits with 2 on wrong usage."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = _parser(argv).parse_args(argv)
-    # What stdout cannot show is better replaced than lost with all that follows.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
     try:
-        code = args.run(args)
-        sys.stdout.flush()
-        return code
+        with standard_streams():
+            args = _parser(argv).parse_args(argv)
+            return args.run(args)
     except BrokenPipeError:
-        # Whoever read the output has seen enough; the interpreter must not flush into the closed pipe at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 0  # whoever read the output has seen enough
     except KeyboardInterrupt:
         return 130
     except (KimiNativeError, ValueError, TypeError, RuntimeError, OSError, MemoryError) as error:
-        if args.debug:
+        if "--debug" in argv:
             raise
-        _note(f"error: {str(error) or type(error).__name__}")
+        _note(f"error: {error_text(error)}")
         return 1
 
 

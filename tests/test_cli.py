@@ -408,7 +408,7 @@ def test_inspect_prints_the_summary(folder, capsys, argv):
     assert "parameters: total 1,234,567" in rows
     assert "bytes 594.20 GB" in rows
     assert "bytes by dtype: BF16 2.05 kB" in rows
-    assert folder.asked == [("m", ["k"])]
+    assert folder.asked[0] == ("m", ["k"])
 
 
 def test_inspect_json(folder, capsys):
@@ -463,9 +463,20 @@ def test_plan_passes_settings_on(folder):
     }
 
 
-def test_plan_refuses_a_size_of_zero(folder, capsys):
-    assert run("plan", "m", "--max-context", "0") == 1
-    assert "plan: max_context must be at least 1 (got 0)" in capsys.readouterr().err
+@pytest.mark.parametrize("verb", [["plan"], ["inspect"], ["inspect", "--plan"]], ids=" ".join)
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("--max-context 0", "plan: max_context must be 1 to 262144 (got 0)"),
+        ("--max-context 262145", "plan: max_context must be 1 to 262144 (got 262145)"),
+        ("--max-batch 0", "plan: max_batch must be at least 1 (got 0)"),
+    ],
+)
+def test_plan_and_inspect_refuse_what_load_refuses(folder, capsys, verb, setting, message):
+    assert run(*verb, "m", *setting.split()) == 1
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"kimi-native: error: {message}\n")
+    assert len(folder.asked) == 1  # nothing was planned
 
 
 @pytest.mark.parametrize("ok", [True, False])

@@ -385,12 +385,12 @@ def _inspect(args: argparse.Namespace) -> int:
 
     checkpoint = Checkpoint.open(_folder(args), ignore_keys=args.ignore_config_key)
     summary = checkpoint.summary()
-    plan = _memory_plan(args, checkpoint) if args.plan else None
+    plan = _memory_plan(args, checkpoint)  # without --plan too: a bad setting must not pass
     if args.json:
-        _print_json(summary if plan is None else {**summary, "plan": plan.to_dict()})
+        _print_json({**summary, "plan": plan.to_dict()} if args.plan else summary)
         return 0
     _print_table(str(checkpoint.path), list(_rows(summary)))
-    if plan is not None:
+    if args.plan:
         _print_plan(plan)
     return 0
 
@@ -411,12 +411,11 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _memory_plan(args: argparse.Namespace, checkpoint: Checkpoint) -> MemoryPlan:
     from kimi_native.generate import default_context
-    from kimi_native.plan import memory_plan
+    from kimi_native.plan import check_context, memory_plan
 
-    for name in ("max_context", "max_batch"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise RequestError(f"plan: {name} must be at least 1 (got {value})")
+    check_context("plan", checkpoint.config, args.max_context)
+    if args.max_batch < 1:
+        raise RequestError(f"plan: max_batch must be at least 1 (got {args.max_batch})")
     return memory_plan(
         checkpoint,
         max_context=args.max_context or default_context(checkpoint.config),

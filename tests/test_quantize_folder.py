@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import inspect
 import json
 import os
 import re
@@ -198,9 +199,23 @@ def half(source, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint_writer.FolderWriter, "write_shard", failing)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(
+            KeyboardInterrupt, match=r"^2 of 4 shards are done: .* goes on after them$"
+        ):
             quantize(source, out)
     return out, {name: (out / name).stat().st_ino for name in written}
+
+
+def test_quantize_says_what_a_full_disk_left_of_it(source, half, monkeypatch):
+    out, _ = half
+    Disk(monkeypatch, 0, OSError(errno.ENOSPC, "No space left on device"), stay_dead=True)
+    with pytest.raises(CheckpointWriteError, match=r"; 2 of 4 shards are done: .* goes on after"):
+        quantize(source, out)
+
+
+def test_quantize_loses_little_when_interrupted():
+    """What a run may lose is what it writes in a shard: 1 GiB, of models that have several."""
+    assert inspect.signature(quantize_checkpoint).parameters["shard_bytes"].default == 1 << 30
 
 
 def test_quantize_does_not_write_finished_shards_again(source, fresh, half):

@@ -464,8 +464,8 @@ def _quantize(args: argparse.Namespace) -> int:
                 ignore_config_keys=tuple(args.ignore_config_key),
                 progress=progress,
             )
-    except KeyboardInterrupt:
-        _note("interrupted; the same command goes on from here")
+    except KeyboardInterrupt as interrupt:
+        _note(f"interrupted; {str(interrupt) or 'nothing was written'}")
         raise
     if args.json:
         _print_json(report)

@@ -143,8 +143,7 @@ def test_quantize_interrupted_at_any_step_is_refused_and_resumes_to_the_same_byt
                 quantize(source, out)
         if error == "disk full":
             assert re.search(
-                r"quantize: cannot \w+ \S+ \(got No space left on device, \d+\.\d+ GiB free\)",
-                str(caught.value),
+                r"quantize: cannot \w+ \S+ \(got No space left on device\)", str(caught.value)
             )
             assert not list(out.glob("*.part")) if out.exists() else True
         check_not_loadable(out, fresh)

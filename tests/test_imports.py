@@ -67,13 +67,14 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         },
         {"rich", "torch"},
     ),
-    "chat_cli": ({"chat", "tokenizer", "config", "terminal", *CHAT}, set()),
+    "chat_cli": ({"chat", "tokenizer", "config", "model_file", "terminal", *CHAT}, set()),
     "doctor": ({"__init__", "ops", "machine"}, {"torch", "numpy"}),
     # text and events
     "generate": (
         {
             "checkpoint",
             "config",
+            "model_file",
             "plan",
             "sampling",
             "tokenizer",
@@ -170,7 +171,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "quant.modules": ({"ops", "weights", "quant.int8"}, {"torch"}),
     # one checkpoint into another
     "quant.ptq": (
-        {"__init__", "checkpoint", "checkpoint_writer", "folder_names", *PTQ},
+        {"__init__", "checkpoint", "checkpoint_writer", "folder_names", "model_file", *PTQ},
         {"torch"},
     ),
     "quant.ptq_plan": (

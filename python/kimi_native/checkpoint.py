@@ -21,7 +21,7 @@ from kimi_native.folder_names import INDEX_NAME
 from kimi_native.gc_pause import paused_gc
 from kimi_native.json_file import printable, read_json
 from kimi_native.mapped_file import MappedFile
-from kimi_native.model_file import file_inside, find_file
+from kimi_native.model_file import file_inside, find_file, model_folder
 from kimi_native.safetensors_file import SafetensorsFile, TensorInfo
 from kimi_native.tensor_table import (
     FORM_SUFFIXES,
@@ -90,9 +90,10 @@ class Checkpoint:
 
         ignore_keys  config keys to treat as absent, see KimiConfig.from_dict
 
-        Raises ConfigError on config.json, ModelFormatError on the index or a file (missing, unexpected, malformed).
+        Raises ConfigError on config.json, ModelFormatError on the index or a file (missing, unexpected, malformed),
+        TypeError and RequestError on a path that is none.
         """
-        path = Path(path)
+        path = model_folder("checkpoint", path)
         if not path.is_dir():
             raise ModelFormatError(f"{path}: must be a model folder (found none)")
         config = load_config(path, ignore_keys=ignore_keys)

@@ -235,7 +235,7 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
 def _folder(args: argparse.Namespace) -> str:
     if (args.folder is None) == (args.model is None):
         args.usage_error("give the checkpoint folder once, as DIR or --model DIR")
-    return args.folder or args.model
+    return args.model if args.folder is None else args.folder
 
 
 # ---- generate -------------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from kimi_native.checkpoint_writer import (
 )
 from kimi_native.errors import CheckpointWriteError, ModelFormatError, RequestError
 from kimi_native.folder_names import CONFIG_NAME, INDEX_NAME, UNFINISHED_NAME
+from kimi_native.model_file import model_folder
 from kimi_native.quant.ptq_plan import QuantizePlan, make_plan
 from kimi_native.quant.ptq_state import RunState, changed_file, stamps
 from kimi_native.quant.ptq_tensors import Conversion, Piece
@@ -81,7 +82,7 @@ def quantize_checkpoint(
     """
     started = time.perf_counter()
     _check_arguments(levels, threads, shard_bytes)
-    source, out = Path(source), Path(out_dir)
+    source, out = model_folder("quantize", source), model_folder("quantize", out_dir)
     _check_places(source, out)
     found = stamps(source, os.listdir(source)) if source.is_dir() else {}  # before anything is read
     checkpoint = Checkpoint.open(source, ignore_keys=ignore_config_keys)

@@ -329,7 +329,7 @@ def test_bad_checkpoint_is_one_line_and_exit_code_1(tmp_path, capsys, case):
         (("x" * 3000,), "prompt and at least one new token must fit the context of 128 tokens"),
         (("",), "the prompt must not be empty"),
         (("Hi", "--max-tokens", "0"), "max_tokens must be an integer from 1"),
-        (("Hi", "--isa", "sse9"), "sse9 is not available here"),
+        (("Hi", "--isa", "sse9"), r"load: isa=sse9 is not available here \(supported: .*generic"),
         (("Hi", "--threads", "0"), "threads must be an integer of at least 1"),
         (("Hi", "--max-context", "9000"), r"max_context must be 1 to 8192 \(got 9000\)"),
     ],

@@ -50,22 +50,32 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "__init__": ({"generate", "generation", "sampling", "chat.types", "chat.tool", *TALK}, set()),
     "__main__": ({"cli"}, set()),
     "terminal": ({"units"}, {"rich"}),
+    "streams": (set(), set()),
     "units": (set(), set()),
     "machine": (set(), set()),
     "machine_settings": ({"ops"}, {"torch"}),
     "cli": (
         {"__init__", "generate", "generation", "sampling", "tokenizer", "config", *CHAT}
         | {"checkpoint", "plan", "doctor", "make_checkpoint", "presets"}
-        | {"quant.ptq", "bench.command", "chat_cli", "progress_bar", "terminal", "units"},
+        | {
+            "quant.ptq",
+            "bench.command",
+            "chat_cli",
+            "progress_bar",
+            "streams",
+            "terminal",
+            "units",
+        },
         {"rich", "torch"},
     ),
-    "chat_cli": ({"chat", "tokenizer", "config", "terminal", *CHAT}, set()),
+    "chat_cli": ({"chat", "tokenizer", "config", "model_file", "terminal", *CHAT}, set()),
     "doctor": ({"__init__", "ops", "machine"}, {"torch", "numpy"}),
     # text and events
     "generate": (
         {
             "checkpoint",
             "config",
+            "model_file",
             "plan",
             "sampling",
             "tokenizer",
@@ -174,7 +184,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "quant.modules": ({"ops", "weights", "quant.int8"}, {"torch"}),
     # one checkpoint into another
     "quant.ptq": (
-        {"__init__", "checkpoint", "checkpoint_writer", "folder_names", *PTQ},
+        {"__init__", "checkpoint", "checkpoint_writer", "folder_names", "model_file", *PTQ},
         {"torch"},
     ),
     "quant.ptq_plan": (

@@ -270,15 +270,13 @@ def test_command_takes_an_unknown_key_of_the_scheme_it_replaces(tmp_path):
     assert run("quantize", own, tmp_path / "o", "--ignore-config-key", key) == 0
 
 
-def test_command_interrupted_says_how_to_go_on(source, tmp_path, capsys, monkeypatch):
+def test_command_interrupted_before_it_writes_says_so(source, tmp_path, capsys, monkeypatch):
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ptq, "quantize_checkpoint", interrupted)
     assert run("quantize", source, tmp_path / "o") == 130
-    assert (
-        capsys.readouterr().err == "kimi-native: interrupted; the same command goes on from here\n"
-    )
+    assert capsys.readouterr().err == "kimi-native: interrupted; nothing was written\n"
 
 
 @pytest.mark.parametrize("argv", [[], ["a"], ["a", "b", "--levels", "8"]])
@@ -321,9 +319,7 @@ def test_a_full_disk_is_one_line_and_the_command_goes_on(source, tmp_path):
     assert notes.startswith(
         f"kimi-native: error: quantize: cannot write {out}/model-00001-of-00001"
     )
-    assert (
-        "(got File too large); 0 of 1 shards are done: run the same command again to go on" in notes
-    )
+    assert "(got File too large); no shard of 1 is done: the same command begins again" in notes
     assert not list(out.glob("*.part"))
     with pytest.raises(ModelFormatError, match="quantize was interrupted here"):
         Checkpoint.open(out)
@@ -363,7 +359,9 @@ def test_a_killed_command_leaves_what_the_next_goes_on_from(source, tmp_path, si
     leftover = list(out.glob("model-*.part"))
     if signal_number == signal.SIGINT:
         assert process.returncode == 130
-        assert notes == "kimi-native: interrupted; the same command goes on from here\n"
+        assert notes == (
+            "kimi-native: interrupted; no shard of 1 is done: the same command begins again\n"
+        )
         assert not leftover
     else:
         assert process.returncode == -signal_number

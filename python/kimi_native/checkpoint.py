@@ -22,7 +22,7 @@ from kimi_native.gc_pause import paused_gc
 from kimi_native.generation_config import load_generation_config
 from kimi_native.json_file import printable, read_json
 from kimi_native.mapped_file import MappedFile
-from kimi_native.model_file import file_inside, find_file
+from kimi_native.model_file import file_inside, find_file, model_folder
 from kimi_native.safetensors_file import SafetensorsFile, TensorInfo
 from kimi_native.tensor_table import (
     FORM_SUFFIXES,
@@ -91,9 +91,10 @@ class Checkpoint:
 
         ignore_keys  unknown config keys to accept, see load_config and load_generation_config
 
-        Raises ConfigError on either of them, ModelFormatError on the index or a file (missing, unexpected, malformed).
+        Raises ConfigError on either of them, ModelFormatError on the index or a file (missing, unexpected, malformed),
+        TypeError and RequestError on a path that is none.
         """
-        path = Path(path)
+        path = model_folder("checkpoint", path)
         if not path.is_dir():
             raise ModelFormatError(f"{path}: must be a model folder (found none)")
         ignored = tuple(ignore_keys)

@@ -24,6 +24,7 @@ from kimi_native.engine import Engine
 from kimi_native.errors import ConfigError, RequestError
 from kimi_native.generation import Generation, PlainOutput, Run
 from kimi_native.guide import UNGUIDED, Guiding, ToolChoice, answer_start, next_call_index
+from kimi_native.model_file import model_folder
 from kimi_native.prefixes import KeptPrefix
 from kimi_native.progress_bar import Progress
 from kimi_native.sampling import SamplingParams
@@ -85,6 +86,7 @@ def load(
     for a tier this machine lacks, OSError for a file; then, and when interrupted, threads and isa are as before. Warns
     with MemoryPlanWarning if the weights do not all fit into memory.
     """
+    path = model_folder("load", path)
     _check_counts(max_context=max_context, max_batch=max_batch, threads=threads)
     from kimi_native.config import load_config
     from kimi_native.machine_settings import machine_settings

@@ -20,6 +20,11 @@ def machine_settings(threads: int | None, isa: str | None) -> Iterator[None]:
             ops.set_num_threads(threads)
             torch.set_num_threads(threads)
         if isa is not None:
+            if isa and isa not in ops.supported_isas():
+                supported = ", ".join(ops.supported_isas())
+                raise RuntimeError(
+                    f"load: isa={isa} is not available here (supported: {supported})"
+                )
             undo.callback(ops.force_isa, ops.active_isa())
             ops.force_isa(isa)
         yield

@@ -6,7 +6,19 @@ import os
 import stat
 from pathlib import Path
 
-from kimi_native.errors import ConfigError, KimiNativeError
+from kimi_native.errors import ConfigError, KimiNativeError, RequestError
+
+
+def model_folder(op: str, path: object) -> Path:
+    """The path of a model folder as the caller of `op` gave it; whether it is one shows when it is read.
+
+    Raises TypeError on what is no path, RequestError on an empty one, which Path takes for the current folder.
+    """
+    if not isinstance(path, str) and not isinstance(path, os.PathLike):
+        raise TypeError(f"{op}: the folder must be a str or os.PathLike (got {path!r:.80})")
+    if not os.fspath(path):
+        raise RequestError(f"{op}: the folder must be named (got an empty path)")
+    return Path(path)
 
 
 def file_inside(folder: Path, name: str, error: type[KimiNativeError] = ConfigError) -> Path:

@@ -148,6 +148,22 @@ def test_what_templates_use_is_there(tokenizer, rendered, source, printed):
     assert tokenizer.decode(rendered(source, [user()])) == printed
 
 
+def test_a_template_may_decide_by_the_words_of_a_schema(tokenizer, rendered):
+    source = (
+        "{% for tool in tools %}{% set schema = tool.function.parameters %}"
+        "{% for name, one in schema.properties.items() %}{{ name }}{{ '' if name in schema.required else '?' }}: "
+        "{% if one.type == 'string' and one.format in ['date-time', 'date'] %}Date{% elif 'number' in one.type %}"
+        "number{% else %}string{% endif %}{% for key in one %}{% if key in ['minimum', 'default'] %} {{ key }}"
+        "{% endif %}{% endfor %}; {% endfor %}{{ tool.function.get('return_parameters') is none }}{% endfor %}"
+    )
+    day = {"type": "string", "format": "date"}
+    properties = {"type": day, "name": {"type": "string"}, "n": {"type": "number", "minimum": 1}}
+    parameters = {"properties": properties, "required": ["name", "n"]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    printed = tokenizer.decode(rendered(source, [user()], tools=[tool]))
+    assert printed == "type?: Date; name: string; n: number minimum; True"
+
+
 def test_thinking_reaches_the_template(tokenizer, rendered):
     source = "{{ enable_thinking is defined }} {{ thinking }}"
     for thinking, text in [(None, "False "), (True, "True True"), (False, "True False")]:

@@ -153,11 +153,13 @@ def test_train_starts_from_a_checkpoint(tmp_path):
 
 
 def test_train_looks_at_held_out_data(tmp_path):
-    settings = TrainSettings(**SETTINGS | {"held_out_every": 3, "held_out_tokens": 100})
+    settings = TrainSettings(
+        **SETTINGS | {"held_out_every": 3, "held_out_tokens": 100, "log_every": 4}
+    )
     t = Trainer(VALUES, TASK, tmp_path, settings, held_out=CopyTask(600, 2, 6, seed=9))
     t.run()
-    looked = [s["held_out_loss"] is not None for s in read_log(tmp_path / LOG_NAME)]
-    assert looked == [False, False, True, False, False, True, False, True]
+    looked = {s["step"]: s["held_out_loss"] is not None for s in read_log(tmp_path / LOG_NAME)}
+    assert looked == {0: False, 2: True, 4: False, 5: True, 7: True}
 
 
 # ---- going on -------------------------------------------------------------------------------------------------------
@@ -249,6 +251,15 @@ def test_train_goes_further_than_it_was_told_first(whole, tmp_path):
     longer = trainer(tmp_path, steps=9, decay_steps=1)
     assert longer.run()
     assert longer.steps_done == 9
+
+
+def test_train_goes_on_with_as_many_threads_as_it_began(whole, tmp_path):
+    (tmp_path / STATE_NAME).write_bytes((whole.folder.path / STATE_NAME).read_bytes())
+    torch.set_num_threads(2)
+    trainer(tmp_path)
+    assert torch.get_num_threads() == 1
+    with pytest.raises(RequestError, match=r"another setting: threads must be 1 \(got 2\)"):
+        trainer(tmp_path, threads=2)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from kimi_native.chat.masking import Mask
 from kimi_native.chat.sandbox import Limits, Sandbox
 from kimi_native.chat.template import render
 from kimi_native.errors import ConfigError, RequestError, TokenizerError
-from kimi_native.generate import Model
+from kimi_native.generate import Model, load
 from kimi_native.make_checkpoint import make_checkpoint
 from kimi_native.tokenizer import load_tokenizer
 from tokenizer_files import small_tokenizer
@@ -146,6 +146,22 @@ def test_a_template_prints_what_transformers_prints(tokenizer, rendered, source,
 )
 def test_what_templates_use_is_there(tokenizer, rendered, source, printed):
     assert tokenizer.decode(rendered(source, [user()])) == printed
+
+
+def test_a_template_may_decide_by_the_words_of_a_schema(tokenizer, rendered):
+    source = (
+        "{% for tool in tools %}{% set schema = tool.function.parameters %}"
+        "{% for name, one in schema.properties.items() %}{{ name }}{{ '' if name in schema.required else '?' }}: "
+        "{% if one.type == 'string' and one.format in ['date-time', 'date'] %}Date{% elif 'number' in one.type %}"
+        "number{% else %}string{% endif %}{% for key in one %}{% if key in ['minimum', 'default'] %} {{ key }}"
+        "{% endif %}{% endfor %}; {% endfor %}{{ tool.function.get('return_parameters') is none }}{% endfor %}"
+    )
+    day = {"type": "string", "format": "date"}
+    properties = {"type": day, "name": {"type": "string"}, "n": {"type": "number", "minimum": 1}}
+    parameters = {"properties": properties, "required": ["name", "n"]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    printed = tokenizer.decode(rendered(source, [user()], tools=[tool]))
+    assert printed == "type?: Date; name: string; n: number minimum; True"
 
 
 def test_thinking_reaches_the_template(tokenizer, rendered):
@@ -381,6 +397,8 @@ def test_a_model_without_a_known_format_answers_by_its_template(tokenizer, sandb
     result = model.generate("Hi")
     assert result.prompt_ids == template.render([user()], tokenizer=tokenizer)
     assert (result.text, result.reasoning) == ("ac", "b")
+    chat = model.chat()
+    assert chat.send("Hi").finish.reason == chat.send("More").finish.reason == "stop"
     with pytest.raises(RequestError, match="keep_thinking must be 'auto'"):
         model.generate("Hi", keep_thinking="all")
     with pytest.raises(RequestError, match="tool_choice needs a prompt that the chat format"):
@@ -414,3 +432,11 @@ def test_a_known_format_never_runs_a_template(tmp_path, capsys):
     command = ["render", "--model", str(tmp_path / "model"), "--messages"]
     assert cli.main([*command, str(tmp_path / "messages.json")]) == 0
     assert "<|im_user|>user<|im_middle|>Hi" in capsys.readouterr().out
+
+
+def test_load_takes_the_format_it_is_told(tmp_path):
+    make_checkpoint(tmp_path / "model")
+    with pytest.raises(RequestError, match="format must be one of"):
+        load(tmp_path / "model", chat_format="chatml")
+    model = load(tmp_path / "model", chat_format="k2.7-code", max_context=64, max_batch=1)
+    assert (model.chat_format, model.chat_template) == ("k2.7-code", None)

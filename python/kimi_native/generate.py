@@ -58,6 +58,7 @@ def load(
     experts: str | None = None,
     compute: str = "exact",
     isa: str | None = None,
+    chat_format: str | None = None,
     prefetch: bool = True,
     ignore_config_keys: Sequence[str] = (),
     progress: Progress | None = None,
@@ -76,6 +77,7 @@ def load(
     compute             activations that meet INT4 matrices: "exact", or "int8", rounded to 8 bits per 32: faster on
                         long prompts, not exact (docs/kernels.md, int4_gemm)
     isa                 kernel tier, such as "avx2" (default: the best here); process-wide
+    chat_format         one of chat.template.FORMATS (default: the checkpoint's, see docs/chat.md)
     prefetch            read the weights into memory now, at the speed of the disk, if all of them fit; else each is
                         read when it is first used
     ignore_config_keys  config.json keys to accept although this package does not know them; of generation_config.json
@@ -97,7 +99,8 @@ def load(
     ignored = tuple(ignore_config_keys)
     config = load_config(path, ignore_keys=ignored)
     tokenizer = load_tokenizer(path, vocab_size=config.vocab_size)
-    chat_format = detect_format(config, tokenizer, path)
+    chosen = get_format(chat_format).name if chat_format is not None else None
+    chat_format = chosen or detect_format(config, tokenizer, path)
     sizes = {"max_context": max_context or default_context(config), "max_batch": max_batch}
     weights = {"dtype": dtype, "dense": dense, "compute": compute}
     reading = {"prefetch": prefetch, "progress": progress, "ignored": ignored}

@@ -24,10 +24,13 @@ _KEYS = frozenset(
         *("type", "function", "arguments", "description", "parameters", "properties", "required"),
         *("items", "enum", "text", "default", "const", "format", "title", "strict", "nullable"),
         *("anyOf", "oneOf", "allOf", "$ref", "$defs", "additionalProperties", "pattern"),
+        *("return_parameters", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "uniqueItems"),
         *("minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems", "examples"),
     )
 )
-_CONSTANTS = {"role": _ROLES, "type": _TYPES, "required": _KEYS}  # what is required are keys
+_FORMATS = ("date", "time", "date-time", "duration", "email", "uri", "uuid", "regex")
+# What is required are keys.
+_CONSTANTS = {"role": _ROLES, "type": _TYPES, "format": _FORMATS, "required": _KEYS}
 
 
 class Mask:

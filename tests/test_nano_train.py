@@ -14,13 +14,14 @@ import torch
 import kimi_native
 from graphs import small_graph, small_values
 from kimi_native.checkpoint import Checkpoint
+from kimi_native.checkpoint_writer import FolderWriter
 from kimi_native.errors import CheckpointWriteError, DivergedError, ModelFormatError, RequestError
 from kimi_native.nano import train
 from kimi_native.nano.plot import plot_log
 from kimi_native.nano.settings import TrainSettings
 from kimi_native.nano.toy import CopyTask
 from kimi_native.nano.train_log import LOG_NAME, read_log
-from kimi_native.nano.train_state import STATE_NAME
+from kimi_native.nano.train_state import COUNTS, STATE_NAME, save_state
 from kimi_native.nano.trainer import Trainer, evaluate
 from kimi_native.nano.vocabulary import MODEL_FOLDER
 from kimi_native.quant.export import export_checkpoint
@@ -287,6 +288,16 @@ def test_train_refuses_a_broken_state(whole, tmp_path):
     (tmp_path / STATE_NAME).write_bytes(shard.read_bytes())
     with pytest.raises(ModelFormatError, match="must be the state of a training run"):
         trainer(tmp_path)
+    counts = whole._began | dict.fromkeys(COUNTS, 1)
+    for run, message in (
+        (counts | {"counter": -1}, r"counter must be a count \(got -1\)"),
+        (counts | {"steps_done": True}, r"steps_done must be a count \(got True\)"),
+        (counts, r"must be those of the model and its optimizer \(got 1 others, first mean"),
+    ):
+        tensors = {n: t for n, t in whole._tensors().items() if n != "mean.lm_head.weight"}
+        save_state(FolderWriter("train", tmp_path), tensors, run)
+        with pytest.raises(ModelFormatError, match=message):
+            trainer(tmp_path)
 
 
 # ---- stopping by name -----------------------------------------------------------------------------------------------

@@ -198,6 +198,33 @@ def test_chat_stops_calling_at_the_limit(make_chat, constrain):
         assert reply.finish.reason == "max_tool_calls"
 
 
+@pytest.mark.parametrize("answer_call", ["decline", "add_result"])
+def test_chat_limit_counts_calls_that_did_not_run(make_chat, answer_call):
+    """A model that insists on a call nobody runs comes to an end all the same."""
+
+    def say(prompt):
+        return "<think></think>" + call_text(("add", turn(prompt), '{"a":1,"b":2}'))
+
+    chat = make_chat(say, tools=[add], max_tool_calls=3, max_tokens=200)
+    finish, pauses = chat.send("go").finish, 0
+    while finish.reason == "paused":
+        pauses += 1
+        (call,) = chat.pending
+        chat.decline() if answer_call == "decline" else chat.add_result(call.id, "3")
+        finish = chat.resume().finish
+    assert pauses == 3
+    assert finish.reason in ("stop", "length")
+
+
+def test_chat_limit_counts_calls_of_tools_that_do_not_exist(make_chat):
+    say = lambda prompt: "<think></think>" + call_text(("none", turn(prompt), "{}"))  # noqa: E731
+    reply = make_chat(say, max_tool_calls=2, max_tokens=60).send("go")
+    assert [r.content for r in reply.results] == [
+        "error: no tool is called none (declared: none)"
+    ] * 2
+    assert reply.finish.reason in ("stop", "length")
+
+
 def test_chat_tool_choice_is_for_the_first_answer_to_a_message(make_chat):
     chat = make_chat(lambda prompt: "<think></think>hi", tools=[add], run_tools=["add"],
                      tool_choice="required", max_tokens=60)  # fmt: skip
@@ -398,6 +425,15 @@ def test_chat_asend_equals_send(make_chat):
     options = {"tools": [add], "run_tools": ["add"]}
     reply = asyncio.run(make_chat(one_call(), **options).asend("1 + 2?"))
     assert reply.text == make_chat(one_call(), **options).send("1 + 2?").text
+
+
+def test_chat_tells_the_timing_of_its_last_answer(make_chat):
+    chat = make_chat(one_call(), tools=[add], run_tools=["add"])
+    assert chat.timing is None
+    seen = [chat.timing for event in chat.stream("1 + 2?") if isinstance(event, Finish)]
+    assert len(seen) == len(set(map(id, seen))) == 2
+    assert all(t.prefill_s > 0 and t.decode_tokens_per_s > 0 for t in seen)
+    assert chat.timing == seen[-1]
 
 
 def test_chat_astream_ends_with_its_task(make_chat):

@@ -73,6 +73,8 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     # text and events
     "generate": (
         {
+            "asynchronous",
+            "prompts",
             "checkpoint",
             "config",
             "model_file",
@@ -86,8 +88,16 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         },
         {"torch"},
     ),
-    "generation": ({"engine", "guide", "prefixes", "sampling", "tokenizer", *CHAT}, set()),
-    "conversation": ({"guide", "tool_runner", "transcript", *CHAT}, set()),
+    "generation": (
+        {"config", "engine", "guide", "prefixes", "sampling", "tokenizer", *CHAT},
+        set(),
+    ),
+    "asynchronous": (set(), set()),
+    "prompts": ({"chat.types"}, set()),
+    "conversation": (
+        {"asynchronous", "generation", "guide", "tool_runner", "transcript", *CHAT},
+        set(),
+    ),
     "tool_runner": (CHAT, set()),
     "transcript": (CHAT, set()),
     "guide": ({"schema_grammar", "tokenizer", *CHAT}, {"numpy"}),

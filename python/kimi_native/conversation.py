@@ -9,13 +9,14 @@ hangs gives the model a result that says so.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from kimi_native.asynchronous import iterate
 from kimi_native.chat.tool import Tool
 from kimi_native.chat.types import (
     ContentDelta,
@@ -31,6 +32,9 @@ from kimi_native.errors import KimiNativeError, RequestError
 from kimi_native.guide import ToolChoice
 from kimi_native.tool_runner import ToolResult, cut, run_calls
 from kimi_native.transcript import save_transcript
+
+if TYPE_CHECKING:
+    from kimi_native.generation import Timing
 
 # messages, tool_choice, whether to stop -> the events of one answer
 Answer = Callable[[Sequence[Message], ToolChoice | None, Callable[[], bool]], Iterator[Event]]
@@ -69,12 +73,14 @@ class Chat:
 
     messages  all of the conversation so far
     pending   calls of the last answer that have no result yet
+    timing    of the last answer that had a Finish; None before
     """
 
     def __init__(
         self,
         answer: Answer,
         close: Callable[[], None],
+        timing: Callable[[], Timing],
         *,
         messages: Iterable[Message],
         tools: Sequence[Tool],
@@ -84,7 +90,7 @@ class Chat:
         can_forbid_calls: bool,
         tool_choice: ToolChoice | None = None,
     ) -> None:
-        self._answer, self._close = answer, close
+        self._answer, self._close, self._timing = answer, close, timing
         self._tools = {tool.name: tool for tool in tools}
         self._run_tools = _checked_names(run_tools, self._tools)
         self._max_calls = _checked_count(max_tool_calls)
@@ -95,7 +101,8 @@ class Chat:
         self._calls: tuple[ToolCall, ...] = ()
         self._results: dict[int, ToolResult] = {}
         self._approved: set[int] = set()
-        self._num_calls = 0  # since the last user message
+        self._num_calls = 0  # that have a result, since the last user message
+        self.timing: Timing | None = None
         self._canceled = threading.Event()
         self._busy = threading.Lock()
         self._take_over_calls()
@@ -149,26 +156,15 @@ class Chat:
 
     async def asend(self, text: str) -> Reply:
         """`send` in a thread; canceling the task cancels the loop."""
-        events = [event async for event in self.astream(text)]
-        return _reply(iter(events))
+        async with contextlib.aclosing(self.astream(text)) as stream:
+            return _reply(iter([event async for event in stream]))
 
-    async def astream(self, text: str) -> AsyncIterator[ChatEvent]:
-        """`stream`, every step in a thread; canceling the task, or closing the iterator, cancels the loop."""
-        events = self.stream(text)
-        try:
-            while True:
-                step = asyncio.ensure_future(asyncio.to_thread(next, events, None))
-                try:
-                    event = await asyncio.shield(step)
-                except asyncio.CancelledError:
-                    self.cancel()
-                    await asyncio.wait([step])
-                    raise
-                if event is None:
-                    return
-                yield event
-        finally:
-            events.close()
+    def astream(self, text: str) -> AsyncIterator[ChatEvent]:
+        """`stream`, every step in a thread; canceling the task, or closing the iterator, cancels the loop.
+
+        What `stream` raises is raised by the first step.
+        """
+        return iterate(lambda: self.stream(text), self.cancel)
 
     def cancel(self) -> None:
         """Ends the running loop at its next token, or while it waits for tools. From any thread."""
@@ -233,8 +229,8 @@ class Chat:
             choice = "none"
         return self._answer(tuple(self._messages), choice, self._canceled.is_set)
 
-    def _is_at_limit(self) -> bool:
-        return self._num_calls >= self._max_calls
+    def _is_at_limit(self, num_running: int = 0) -> bool:
+        return self._num_calls + num_running >= self._max_calls
 
     def _loop(self, answer: Iterator[Event] | None) -> Iterator[ChatEvent]:
         usages: list[Usage] = []
@@ -275,6 +271,8 @@ class Chat:
         try:
             for event in answer:
                 heard.add(event)
+                if heard.finish is not None:
+                    self.timing = self._timing()
                 yield event
                 if self._canceled.is_set():
                     break
@@ -311,11 +309,9 @@ class Chat:
             if tool is None:
                 known = ", ".join(self._tools) or "none"
                 refusal = f"error: no tool is called {call.name} (declared: {known})"
-            elif self._is_at_limit():
-                self._num_calls += 1
+            elif self._is_at_limit(len(jobs)):
                 refusal = f"error: the limit of {self._max_calls} tool calls is reached"
             elif call.name in self._run_tools or index in self._approved:
-                self._num_calls += 1
                 jobs.append((index, tool, call))
                 continue
             else:
@@ -327,6 +323,7 @@ class Chat:
     def _set_result(self, result: ToolResult) -> ToolResult:
         """Keeps a result; when the last one is there, all become messages, in the order of the calls."""
         self._results[result.index] = result
+        self._num_calls += 1
         if len(self._results) == len(self._calls):
             for index, call in enumerate(self._calls):
                 content = self._results[index].content

@@ -11,9 +11,11 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from kimi_native.asynchronous import in_thread, iterate
 from kimi_native.chat.jinja_template import JinjaTemplate, find_template
 from kimi_native.chat.parser import OutputParser
 from kimi_native.chat.template import KeepThinking, detect_format, get_format, render
@@ -21,12 +23,13 @@ from kimi_native.chat.tool import ToolLike, as_tools
 from kimi_native.chat.types import Event, Message, as_messages
 from kimi_native.conversation import Chat
 from kimi_native.engine import Engine
-from kimi_native.errors import ConfigError, RequestError
-from kimi_native.generation import Generation, PlainOutput, Run
+from kimi_native.errors import RequestError
+from kimi_native.generation import Generation, PlainOutput, Run, end_ids
 from kimi_native.guide import UNGUIDED, Guiding, ToolChoice, answer_start, next_call_index
 from kimi_native.model_file import model_folder
 from kimi_native.prefixes import KeptPrefix
 from kimi_native.progress_bar import Progress
+from kimi_native.prompts import Prompt, as_prompts, is_conversation
 from kimi_native.sampling import SamplingParams
 from kimi_native.transcript import read_transcript
 
@@ -40,7 +43,6 @@ if TYPE_CHECKING:
 # Context when none is asked for: the published limits (up to 262,144 tokens) would reserve 18 GB of cache a sequence.
 DEFAULT_CONTEXT = 8192
 DEFAULT_BATCH = 8
-Prompt = str | Sequence[int] | Sequence[Message | Mapping[str, Any]]
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------
@@ -133,24 +135,6 @@ def default_context(config: KimiConfig) -> int:
     return min(config.max_position_embeddings, DEFAULT_CONTEXT)
 
 
-def end_ids(
-    config: KimiConfig, generation_config: Mapping[str, Any], tokenizer: Tokenizer
-) -> frozenset[int]:
-    """Every id that ends a generation: config.json's, generation_config.json's, and the tokenizer's, which knows the
-    names that end a turn or a text in all of the family.
-
-    All of them, because published files disagree: several config.json name an id that a chat never produces.
-    Raises ConfigError on an eos_token_id in generation_config.json that is no id or list of ids.
-    """
-    given = generation_config.get("eos_token_id")
-    given = [] if given is None else given if isinstance(given, list) else [given]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in given):
-        raise ConfigError(
-            f"generation_config.json: eos_token_id must be an id or a list of ids (got {given!r})"
-        )
-    return frozenset((*config.eos_token_ids, *given, *tokenizer.eos_ids))
-
-
 # ---- the model ------------------------------------------------------------------------------------------------------
 
 
@@ -218,6 +202,7 @@ class Model:
         tool_choice: ToolChoice | None = None,
         constrain_tools: bool = True,
         thinking_budget: int | None = None,
+        is_canceled: Callable[[], bool] = lambda: False,
         **overrides: Any,
     ) -> Generation | list[Generation]:
         """Answers one prompt, or a list of prompts in one batch.
@@ -227,6 +212,7 @@ class Model:
         raw_prompt  a text is continued without any template; the output is not parsed
         sampling    all parameters (default: the checkpoint's generation_config.json); `overrides` are single fields
         tools, thinking, keep_thinking   see chat.template.render; of tools also chat.parser.OutputParser
+        is_canceled  asked at every token; True ends what is unfinished, as it is, with finish_reason "canceled"
 
         Raises RequestError before any compute for a bad prompt or argument; NonFiniteLogitsError, or TokenizerError for
         an id the tokenizer lacks, when a single prompt fails. In a list such a result has finish_reason "error".
@@ -234,13 +220,13 @@ class Model:
         params = self._params(sampling, overrides)
         options = {"tools": tools, "thinking": thinking, "keep_thinking": keep_thinking}
         guiding = Guiding(tools, tool_choice, constrain_tools, thinking_budget)
-        prompts = _as_list(prompt)
+        prompts = as_prompts(prompt)
         runs = [self._prepare(p, raw_prompt, params, options, guiding) for p in prompts or [prompt]]
         try:
             self._submit(runs)
             pending = runs
-            while pending:
-                self._wait(pending)
+            while pending and not is_canceled():
+                self._wait(pending, is_canceled)
                 for run in pending:
                     run.take_inbox(self.eos_ids)
                     if run.is_done:
@@ -267,19 +253,40 @@ class Model:
         tool_choice: ToolChoice | None = None,
         constrain_tools: bool = True,
         thinking_budget: int | None = None,
+        is_canceled: Callable[[], bool] = lambda: False,
         **overrides: Any,
     ) -> Iterator[Event]:
         """Answers one prompt piece by piece: ReasoningDelta, ContentDelta, ToolCallDelta, at the end one Finish.
 
         Arguments and errors as in `generate`; what is wrong with the request is raised by this call, what fails during
-        the computation by the iterator. Closing the iterator early ends the request and frees its pages.
+        the computation by the iterator. Closing the iterator early ends the request and frees its pages; so does
+        is_canceled, without a Finish.
         """
         params = self._params(sampling, overrides)
         options = {"tools": tools, "thinking": thinking, "keep_thinking": keep_thinking}
         guiding = Guiding(tools, tool_choice, constrain_tools, thinking_budget)
-        if _as_list(prompt) is not None:
+        if as_prompts(prompt) is not None:
             raise RequestError("stream: one prompt at a time (got a list of prompts)")
-        return self._events(self._prepare(prompt, raw_prompt, params, options, guiding))
+        return self._events(
+            self._prepare(prompt, raw_prompt, params, options, guiding), is_canceled
+        )
+
+    async def agenerate(
+        self, prompt: Prompt | Sequence[Prompt], **options: Any
+    ) -> Generation | list[Generation]:
+        """`generate` in a thread; canceling the task ends its requests and frees their pages."""
+        canceled = threading.Event()
+        work = partial(self.generate, prompt, is_canceled=canceled.is_set, **options)
+        return await in_thread(work, canceled.set)
+
+    def astream(self, prompt: Prompt, **options: Any) -> AsyncIterator[Event]:
+        """`stream`, every step in a thread; canceling the task, or closing the iterator, ends the request.
+
+        What `stream` raises is raised by the first step.
+        """
+        canceled = threading.Event()
+        work = partial(self.stream, prompt, is_canceled=canceled.is_set, **options)
+        return iterate(work, canceled.set)
 
     def chat(
         self,
@@ -303,7 +310,7 @@ class Model:
 
         system, messages, transcript  what it begins with: a system text, messages, or a file that Chat.save wrote
         run_tools       names of tools that run without asking; at a call of another the chat pauses
-        max_tool_calls  after one message of the user; then the model must answer without tools
+        max_tool_calls  after one message of the user, declined ones too; then the model must answer without tools
         tool_timeout    seconds for the calls of one answer
         tool_choice     of the first answer to a message; the later ones are free
 
@@ -311,13 +318,14 @@ class Model:
         """
         params = self._params(sampling, overrides)
         options = {"tools": tools, "thinking": thinking, "keep_thinking": keep_thinking}
-        prefix, declared = KeptPrefix(), as_tools(tools)
+        prefix, declared, last = KeptPrefix(), as_tools(tools), []
 
         def answer(
             messages: Sequence[Message], choice: ToolChoice | None, is_canceled: Callable[[], bool]
         ) -> Iterator[Event]:
             guiding = Guiding(tools, choice, constrain_tools, thinking_budget)
             run = self._prepare(messages, False, params, options, guiding, prefix)
+            last[:] = [run]
             return self._events(run, is_canceled)
 
         before = [Message("system", system)] if system is not None else []
@@ -326,12 +334,13 @@ class Model:
         return Chat(
             answer,
             lambda: self._drop(prefix),
+            lambda: last[0].timing(self.load_s),
             messages=before,
             tools=declared,
             run_tools=run_tools,
             max_tool_calls=max_tool_calls,
             tool_timeout=tool_timeout,
-            can_forbid_calls=constrain_tools,
+            can_forbid_calls=constrain_tools and self.chat_format is not None,
             tool_choice=tool_choice,
         )
 
@@ -339,7 +348,7 @@ class Model:
         try:
             self._submit([run])
             while not run.is_done and not is_canceled():
-                self._wait([run])
+                self._wait([run], is_canceled)
                 yield from run.take_inbox(self.eos_ids)
             if run.error is not None:
                 raise run.error
@@ -371,7 +380,7 @@ class Model:
         """Renders and checks one prompt; nothing is computed and nothing is queued."""
         ids = self._prompt_ids(prompt, raw_prompt, options)
         self._engine.check(ids)
-        is_ids = isinstance(prompt, (list, tuple)) and not _is_conversation(prompt)
+        is_ids = isinstance(prompt, (list, tuple)) and not is_conversation(prompt)
         if raw_prompt or is_ids or self.chat_format is None:
             guiding.check_unused()
         if raw_prompt or (self.chat_format is None and self.chat_template is None):
@@ -403,7 +412,7 @@ class Model:
 
     def _prompt_ids(self, prompt: Prompt, raw_prompt: bool, options: dict[str, Any]) -> list[int]:
         given = {name: value for name, value in options.items() if value is not None}
-        is_ids = isinstance(prompt, (list, tuple)) and not _is_conversation(prompt)
+        is_ids = isinstance(prompt, (list, tuple)) and not is_conversation(prompt)
         if (raw_prompt or is_ids) and given:
             raise RequestError(
                 f"generate: {next(iter(given))} needs a prompt that the chat format renders"
@@ -440,12 +449,12 @@ class Model:
                 run.report = self._engine.report(run.request_id)
                 self._runs[run.request_id] = run
 
-    def _wait(self, runs: list[Run]) -> None:
+    def _wait(self, runs: list[Run], is_canceled: Callable[[], bool] = lambda: False) -> None:
         """Returns when one of `runs` has something in its inbox; steps the engine for everybody until then.
 
         Raises RuntimeError if one of them was lost because a forward pass failed in another thread.
         """
-        while not any(run.inbox for run in runs):
+        while not any(run.inbox for run in runs) and not is_canceled():
             with self._lock:
                 if any(run.inbox for run in runs):
                     return  # another thread stepped while this one waited for the lock
@@ -483,18 +492,3 @@ class Model:
                         self._engine.cancel(run.request_id)
             finally:
                 self._lock.release()
-
-
-def _is_conversation(prompt: Sequence[Any]) -> bool:
-    return len(prompt) > 0 and isinstance(prompt[0], (Message, Mapping))
-
-
-def _as_list(prompt: Any) -> list[Prompt] | None:
-    """The prompts of a list of prompts; None for a single prompt."""
-    if not isinstance(prompt, (list, tuple)):
-        return None
-    if not prompt:
-        raise RequestError(
-            "generate: prompt must hold at least one token, message or prompt (got none)"
-        )
-    return list(prompt) if isinstance(prompt[0], (str, list, tuple)) else None

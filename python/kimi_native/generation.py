@@ -7,9 +7,9 @@ stop strings cut the answer.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kimi_native.chat.types import (
     ContentDelta,
@@ -21,11 +21,12 @@ from kimi_native.chat.types import (
     Usage,
 )
 from kimi_native.engine import RequestReport, StepOutput
-from kimi_native.errors import KimiNativeError, TokenizerError
+from kimi_native.errors import ConfigError, KimiNativeError, TokenizerError
 from kimi_native.sampling import SampledToken, SamplingParams
 
 if TYPE_CHECKING:
     from kimi_native.chat.parser import OutputParser
+    from kimi_native.config import KimiConfig
     from kimi_native.guide import Guide
     from kimi_native.prefixes import KeptPrefix
     from kimi_native.tokenizer import Tokenizer
@@ -55,7 +56,7 @@ class Generation:
     reasoning        what the model thought first; empty for formats without reasoning and for raw prompts
     tool_calls       calls the model asks for; nothing is ever run by this package
     ids, prompt_ids  all generated ids, end token included, and the ids of the prompt
-    finish_reason    "stop", "tool_calls", "length" (max_tokens or end of the context), "error"
+    finish_reason    "stop", "tool_calls", "length" (max_tokens or end of the context), "canceled", "error"
     seed             the seed that was used: with it and the same parameters the result repeats
     logprobs         one SampledToken per id if SamplingParams.logprobs is set, else None
     unfinished_call  the output ended inside the last tool call
@@ -113,6 +114,24 @@ class StopStrings:
             if any(s.startswith(text[-size:]) for s in self._stops):
                 return size
         return 0
+
+
+def end_ids(
+    config: KimiConfig, generation_config: Mapping[str, Any], tokenizer: Tokenizer
+) -> frozenset[int]:
+    """Every id that ends a generation: config.json's, generation_config.json's, and the tokenizer's, which knows the
+    names that end a turn or a text in all of the family.
+
+    All of them, because published files disagree: several config.json name an id that a chat never produces.
+    Raises ConfigError on an eos_token_id in generation_config.json that is no id or list of ids.
+    """
+    given = generation_config.get("eos_token_id")
+    given = [] if given is None else given if isinstance(given, list) else [given]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in given):
+        raise ConfigError(
+            f"generation_config.json: eos_token_id must be an id or a list of ids (got {given!r})"
+        )
+    return frozenset((*config.eos_token_ids, *given, *tokenizer.eos_ids))
 
 
 # ---- one request ----------------------------------------------------------------------------------------------------
@@ -240,30 +259,38 @@ class Run:
         else:
             self.finish = event
 
-    def generation(self, load_s: float) -> Generation:
+    def timing(self, load_s: float) -> Timing:
+        """As far as the request has come."""
         report, usage = self.report, self._usage()
-        later_tokens = len(self.tokens) - 1
+        return Timing(
+            load_s=load_s,
+            waiting_s=report.waiting_s,
+            prefill_s=report.prefill_s,
+            decode_s=report.decode_s,
+            prefill_tokens_per_s=_rate(usage.prefilled_tokens, report.prefill_s),
+            decode_tokens_per_s=_rate(len(self.tokens) - 1, report.decode_s),
+        )
+
+    def generation(self, load_s: float) -> Generation:
         return Generation(
             text="".join(self._text),
             reasoning="".join(self._reasoning),
             tool_calls=tuple(self._calls),
             ids=[t.id for t in self.tokens],
             prompt_ids=self.prompt_ids,
-            finish_reason="error" if self.finish is None else self.finish.reason,
-            usage=usage,
-            timing=Timing(
-                load_s=load_s,
-                waiting_s=report.waiting_s,
-                prefill_s=report.prefill_s,
-                decode_s=report.decode_s,
-                prefill_tokens_per_s=_rate(usage.prefilled_tokens, report.prefill_s),
-                decode_tokens_per_s=_rate(later_tokens, report.decode_s),
-            ),
-            seed=report.seed,
+            finish_reason=self._finish_reason(),
+            usage=self._usage(),
+            timing=self.timing(load_s),
+            seed=self.report.seed,
             logprobs=None if self.params.logprobs is None else self.tokens,
             unfinished_call=self.finish is not None and self.finish.unfinished_call,
             error=self.error,
         )
+
+    def _finish_reason(self) -> str:
+        if self.finish is not None:
+            return self.finish.reason
+        return "canceled" if self.error is None else "error"
 
 
 def _rate(tokens: int, seconds: float) -> float | None:

@@ -318,7 +318,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     # kernels
     "ops": ({"native", "reference", "checks", "weights"}, {"torch"}),
-    "native": ({"_native", "arena"}, {"torch"}),
+    "native": ({"_native", "arena", "checks"}, {"torch"}),
     "arena": (set(), {"torch", "numpy"}),
     "torch_ops": ({"ops", "weights"}, {"torch"}),
     "reference": (set(), {"torch"}),

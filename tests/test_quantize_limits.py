@@ -183,7 +183,12 @@ def test_quantize_refuses_a_config_it_could_not_read_back(tmp_path):
     config = SMALL | {"num_nextn_predict_layers": 40}
     extra = {f"model.layers.{i}.enorm.weight": ("BF16", (4,)) for i in range(2, 42)}
     source = write_checkpoint(tmp_path / "s", config, tensors(config) | extra)
-    refused(source, tmp_path / "o", ConfigError, r"quantization_config.ignore must hold at most 32 patterns \(got 43\)")
+    refused(
+        source,
+        tmp_path / "o",
+        ConfigError,
+        r"quantization_config.ignore must hold at most 32 patterns \(got 43\)",
+    )
 
 
 def test_quantize_names_a_source_that_cannot_be_read(source, tmp_path, monkeypatch):

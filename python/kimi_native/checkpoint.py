@@ -22,7 +22,7 @@ from kimi_native.gc_pause import paused_gc
 from kimi_native.generation_config import load_generation_config
 from kimi_native.json_file import printable, read_json
 from kimi_native.mapped_file import MappedFile
-from kimi_native.model_file import file_inside, find_file, model_folder
+from kimi_native.model_file import file_inside, find_file, is_plain_name, model_folder
 from kimi_native.safetensors_file import SafetensorsFile, TensorInfo
 from kimi_native.tensor_table import (
     FORM_SUFFIXES,
@@ -205,6 +205,13 @@ def _index(path: Path) -> dict[str, str] | None:
         raise ModelFormatError(
             f"{file}: weight_map must name 1 to {MAX_INDEX_TENSORS} tensors (got {len(weight_map)})"
         )
+    bad = {name for name in set(weight_map.values()) if not is_plain_name(name)}
+    if bad:
+        tensor, name = next((t, n) for t, n in weight_map.items() if n in bad)
+        raise ModelFormatError(
+            f"{file}: tensor {printable(tensor)} must be in a file of this folder, by its plain name "
+            f"(got '{printable(name)}')"
+        )
     return weight_map
 
 
@@ -269,7 +276,9 @@ def _check_tensors(
                 StoredMatrices(names, group.out_features, group.in_features, form, dtype, nbytes)
             )
     if missing:
-        raise ModelFormatError(_list_names(path, "is missing", missing))
+        raise ModelFormatError(
+            f"{path}: must hold every tensor of the model (missing {_listed(missing)})"
+        )
     if found != len(tensors):
         known = expected_others(config).keys() | {
             name + suffix for s in stored for name in s.names for suffix in FORM_SUFFIXES[s.form]
@@ -277,7 +286,10 @@ def _check_tensors(
         unexpected = [n for n in tensors if n not in known]
         strangers = [n for n in unexpected if not is_ignored_tensor(config, n)]
         if strangers:
-            raise ModelFormatError(_list_names(path, "has no place in this model", strangers))
+            placed = [f"{n} in {tensors[n].file.name}" for n in strangers]
+            raise ModelFormatError(
+                f"{path}: must hold no tensor that has no place in the model (got {_listed(placed)})"
+            )
         for name in unexpected:
             del tensors[name]
     return stored
@@ -308,10 +320,11 @@ def _tensor_in_two_files(path: Path, files: list[SafetensorsFile]) -> ModelForma
     raise AssertionError("called for files that share no tensor")
 
 
-def _list_names(path: Path, what: str, names: list[str]) -> str:
+def _listed(names: list[str]) -> str:
+    """How many, and the first of them."""
     shown = ", ".join(printable(n) for n in names[:5])
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"{path}: {len(names)} tensor{'s' if len(names) > 1 else ''}: {what}: {shown}{more}"
+    return f"{len(names)}: {shown}{more}"
 
 
 def _check_alike(

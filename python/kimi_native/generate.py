@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 # Context when none is asked for: the published limits (up to 262,144 tokens) would reserve 18 GB of cache a sequence.
 DEFAULT_CONTEXT = 8192
 DEFAULT_BATCH = 8
+MAX_THREADS = 1024  # more is a slip of the pen
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------
@@ -69,7 +70,8 @@ def load(
 
     max_context         tokens of prompt and answer together (default: the checkpoint's limit, at most 8192)
     max_batch           requests computed at once; the cache holds max_batch full contexts
-    threads             threads of the kernels (default: the cores this process may use); process-wide
+    threads             threads of the kernels, at most 1024, and never more than the cores this process may use
+                        (default: as they are set; at first those cores); process-wide
     dtype               activations and cache: "bfloat16" or "float32"
     dense               dense matrices: "bf16" as published, or rounded while loading to "int8" or "int4": fewer bytes
                         to read per token, not exact
@@ -78,7 +80,7 @@ def load(
                         rest)
     compute             activations that meet INT4 matrices: "exact", or "int8", rounded to 8 bits per 32: faster on
                         long prompts, not exact (docs/kernels.md, int4_gemm)
-    isa                 kernel tier, such as "avx2" (default: the best here); process-wide
+    isa                 kernel tier, such as "avx2" (default: as it is set; at first the best here); process-wide
     chat_format         one of chat.template.FORMATS (default: the checkpoint's, see docs/chat.md)
     prefetch            read the weights into memory now, at the speed of the disk, if all of them fit; else each is
                         read when it is first used
@@ -128,6 +130,8 @@ def _check_counts(**given: object) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise RequestError(f"load: {name} must be an integer of at least 1 (got {value!r})")
+        if name == "threads" and value > MAX_THREADS:
+            raise RequestError(f"load: threads must be at most {MAX_THREADS} (got {value})")
 
 
 def default_context(config: KimiConfig) -> int:

@@ -21,6 +21,11 @@ def model_folder(op: str, path: object) -> Path:
     return Path(path)
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether a text can name a file of a folder, and nothing outside it."""
+    return 0 < len(name) <= 255 and name not in (".", "..") and not any(c in name for c in "/\\\0")
+
+
 def file_inside(folder: Path, name: str, error: type[KimiNativeError] = ConfigError) -> Path:
     """The path of a regular file of a model folder; refuses names and links that lead out of it.
 
@@ -30,7 +35,7 @@ def file_inside(folder: Path, name: str, error: type[KimiNativeError] = ConfigEr
     Raises `error` on a name with a folder part, on a link elsewhere, to nothing or to itself, and on anything but a
     regular file; FileNotFoundError or NotADirectoryError if nothing has that name.
     """
-    if not name or name in (".", "..") or len(name) > 255 or any(c in name for c in "/\\\0"):
+    if not is_plain_name(name):
         raise error(f"{folder}: a file name must be plain, without a folder (got {name!r})")
     path = folder / name
     os.lstat(path)

@@ -152,7 +152,7 @@ def test_parse_json_prints_the_events(run, folder, tokenizer, capsys, form):
     assert finish == {
         "event": "Finish",
         "reason": "tool_calls",
-        "usage": {"prompt_tokens": 0, "completion_tokens": len(ids)},
+        "usage": {"prompt_tokens": 0, "completion_tokens": len(ids), "reused_tokens": 0},
         "unfinished_call": False,
     }
 
@@ -197,7 +197,10 @@ def test_parse_repairs_ids_with_tools(run, monkeypatch, capsys):
 
 WRONG = {
     "unknown format": ("render --messages messages.json --format chatml", "chat: format must be"),
-    "no file": ("render --messages missing.json", "missing.json: cannot be used (got No such file or directory)"),
+    "no file": (
+        "render --messages missing.json",
+        "missing.json: cannot be used (got No such file or directory)",
+    ),
     "no JSON": ("render --messages answer.txt", "answer.txt: must be valid JSON (Expecting"),
     "no list": ("render --messages object", "object: messages must be a JSON list (got dict)"),
     "no UTF-8": ("render --messages bytes", "bytes: must be UTF-8 text ("),

@@ -316,6 +316,24 @@ def test_e2e_of_several_folders_runs_each_in_its_own_process(folder, capfd):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (["nowhere"], "nowhere: must be a model folder (found none)"),
+        (["GOOD", "nowhere"], "nowhere: must be a model folder (found none)"),
+        (["GOOD", "--depths", "9000"], "e2e: max_context must be 1 to 8192 (got 9034)"),
+        (["GOOD", "--new-tokens", "-1"], "e2e: new_tokens must be at least 1 (got [-1])"),
+    ],
+    ids=" ".join,
+)
+def test_e2e_refuses_before_it_measures(folder, monkeypatch, capsys, arguments, says):
+    monkeypatch.setattr("kimi_native.bench.rows.program_rows", None)
+    monkeypatch.setattr("kimi_native.bench.command._e2e_folders", None)
+    arguments = [str(folder) if word == "GOOD" else word for word in arguments]
+    assert cli.main(["bench", "e2e", *arguments]) == 1
+    assert capsys.readouterr() == ("", f"kimi-native: error: {says}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
         (["e2e", "a", "--preset", "tiny"], "folders or --preset"),
         (["e2e", "a", "--depths", "1,x"], "--depths must be counts"),
         (["e2e", "a", "--threads", "0"], "threads must be at least 1"),

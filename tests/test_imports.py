@@ -295,7 +295,10 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "bench.rows": ({"bench.native"}, set()),
     "bench.load": (set(), set()),
     "bench.loading": ({"bench.load", "checkpoint", "generate", "plan"}, set()),
-    "bench.e2e": ({"bench.rows", "bench.load", "sampling", "weights", "plan", *RUN}, {"torch"}),
+    "bench.e2e": (
+        {"bench.rows", "bench.load", "checkpoint", "sampling", "weights", "plan", *RUN},
+        {"torch"},
+    ),
     "bench.plot": ({"bench.rows"}, {"matplotlib"}),
     "bench.turns": ({"bench.rows"}, set()),
     "bench.problem": ({"ops", "recorded"}, {"torch"}),

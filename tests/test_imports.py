@@ -57,18 +57,32 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "cli": (
         {"__init__", "generate", "generation", "sampling", "tokenizer", "config", *CHAT}
         | {"checkpoint", "plan", "doctor", "make_checkpoint", "presets"}
-        | {
-            "quant.ptq",
-            "bench.command",
-            "chat_cli",
-            "progress_bar",
-            "streams",
-            "terminal",
-            "units",
-        },
+        | {"quant.ptq", "bench.command", "chat_cli", "progress_bar", "terminal", "units"}
+        | {"model_arguments", "streams"},
         {"rich", "torch"},
     ),
-    "chat_cli": ({"chat", "tokenizer", "config", "model_file", "terminal", *CHAT}, set()),
+    "chat_cli": (
+        {
+            "chat",
+            "tokenizer",
+            "config",
+            "model_file",
+            "terminal",
+            "model_arguments",
+            "terminal_chat",
+            *CHAT,
+        },
+        set(),
+    ),
+    "model_arguments": ({"generate", "sampling", "progress_bar", "terminal"}, {"torch"}),
+    "terminal_chat": (
+        {"generate", "guide", "model_arguments", "tool_file", "chat_input", "chat_output"}
+        | {*TALK, *CHAT},
+        set(),
+    ),
+    "chat_input": (set(), set()),
+    "chat_output": ({"generation", "terminal", *TALK, *CHAT}, {"rich"}),
+    "tool_file": (CHAT, set()),
     "doctor": ({"__init__", "ops", "machine"}, {"torch", "numpy"}),
     # text and events
     "generate": (

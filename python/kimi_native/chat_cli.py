@@ -1,9 +1,8 @@
-"""The verbs that look at prompts and answers without running a model: render and parse. They need no torch."""
+"""The verbs of conversations: chat; render and parse, which look at prompts and answers and need no torch."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import re
 import sys
@@ -11,16 +10,45 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kimi_native.errors import RequestError
-from kimi_native.terminal import print_json, print_table, shown
+from kimi_native.model_arguments import add_machine, add_sampling
+from kimi_native.terminal import event_dict, print_json, print_table, shown
 
 if TYPE_CHECKING:
-    from kimi_native.chat.types import Event
     from kimi_native.tokenizer import Tokenizer
 
 STDIN = "-"
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
+
+
+def add_chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder")
+    parser.add_argument("--system", metavar="TEXT", help="system text of the conversation")
+    parser.add_argument(
+        "--tools",
+        metavar="FILE",
+        help="Python file to run: its list TOOLS, or its public functions with type hints, are tools",
+    )
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="run this tool without asking; may be repeated",
+    )
+    parser.add_argument(
+        "--max-tool-calls", type=int, default=300, metavar="N", help="per message (default: 300)"
+    )
+    parser.add_argument(
+        "--thinking-budget", type=int, metavar="N", help="tokens of reasoning per answer"
+    )
+    parser.add_argument(
+        "--one", action="store_true", help="stdin is one message, not one on each line"
+    )
+    parser.add_argument("--json", action="store_true", help="print the events as JSON lines")
+    add_sampling(parser)
+    add_machine(parser)
 
 
 def add_render(parser: argparse.ArgumentParser) -> None:
@@ -99,6 +127,16 @@ def _format_and_tokenizer(args: argparse.Namespace) -> tuple[str | None, Tokeniz
     return args.format or detect_format(config, tokenizer, args.model), tokenizer
 
 
+# ---- chat -----------------------------------------------------------------------------------------------------------
+
+
+def chat(args: argparse.Namespace) -> int:
+    """Talks in the terminal, or answers the messages of a pipe."""
+    from kimi_native import terminal_chat
+
+    return terminal_chat.run(args)
+
+
 # ---- render ---------------------------------------------------------------------------------------------------------
 
 
@@ -155,7 +193,7 @@ def parse(args: argparse.Namespace) -> int:
     events += parser.finish()
     if args.json:
         for event in events:
-            print_json(_event_dict(event))
+            print_json(event_dict(event))
         return 0
     answer = merge_events(events)
     rows = [("reasoning", answer.reasoning), ("content", answer.content)]
@@ -164,10 +202,6 @@ def parse(args: argparse.Namespace) -> int:
     rows.append(("unfinished call", "yes" if answer.unfinished_call else "no"))
     print_table("answer", [(shown(name), shown(text or "none")) for name, text in rows])
     return 0
-
-
-def _event_dict(event: Event) -> dict[str, Any]:
-    return {"event": type(event).__name__, **dataclasses.asdict(event)}
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

@@ -189,10 +189,14 @@ class Chat:
         (index, *_) = self._pending_indexes([call_id])
         self._set_result(ToolResult(index, self._calls[index], cut(content)))
 
-    def decline(self, *call_ids: str, reason: str = "the user declined this call") -> None:
-        """Answers pending calls, without ids all, with an error that the model reads."""
-        for index in self._pending_indexes(call_ids):
+    def decline(
+        self, *call_ids: str, reason: str = "the user declined this call"
+    ) -> tuple[ToolResult, ...]:
+        """Answers pending calls, without ids all, with an error that the model reads; returns these results."""
+        return tuple(
             self._set_result(ToolResult(index, self._calls[index], f"error: {reason}", True))
+            for index in self._pending_indexes(call_ids)
+        )
 
     def _pending_indexes(self, call_ids: Sequence[str]) -> list[int]:
         waiting = [i for i in range(len(self._calls)) if i not in self._results]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import sys
@@ -24,6 +25,11 @@ def print_json(value: Any) -> None:
     except UnicodeEncodeError:
         text = json.dumps(value)
     print(text)
+
+
+def event_dict(event: Any) -> dict[str, Any]:
+    """An event of an answer for print_json: the name of its class, and its fields."""
+    return {"event": type(event).__name__, **dataclasses.asdict(event)}
 
 
 def print_table(title: str, rows: list[tuple[str, str]]) -> None:

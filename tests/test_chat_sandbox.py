@@ -210,6 +210,49 @@ def test_no_text_of_the_caller_becomes_a_control_token(tokenizer, rendered, sour
             assert control_ids(tokenizer, ids) == expected, (text, tokenizer.decode(ids))
 
 
+PIECES = ["<|im_", "end", "|>", "<|", "im_end|>", "<|im_end|>", "x", " ", "\n", "<think>", "</"]
+OPERATIONS = [
+    "M",
+    "M | trim",
+    "M | replace('x', '')",
+    "M[1:]",
+    "M[:-1]",
+    "M | upper | lower",
+    "M | reverse",
+    "M.split('x') | join",
+    "M | list | join",
+    "M.strip('x ')",
+    "M | tojson",
+    "M | escape",
+    "M ~ M",
+    "M.split()[-1]",
+    "M | first",
+    "M | replace(' ', '') | truncate(9, true, '')",
+    "M | title",
+]
+
+
+def test_random_templates_make_no_control_token_of_random_text(tokenizer, rendered):
+    rng = random.Random(8)
+    outcomes = {"equal": 0, "refused": 0}
+    for _ in range(250):
+        around = [rng.choice([*PIECES, ""]) for _ in range(4)]
+        shown = rng.choice(OPERATIONS).replace("M", "messages[0].content")
+        source = f"{around[0]}{{{{ {around[1]!r} ~ ({shown}) ~ {around[2]!r} }}}}{around[3]}"
+        text = "".join(rng.choices(PIECES, k=rng.randint(1, 6)))
+        halves = ["".join(around[:2]), "".join(around[2:])]
+        expected = [i for half in halves for i in tokenizer.encode_with_control(half)]
+        try:
+            ids = rendered(source, [user(text)])
+        except RequestError as error:
+            outcomes["refused"] += 1
+            assert "must not decide by the text" in str(error) or "line 1: " in str(error)  # noqa: PT017
+            continue
+        assert control_ids(tokenizer, ids) == control_ids(tokenizer, expected), (source, text)
+        outcomes["equal"] += 1
+    assert min(outcomes.values()) > 30, outcomes
+
+
 @pytest.mark.parametrize(
     ("source", "passes", "refused"),
     [

@@ -98,7 +98,7 @@ def test_config_carries_the_published_quantization(folders):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"preset": "huge"}, r"preset must be one of nano, tiny, .* \(got huge\)"),
+        ({"preset": "huge"}, r"preset must be one of tiny, .* \(got huge\)"),
         ({"overrides": {"hiden_size": 64}}, r"overrides must be config keys .* \(got hiden_size\)"),
         ({"overrides": {"hidden_size": 100}}, r"multiple of 32 \(got hidden_size=100\)"),
         ({"overrides": {"hidden_size": "256"}}, r"must be an integer .* \(got hidden_size=256\)"),

@@ -15,16 +15,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kimi_native.chat.parser import OutputParser
-from kimi_native.chat.template import KeepThinking, detect_format, get_format, render
+from kimi_native.chat.template import KeepThinking, detect_format, get_format
 from kimi_native.chat.tool import ToolLike, as_tools
 from kimi_native.chat.types import Event, Message, as_messages
 from kimi_native.conversation import Chat
-from kimi_native.engine import Engine
+from kimi_native.engine import Engine, check_prompt
 from kimi_native.errors import ConfigError, RequestError
 from kimi_native.generation import Generation, PlainOutput, Run
 from kimi_native.guide import UNGUIDED, Guiding, ToolChoice, answer_start, next_call_index
 from kimi_native.prefixes import KeptPrefix
 from kimi_native.progress_bar import Progress
+from kimi_native.prompts import Prompt, TextSide, is_conversation, prompt_ids, prompt_list
 from kimi_native.sampling import SamplingParams
 from kimi_native.transcript import read_transcript
 
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 DEFAULT_CONTEXT = 8192
 DEFAULT_BATCH = 8
 MAX_THREADS = 1024  # more is a slip of the pen
-Prompt = str | Sequence[int] | Sequence[Message | Mapping[str, Any]]
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------
@@ -60,6 +60,8 @@ def load(
     prefetch: bool = True,
     ignore_config_keys: Sequence[str] = (),
     progress: Progress | None = None,
+    prompt: Prompt | None = None,
+    raw_prompt: bool = False,
 ) -> Model:
     """Opens a checkpoint folder as published; nothing is converted on disk.
 
@@ -81,6 +83,7 @@ def load(
     ignore_config_keys  config.json keys to accept although this package does not know them; of generation_config.json
                         with "generation_config." before them
     progress            called with (bytes done, bytes in all) while loading
+    prompt, raw_prompt  what Model.generate will be asked first: refused now, before a weight is read, if it is too long
 
     Raises ConfigError, ModelFormatError, TokenizerError, MemoryPlanError, RequestError for an argument, RuntimeError
     for a tier this machine lacks, OSError for a file; then, and when interrupted, threads and isa are as before. Warns
@@ -98,6 +101,9 @@ def load(
     tokenizer = load_tokenizer(path, vocab_size=config.vocab_size)
     chat_format = detect_format(config, tokenizer)
     sizes = {"max_context": max_context or default_context(config), "max_batch": max_batch}
+    if prompt is not None:
+        text_side = TextSide(config, tokenizer, chat_format)
+        check_prompt(prompt_ids(prompt, raw_prompt, {}, text_side), config, sizes["max_context"])
     weights = {"dtype": dtype, "dense": dense, "compute": compute}
     reading = {"prefetch": prefetch, "progress": progress, "ignored": ignored}
     where = {"device": device, "experts": experts}
@@ -177,6 +183,7 @@ class Model:
         self.tokenizer = tokenizer
         self.config = network.config
         self.chat_format = chat_format
+        self._text_side = TextSide(self.config, tokenizer, chat_format)
         self.generation_config = dict(generation_config)
         self.load_s = load_s
         self.eos_ids = end_ids(network.config, generation_config, tokenizer)
@@ -228,7 +235,7 @@ class Model:
         params = self._params(sampling, overrides)
         options = {"tools": tools, "thinking": thinking, "keep_thinking": keep_thinking}
         guiding = Guiding(tools, tool_choice, constrain_tools, thinking_budget)
-        prompts = _as_list(prompt)
+        prompts = prompt_list(prompt)
         runs = [self._prepare(p, raw_prompt, params, options, guiding) for p in prompts or [prompt]]
         try:
             self._submit(runs)
@@ -271,7 +278,7 @@ class Model:
         params = self._params(sampling, overrides)
         options = {"tools": tools, "thinking": thinking, "keep_thinking": keep_thinking}
         guiding = Guiding(tools, tool_choice, constrain_tools, thinking_budget)
-        if _as_list(prompt) is not None:
+        if prompt_list(prompt) is not None:
             raise RequestError("stream: one prompt at a time (got a list of prompts)")
         return self._events(self._prepare(prompt, raw_prompt, params, options, guiding))
 
@@ -363,9 +370,9 @@ class Model:
         prefix: KeptPrefix | None = None,
     ) -> Run:
         """Renders and checks one prompt; nothing is computed and nothing is queued."""
-        ids = self._prompt_ids(prompt, raw_prompt, options)
+        ids = prompt_ids(prompt, raw_prompt, options, self._text_side)
         self._engine.check(ids)
-        is_ids = isinstance(prompt, (list, tuple)) and not _is_conversation(prompt)
+        is_ids = isinstance(prompt, (list, tuple)) and not is_conversation(prompt)
         if raw_prompt or is_ids or self.chat_format is None:
             guiding.check_unused()
         if raw_prompt or self.chat_format is None:
@@ -394,31 +401,6 @@ class Model:
 
                 self._compiler = GrammarCompiler(self.tokenizer, self.config.vocab_size)
             return self._compiler
-
-    def _prompt_ids(self, prompt: Prompt, raw_prompt: bool, options: dict[str, Any]) -> list[int]:
-        given = {name: value for name, value in options.items() if value is not None}
-        is_ids = isinstance(prompt, (list, tuple)) and not _is_conversation(prompt)
-        if (raw_prompt or is_ids) and given:
-            raise RequestError(
-                f"generate: {next(iter(given))} needs a prompt that the chat format renders"
-            )
-        if is_ids:
-            return list(prompt)
-        if raw_prompt:
-            if not isinstance(prompt, str):
-                raise RequestError("generate: raw_prompt=True needs a text or ids (got messages)")
-            return self.tokenizer.encode(prompt)
-        if not isinstance(prompt, (str, list, tuple)):
-            raise RequestError(
-                f"generate: prompt must be a text, messages, or ids (got {type(prompt).__name__})"
-            )
-        if self.chat_format is None:
-            raise RequestError(
-                "generate: this checkpoint has no chat format known here "
-                f"(got model_type={self.config.model_type}); pass raw_prompt=True to continue a text as it stands"
-            )
-        messages = [Message("user", prompt)] if isinstance(prompt, str) else prompt
-        return render(messages, format=self.chat_format, tokenizer=self.tokenizer, **given)
 
     # ---- the shared engine ------------------------------------------------------------------------------------------
 
@@ -475,18 +457,3 @@ class Model:
                         self._engine.cancel(run.request_id)
             finally:
                 self._lock.release()
-
-
-def _is_conversation(prompt: Sequence[Any]) -> bool:
-    return len(prompt) > 0 and isinstance(prompt[0], (Message, Mapping))
-
-
-def _as_list(prompt: Any) -> list[Prompt] | None:
-    """The prompts of a list of prompts; None for a single prompt."""
-    if not isinstance(prompt, (list, tuple)):
-        return None
-    if not prompt:
-        raise RequestError(
-            "generate: prompt must hold at least one token, message or prompt (got none)"
-        )
-    return list(prompt) if isinstance(prompt[0], (str, list, tuple)) else None

@@ -220,6 +220,8 @@ def test_generate_passes_options_on(loaded, monkeypatch, capsys):
         "prefetch": False,
         "ignore_config_keys": ["k"],
         "progress": None,
+        "prompt": "Hi",
+        "raw_prompt": True,
     }
 
 

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import kimi_native as kn
-from kimi_native import cli, ops
+from kimi_native import cli, network, ops
+from kimi_native.errors import RequestError
 from kimi_native.make_checkpoint import make_checkpoint
 from made_checkpoints import make_tiny_folders
 from oracle import threads
@@ -340,3 +341,19 @@ def test_bad_request_is_one_line_and_exit_code_1(folders, capsys, argv, message)
     ops.force_isa("")
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert re.search(rf"^kimi-native: error: .*{message}", err), err
+
+
+def test_prompt_beyond_the_context_is_refused_before_the_weights(folders, capsys, monkeypatch):
+    def no_weights(*args, **options):
+        raise AssertionError("a weight would have been read")
+
+    monkeypatch.setattr(network, "load_network", no_weights)
+    for raw in ([], ["--raw-prompt"]):
+        argv = ["generate", "--model", folders["int4"], "--max-context", "64", *raw, "x" * 3000]
+        code, out, err = run(capsys, *argv)
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert "must fit the context of 64 tokens" in err
+    with pytest.raises(RequestError, match="must be integers from 0 to 2047"):
+        kn.load(folders["int4"], prompt=[1, 2048])
+    with pytest.raises(AssertionError, match="a weight"):
+        kn.load(folders["int4"], prompt=[1, 2047])

@@ -107,7 +107,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         set(),
     ),
     "asynchronous": (set(), set()),
-    "prompts": ({"chat.types"}, set()),
+    "prompts": ({"config", "tokenizer", *CHAT}, set()),
     "conversation": (
         {"asynchronous", "generation", "guide", "tool_runner", "transcript", *CHAT},
         set(),

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from kimi_native.generation import Generation
     from kimi_native.plan import MemoryPlan
 
+_LOAD_OPTIONS = "max_context threads dtype dense device experts isa prefetch".split()  # noqa: SIM905
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 _ALL_REASONING = (
     "the output ended inside the reasoning; raise --max-tokens, or look at it with --json"
@@ -255,15 +256,10 @@ def _generate(args: argparse.Namespace) -> int:
     with _memory_notes(), progress_bar("loading") as progress:
         model = load(
             args.model,
-            max_context=args.max_context,
+            prompt=prompt,
+            raw_prompt=args.raw_prompt,
             max_batch=1,
-            threads=args.threads,
-            dtype=args.dtype,
-            dense=args.dense,
-            device=args.device,
-            experts=args.experts,
-            isa=args.isa,
-            prefetch=args.prefetch,
+            **{name: getattr(args, name) for name in _LOAD_OPTIONS},
             ignore_config_keys=args.ignore_config_key,
             progress=progress,
         )

@@ -41,6 +41,8 @@ def say(prompt: str) -> str:
         return "<think></think>" + call_text(*calls)
     if message == "mail":
         return "<think></think>" + call_text((f"send_mail:{count}", '{"to":"anna"}'))
+    if message == "hang":
+        return "<think></think>" + call_text((f"hang:{count}", "{}"))
     if message == "long":
         return f"<think>So much to say.</think>{WORDS}"
     if message == "escape":
@@ -49,6 +51,14 @@ def say(prompt: str) -> str:
         return f"<think></think>{system[-1] if system else 'none'}"
     users = prompt.count("<|im_user|>user")
     return f"<think>Message {users} came.</think>You said {message!r}."
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The arguments of the verb alone, as cli.main reads them."""
+    parser = argparse.ArgumentParser(prog="kimi-native chat")
+    parser.set_defaults(run=chat_cli.chat, usage_error=parser.error, debug=False)
+    chat_cli.add_chat(parser)
+    return parser
 
 
 def main() -> int:
@@ -62,10 +72,7 @@ def main() -> int:
 
     network.decode = slow
     generate.load = lambda path, **options: model
-    parser = argparse.ArgumentParser(prog="kimi-native chat")
-    parser.set_defaults(run=chat_cli.chat, usage_error=parser.error, debug=False)
-    chat_cli.add_chat(parser)
-    cli._parser = lambda argv: parser
+    cli._parser = lambda argv: make_parser()
     return cli.main(argv)
 
 

@@ -14,22 +14,22 @@ import time
 
 import pyte
 
-TIMEOUT_S = 20  # importing torch on a busy machine takes a while
+TIMEOUT_S = 120  # importing torch on a busy machine takes a while
 
 
 class PseudoTerminal:
     """Runs argv with the terminal as its controlling one, so that Ctrl-C is a signal as on a real one."""
 
-    def __init__(self, argv: list[str], *, cwd=None, columns: int = 100, rows: int = 60) -> None:
+    def __init__(self, argv, *, cwd, env, columns: int = 100, rows: int = 60) -> None:
         self.screen = pyte.HistoryScreen(columns, rows, history=2000)
         self._stream = pyte.ByteStream(self.screen)
         self.raw = b""
-        env = {**os.environ, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
-        for name in ("COLUMNS", "LINES", "NO_COLOR", "PYTHONUNBUFFERED"):
+        env = {**env, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
+        for name in ("COLUMNS", "LINES", "NO_COLOR"):
             env.pop(name, None)
         pid, self._fd = pty.fork()
         if pid == 0:  # only exec here: the parent may have threads
-            os.chdir(cwd or ".")
+            os.chdir(cwd)
             os.execvpe(argv[0], argv, env)
         fcntl.ioctl(self._fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         self._pid = pid
@@ -45,6 +45,13 @@ class PseudoTerminal:
 
     def press_ctrl(self, letter: str) -> None:
         os.write(self._fd, bytes([ord(letter.upper()) - ord("@")]))
+
+    def forget(self) -> None:
+        """Clears what was seen so far; only where the program waits at an empty prompt, which is shown again."""
+        self.screen.reset()
+        self.screen.history.top.clear()
+        self.raw = b""
+        self.enter()
 
     # ---- the screen -------------------------------------------------------------------------------------------------
 

@@ -382,6 +382,7 @@ BANNED_CALLS = {
     "np.load",
 }
 MAY_IMPORT_BY_NAME = {"__init__"}  # importlib.import_module, for attributes loaded at first use
+MAY_RUN_A_FILE = {"tool_file"}  # the one that the user names with chat --tools
 
 
 def module_name(path: Path) -> str:
@@ -440,6 +441,8 @@ def call_violations(module: str, source: str) -> list[str]:
         if name in BANNED_CALLS:
             found.append(f"{module}: call of {name}")
         if name.endswith("import_module") and module not in MAY_IMPORT_BY_NAME:
+            found.append(f"{module}: call of {name}")
+        if name.endswith("exec_module") and module not in MAY_RUN_A_FILE:
             found.append(f"{module}: call of {name}")
         if any(
             k.arg == "shell" and not (isinstance(k.value, ast.Constant) and k.value.value is False)
@@ -526,6 +529,7 @@ def test_imports_checker_sees_a_forbidden_import(module, source):
         "subprocess.run(command, shell=flag)",
         "yaml.load(text)",
         "importlib.import_module(name)",
+        "spec.loader.exec_module(module)",
     ],
 )
 def test_imports_checker_sees_a_forbidden_call(source):

@@ -49,13 +49,22 @@ def piped_messages(*, whole: bool) -> Iterator[str]:
     Raises RequestError if there is none, or for bytes that are no text.
     """
     found = False
-    for text in [sys.stdin.read()] if whole else sys.stdin:
-        text = text.removesuffix("\n")
+    for text in _piped_texts(whole):
         if text.strip():
             found = True
-            yield _checked(text)
+            yield _checked(text.removesuffix("\n"))
     if not found:
         raise RequestError("chat: stdin must hold a message (got none)")
+
+
+def _piped_texts(whole: bool) -> Iterator[str]:
+    try:
+        if whole:
+            yield sys.stdin.read()
+        else:
+            yield from sys.stdin
+    except UnicodeDecodeError as error:
+        raise RequestError(f"chat: stdin must be UTF-8 text ({error})") from None
 
 
 def _read_line(prompt: str) -> str:

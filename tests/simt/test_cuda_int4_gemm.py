@@ -152,7 +152,7 @@ def test_cuda_int4_gemm_reads_shared_memory_without_bank_conflicts():
         ({"in": 48}, "in must be a positive multiple of 32"),
         ({"x_dtype": 2}, r"x must be bf16 \(0\) or fp32 \(1\)"),
         ({"tokens": -1}, "non-negative"),
-        ({"workspace": 64, "workspace_bytes": 10}, "workspace must have 288 bytes"),
+        ({"workspace": 64, "workspace_bytes": 10}, "workspace must have 272 bytes"),
         ({"weight_packed": 8}, "must be 16-byte aligned"),
     ],
 )

@@ -23,6 +23,10 @@ IDS = {
     "<think>": 163606,
     "</think>": 163607,
 }
+PREFILLED = (
+    "k2.5",
+    "k2.7-code",
+)  # the prompt opens the thinking, and has no system text of its own
 KIMI = "You are Kimi, an AI assistant created by Moonshot AI."
 MOONLIGHT = "You are a helpful assistant provided by Moonshot-AI."
 
@@ -73,9 +77,10 @@ def naive_prompt(
 ) -> list[str]:
     """Parts of the prompt. declared: the text of the tool declaration; calls and results carry their id as `shown`."""
     parts: list[str] = []
+    keep = "all" if format == "k2.7-code" else keep
     if declared is not None:
         parts += [*role_start("tool_declare"), declared, Control("<|im_end|>")]
-    if messages[0]["role"] != "system" and format != "k2.5":
+    if messages[0]["role"] != "system" and format not in PREFILLED:
         default = MOONLIGHT if format == "moonlight" else KIMI
         parts += [*role_start("system"), default, Control("<|im_end|>")]
         parts += ["\n"] if format == "k2-instruct" else []
@@ -83,13 +88,13 @@ def naive_prompt(
         parts += role_start(message["role"], message.get("name"))
         if message["role"] == "tool":
             parts += [f"## Return of {message['shown']}\n"]
-        if message["role"] == "assistant" and format in ("k2-thinking", "k2.5"):
+        if message["role"] == "assistant" and format in ("k2-thinking", *PREFILLED):
             shown = reasoning_shown(messages, index, thinking, keep)
             parts += [Control("<think>"), shown, Control("</think>")]
         parts += [plain(message.get("content")), *call_parts(message), Control("<|im_end|>")]
     if add:
         parts += role_start("assistant")
-        if format == "k2.5":
+        if format in PREFILLED:
             parts += [Control("<think>")] + ([] if thinking else [Control("</think>")])
     return parts
 

@@ -116,3 +116,16 @@ def test_add_rms_norm_refuses_what_does_not_fit():
         _native.cpu.add_rms_norm(0, 0, 0, 0, 0, 1, 1 << 40, 1 << 40, EPS)
     with pytest.raises(ValueError, match=r"add_rms_norm: .* must not be null"):
         _native.cpu.add_rms_norm(0, 0, 0, 0, 0, 1, 1, 8, EPS)
+
+
+@pytest.mark.parametrize("eps", [math.nan, math.inf, -math.inf, -1e-6])
+def test_add_rms_norm_refuses_an_eps_that_makes_no_norm(eps):
+    x, weight = randn(2, 8, dtype=BF16), randn(8, dtype=BF16)
+    with pytest.raises(ValueError, match=r"^add_rms_norm: eps must be finite and at least 0"):
+        ops.add_rms_norm(x, x, weight, eps=eps)
+
+
+def test_add_rms_norm_takes_an_eps_of_zero():
+    x, weight, eps = torch.full((1, 8), 2.0), torch.ones(8, dtype=BF16), 0
+    y = ops.add_rms_norm(x, x, weight, eps=eps)
+    assert torch.equal(y[0], torch.ones(1, 8))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+import kimi_native as kn
 from kimi_native import cli
+from kimi_native.checkpoint import Checkpoint
 from kimi_native.make_checkpoint import make_checkpoint
 
 SHARD = "model-00001-of-00001.safetensors"
@@ -111,3 +114,30 @@ def test_a_broken_file_is_one_line_that_names_it(whole, tmp_path, capsys, kind, 
 def test_the_whole_checkpoint_passes_every_command(whole, tmp_path, capsys):
     for verb in ("generate", "inspect", "quantize"):
         assert cli.main(command(verb, whole, tmp_path / "out")) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "op"),
+    [
+        ("inspect EMPTY", "checkpoint"),
+        ("inspect --model EMPTY", "checkpoint"),
+        ("plan EMPTY", "checkpoint"),
+        ("generate Hi --model EMPTY", "load"),
+        ("render --messages m --model EMPTY", "render"),
+        ("quantize EMPTY out", "quantize"),
+        ("quantize in EMPTY", "quantize"),
+    ],
+)
+def test_an_empty_path_is_not_the_current_folder(whole, monkeypatch, capsys, argv, op):
+    monkeypatch.chdir(whole)
+    assert cli.main(["" if word == "EMPTY" else word for word in argv.split()]) == 1
+    expected = f"kimi-native: error: {op}: the folder must be named (got an empty path)\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("path", [5, None, b"folder", ["folder"]], ids=repr)
+@pytest.mark.parametrize("enter", [kn.load, Checkpoint.open])
+def test_what_is_no_path_is_named(enter, path):
+    message = re.escape(f"the folder must be a str or os.PathLike (got {path!r})")
+    with pytest.raises(TypeError, match=message):
+        enter(path)

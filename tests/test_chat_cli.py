@@ -197,7 +197,10 @@ def test_parse_repairs_ids_with_tools(run, monkeypatch, capsys):
 
 WRONG = {
     "unknown format": ("render --messages messages.json --format chatml", "chat: format must be"),
-    "no file": ("render --messages missing.json", "[Errno 2] No such file or directory"),
+    "no file": (
+        "render --messages missing.json",
+        "missing.json: cannot be used (got No such file or directory)",
+    ),
     "no JSON": ("render --messages answer.txt", "answer.txt: must be valid JSON (Expecting"),
     "no list": ("render --messages object", "object: messages must be a JSON list (got dict)"),
     "no UTF-8": ("render --messages bytes", "bytes: must be UTF-8 text ("),

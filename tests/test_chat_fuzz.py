@@ -160,7 +160,7 @@ def check_stream(rng: random.Random, tokenizer) -> None:
     parser = OutputParser(tokenizer, format=format, prompt_ids=prompt, tools=tools)
     events = [event for token_id in ids for event in parser.push(token_id)]
     events += parser.finish()
-    thinks = format in ("k2-thinking", "k2.5")
+    thinks = format in ("k2-thinking", "k2.5", "k2.7-code")
     check_events(events, len(ids))
     check_texts(tokenizer, [*prompt, *ids], events, thinks)
     if not prompt and tools is None and (THINK in tokenizer.control_ids or not thinks):

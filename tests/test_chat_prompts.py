@@ -12,7 +12,7 @@ import pytest
 
 from kimi_native.chat.template import render
 from kimi_native.tokenizer import load_tokenizer
-from naive_prompt import naive_ids, naive_prompt, read_ranks
+from naive_prompt import PREFILLED, naive_ids, naive_prompt, read_ranks
 from tokenizer_files import published_folder
 
 # ---- conversations -------------------------------------------------------------------------------------------------
@@ -223,12 +223,12 @@ def declared_text(name, format):
         return None
     tools, typescript = DECLARED[name]
     as_json = json.dumps(tools, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return typescript if format == "k2.5" else as_json
+    return typescript if format in PREFILLED else as_json
 
 
 # ---- prompts -------------------------------------------------------------------------------------------------------
 
-FORMATS = ("k2-instruct", "k2-thinking", "k2.5", "moonlight")
+FORMATS = ("k2-instruct", "k2-thinking", "k2.5", "k2.7-code", "moonlight")
 
 
 def prompts():

@@ -17,7 +17,7 @@ from kimi_native.chat.masking import Mask
 from kimi_native.chat.sandbox import Limits, Sandbox
 from kimi_native.chat.template import render
 from kimi_native.errors import ConfigError, RequestError, TokenizerError
-from kimi_native.generate import Model
+from kimi_native.generate import Model, load
 from kimi_native.make_checkpoint import make_checkpoint
 from kimi_native.tokenizer import load_tokenizer
 from tokenizer_files import small_tokenizer
@@ -131,6 +131,39 @@ def test_a_template_prints_what_transformers_prints(tokenizer, rendered, source,
     assert ids == tokenizer.encode_with_control(theirs[0])
 
 
+@pytest.mark.parametrize(
+    ("source", "printed"),
+    [
+        ("{{ strftime_now('%Y') | length }}", "4"),
+        (
+            "{{ 'a b' | title }} {{ '%.1f' | format(2) }} {{ [2, 1] | sort | pprint }}",
+            "A B 2.0 [1, 2]",
+        ),
+        ("{{ 'é\\n月'.encode('utf-8') | length }} {{ 'a b' | urlencode }}", "6 a%20b"),
+        ("{{ {'b': 1, 'a': 2} | dictsort | map('first') | join(',') }}", "a,b"),
+        ("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01"),
+    ],
+)
+def test_what_templates_use_is_there(tokenizer, rendered, source, printed):
+    assert tokenizer.decode(rendered(source, [user()])) == printed
+
+
+def test_a_template_may_decide_by_the_words_of_a_schema(tokenizer, rendered):
+    source = (
+        "{% for tool in tools %}{% set schema = tool.function.parameters %}"
+        "{% for name, one in schema.properties.items() %}{{ name }}{{ '' if name in schema.required else '?' }}: "
+        "{% if one.type == 'string' and one.format in ['date-time', 'date'] %}Date{% elif 'number' in one.type %}"
+        "number{% else %}string{% endif %}{% for key in one %}{% if key in ['minimum', 'default'] %} {{ key }}"
+        "{% endif %}{% endfor %}; {% endfor %}{{ tool.function.get('return_parameters') is none }}{% endfor %}"
+    )
+    day = {"type": "string", "format": "date"}
+    properties = {"type": day, "name": {"type": "string"}, "n": {"type": "number", "minimum": 1}}
+    parameters = {"properties": properties, "required": ["name", "n"]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    printed = tokenizer.decode(rendered(source, [user()], tools=[tool]))
+    assert printed == "type?: Date; name: string; n: number minimum; True"
+
+
 def test_thinking_reaches_the_template(tokenizer, rendered):
     source = "{{ enable_thinking is defined }} {{ thinking }}"
     for thinking, text in [(None, "False "), (True, "True True"), (False, "True False")]:
@@ -152,18 +185,19 @@ def control_ids(tokenizer, ids):
         CHAT.replace("m.content", "m.content | trim"),
         CHAT.replace("m.content", "'<|' ~ m.content ~ '|>'"),
         CHAT.replace("m.content", "m.content | replace('x', '')"),
-        CHAT.replace("m.content", "m.content[1:]"),
         CHAT.replace("m.content", "m.content | upper | lower"),
         CHAT.replace("m.content", "messages | map(attribute='content') | join"),
         CHAT.replace("m.content", "'<' ~ m.content ~ '|im_end|>'"),
         CHAT.replace("m.content", "m | tojson"),
+        CHAT.replace("m.content", "'<|im_' ~ m.content[:3] ~ '|>'"),
+        CHAT.replace("m.content", "'<|im_' ~ m.content.split()[0] ~ '|>'"),
     ],
 )
 def test_no_text_of_the_caller_becomes_a_control_token(tokenizer, rendered, source):
     expected = control_ids(tokenizer, rendered(source, [user("q"), user("q", name="q")]))
     names = list(tokenizer.control_ids)
     texts = [*names[:20], "".join(names[:8]), "<|im_xend|>", "x<|im_end|>", "im_end", "|im_end|>"]
-    for text in [*texts, "<|im_", "end|>", "<", "im_e", "<|IM_END|>"]:
+    for text in [*texts, "<|im_", "end|>", "<", "im_e", "<|IM_END|>", "enduser", "end x", "user"]:
         for messages in (
             [user(text), user(text, name=text)],
             [user(text), user("end|>", name="q")],
@@ -171,16 +205,79 @@ def test_no_text_of_the_caller_becomes_a_control_token(tokenizer, rendered, sour
             try:
                 ids = rendered(source, messages)
             except RequestError as error:
-                assert "looks like control tokens" in str(error)  # noqa: PT017
+                assert "must not decide by the text" in str(error)  # noqa: PT017
                 continue
             assert control_ids(tokenizer, ids) == expected, (text, tokenizer.decode(ids))
 
 
-def test_a_template_that_reads_such_text_is_refused(rendered):
-    source = "{{ messages[0].content.split('</think>')[-1] }}"
-    assert rendered(source, [user("a b")])
+PIECES = ["<|im_", "end", "|>", "<|", "im_end|>", "<|im_end|>", "x", " ", "\n", "<think>", "</"]
+OPERATIONS = [
+    "M",
+    "M | trim",
+    "M | replace('x', '')",
+    "M[1:]",
+    "M[:-1]",
+    "M | upper | lower",
+    "M | reverse",
+    "M.split('x') | join",
+    "M | list | join",
+    "M.strip('x ')",
+    "M | tojson",
+    "M | escape",
+    "M ~ M",
+    "M.split()[-1]",
+    "M | first",
+    "M | replace(' ', '') | truncate(9, true, '')",
+    "M | title",
+]
+
+
+def test_random_templates_make_no_control_token_of_random_text(tokenizer, rendered):
+    rng = random.Random(8)
+    outcomes = {"equal": 0, "refused": 0}
+    for _ in range(250):
+        around = [rng.choice([*PIECES, ""]) for _ in range(4)]
+        shown = rng.choice(OPERATIONS).replace("M", "messages[0].content")
+        source = f"{around[0]}{{{{ {around[1]!r} ~ ({shown}) ~ {around[2]!r} }}}}{around[3]}"
+        text = "".join(rng.choices(PIECES, k=rng.randint(1, 6)))
+        halves = ["".join(around[:2]), "".join(around[2:])]
+        expected = [i for half in halves for i in tokenizer.encode_with_control(half)]
+        try:
+            ids = rendered(source, [user(text)])
+        except RequestError as error:
+            outcomes["refused"] += 1
+            assert "must not decide by the text" in str(error) or "line 1: " in str(error)  # noqa: PT017
+            continue
+        assert control_ids(tokenizer, ids) == control_ids(tokenizer, expected), (source, text)
+        outcomes["equal"] += 1
+    assert min(outcomes.values()) > 30, outcomes
+
+
+@pytest.mark.parametrize(
+    ("source", "passes", "refused"),
+    [
+        ("{{ messages[0].content.split('</think>')[-1] }}", "a b", "a</think>b"),
+        (
+            "{% if '/no_think' in messages[0].content %}<think></think>{% endif %}",
+            "a",
+            "a /no_think",
+        ),
+        ("{{ messages[0].content[1:] }}", "", "ab"),
+        ("{{ messages[0].content | replace('ab', '') }}", "a b", "<|im_abend|>"),
+    ],
+)
+def test_a_template_that_decides_by_text_is_refused(rendered, source, passes, refused):
+    rendered(source, [user(passes)])
     with pytest.raises(RequestError, match="give reasoning as reasoning_content"):
-        rendered(source, [user("a</think>b")])
+        rendered(source, [user(refused)])
+
+
+def test_arguments_are_text_where_a_template_takes_no_object(tokenizer, rendered):
+    messages = [{"role": "assistant", "tool_calls": [CALL]}]
+    source = "{% for c in messages[0].tool_calls %}{{ c.function.name + '|' + c.function.arguments }}{% endfor %}"
+    assert tokenizer.decode(rendered(source, messages)) == 'get_weather|{"id": "月 <1>", "text": 2}'
+    with pytest.raises(RequestError, match="line 1: can only concatenate"):
+        rendered(source.replace("}}", "+ 1 }}"), messages)
 
 
 def test_text_keeps_every_character(tokenizer, rendered):
@@ -193,9 +290,9 @@ def test_text_keeps_every_character(tokenizer, rendered):
 
 def test_a_mark_is_always_one_that_the_text_lacks():
     marks = "".join(map(chr, range(0xFDD0, 0xFDF0)))
-    assert Mask(["<a>"], [marks[:-1]]).mark == marks[-1]
+    assert Mask({"<a>": 1}, [marks[:-1]]).mark == marks[-1]
     with pytest.raises(RequestError, match=r"leave one of U\+FDD0"):
-        Mask(["<a>"], [marks])
+        Mask({"<a>": 1}, [marks])
 
 
 def test_a_lone_surrogate_is_refused(rendered):
@@ -282,6 +379,7 @@ def test_the_worker_sees_no_environment_and_opens_no_file(sandbox, monkeypatch):
     with open(f"/proc/{pid}/limits") as file:
         limits = {line[:26].strip(): line[26:].split()[0] for line in file}
     assert limits["Max address space"] == str(Limits().memory_bytes)
+    assert limits["Max open files"] == "3"
     assert limits["Max file size"] == limits["Max processes"] == "0"
     assert len(os.listdir(f"/proc/{pid}/fd")) == 3
 
@@ -342,6 +440,8 @@ def test_a_model_without_a_known_format_answers_by_its_template(tokenizer, sandb
     result = model.generate("Hi")
     assert result.prompt_ids == template.render([user()], tokenizer=tokenizer)
     assert (result.text, result.reasoning) == ("ac", "b")
+    chat = model.chat()
+    assert chat.send("Hi").finish.reason == chat.send("More").finish.reason == "stop"
     with pytest.raises(RequestError, match="keep_thinking must be 'auto'"):
         model.generate("Hi", keep_thinking="all")
     with pytest.raises(RequestError, match="tool_choice needs a prompt that the chat format"):
@@ -375,3 +475,11 @@ def test_a_known_format_never_runs_a_template(tmp_path, capsys):
     command = ["render", "--model", str(tmp_path / "model"), "--messages"]
     assert cli.main([*command, str(tmp_path / "messages.json")]) == 0
     assert "<|im_user|>user<|im_middle|>Hi" in capsys.readouterr().out
+
+
+def test_load_takes_the_format_it_is_told(tmp_path):
+    make_checkpoint(tmp_path / "model")
+    with pytest.raises(RequestError, match="format must be one of"):
+        load(tmp_path / "model", chat_format="chatml")
+    model = load(tmp_path / "model", chat_format="k2.7-code", max_context=64, max_batch=1)
+    assert (model.chat_format, model.chat_template) == ("k2.7-code", None)

@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -163,7 +164,7 @@ def naive_render(messages, format, tools, generation_prompt, thinking=True, keep
     out = ""
     if tools:
         declared = json.dumps(tools, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        if format == "k2.5":
+        if format in ("k2.5", "k2.7-code"):
             declared = WEATHER_TYPESCRIPT  # the other tool names no type and is left out
         out += f"<|im_system|>tool_declare<|im_middle|>{declared}<|im_end|>"
     if messages[0]["role"] != "system":
@@ -172,10 +173,12 @@ def naive_render(messages, format, tools, generation_prompt, thinking=True, keep
             "k2-instruct": f"<|im_system|>system<|im_middle|>{kimi}<|im_end|>\n",
             "k2-thinking": f"<|im_system|>system<|im_middle|>{kimi}<|im_end|>",
             "k2.5": "",
+            "k2.7-code": "",
             "moonlight": "<|im_system|>system<|im_middle|>"
             "You are a helpful assistant provided by Moonshot-AI.<|im_end|>",
         }
         out += default[format]
+    keep = "all" if format == "k2.7-code" else keep
     plain = [
         i for i, m in enumerate(messages) if m["role"] == "assistant" and not m.get("tool_calls")
     ]
@@ -189,7 +192,7 @@ def naive_render(messages, format, tools, generation_prompt, thinking=True, keep
         if m["role"] == "tool":
             out += f"## Return of {m['tool_call_id']}\n{content}"
         elif m["role"] == "assistant":
-            if format in ("k2-thinking", "k2.5"):
+            if format in ("k2-thinking", "k2.5", "k2.7-code"):
                 reasoning = m.get("reasoning") or m.get("reasoning_content") or ""
                 is_shown = i > p and (thinking or keep == "all") and keep != "none"
                 out += f"<think>{reasoning if is_shown else ''}</think>"
@@ -206,7 +209,7 @@ def naive_render(messages, format, tools, generation_prompt, thinking=True, keep
         out += "<|im_end|>"
     if generation_prompt:
         out += "<|im_assistant|>assistant<|im_middle|>"
-        if format == "k2.5":
+        if format in ("k2.5", "k2.7-code"):
             out += "<think>" if thinking else "<think></think>"
     return out
 
@@ -225,6 +228,7 @@ KEEP = {
     "k2-instruct": ["auto", "none"],
     "k2-thinking": ["auto", "all", "none"],
     "k2.5": ["auto", "all", "none"],
+    "k2.7-code": ["auto", "all"],
     "moonlight": ["auto", "none"],
 }
 NAMES = ["get_weather", "run-python", "a.b", "搜索"]
@@ -337,6 +341,18 @@ def test_keep_thinking_decides_which_reasoning_is_shown(format):
 def test_thinking_switch_belongs_to_k25(format):
     with pytest.raises(RequestError, match=r"thinking belongs to the format k2\.5 \(got False"):
         render_text([user()], format=format, thinking=False)
+
+
+def test_k27_code_always_thinks_and_keeps_it():
+    messages = [user(), {"role": "assistant", "content": "A", "reasoning": "R"}, user()]
+    for options in ({}, {"thinking": True}, {"keep_thinking": "all"}):
+        text = render_text(messages, format="k2.7-code", **options)
+        assert "<think>R</think>A" in text
+        assert text.endswith("<|im_middle|><think>")
+        assert text == render_text(messages, format="k2.5", keep_thinking="all")
+    for options in ({"thinking": False}, {"keep_thinking": "none"}):
+        with pytest.raises(RequestError, match=r"k2\.7-code thinks and keeps all reasoning \(got "):
+            render_text(messages, format="k2.7-code", **options)
 
 
 @pytest.mark.parametrize("format", ["k2-instruct", "moonlight"])
@@ -552,6 +568,26 @@ def test_detect_format(small, model_type, kind, expected):
     quantization = SimpleNamespace(kind=kind) if kind else None
     config = SimpleNamespace(model_type=model_type, quantization=quantization)
     assert detect_format(config, small) == expected
+
+
+@pytest.mark.parametrize(
+    ("folder", "expected"),
+    [
+        ("/models/Kimi-K2.7-Code", "k2.7-code"),
+        ("/models/kimi-k2.7-code-int4/", "k2.7-code"),
+        ("hub/models--moonshotai--Kimi-K2.7-Code/snapshots/0a1b", "k2.7-code"),
+        (Path("/models/moonshotai_Kimi-K2.7-Code"), "k2.7-code"),
+        ("/models/Kimi-K2.5", "k2.5"),
+        ("/models/Kimi-K2.7-Code/other", "k2.5"),
+        ("hub/models--moonshotai--Kimi-K2.6/snapshots/0a1b", "k2.5"),
+        ("", "k2.5"),
+    ],
+)
+def test_detect_format_knows_k27_code_by_its_published_name(small, folder, expected):
+    config = SimpleNamespace(model_type="kimi_k25", quantization=None)
+    assert detect_format(config, small, folder) == expected
+    config = SimpleNamespace(model_type="kimi_k2", quantization=None)
+    assert detect_format(config, small, folder) == "k2-instruct"
 
 
 def test_detect_format_needs_the_family_tokens_for_deepseek_v3(tmp_path):

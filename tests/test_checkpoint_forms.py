@@ -55,7 +55,7 @@ def test_checkpoint_matrix_may_be_fp8_beside_int4(tmp_path, module):
     assert set(checkpoint.forms.values()) == {"int4", "fp8", "plain"}
     del table[module + ".weight_scale_inv"]
     write_checkpoint(tmp_path, TINY_INT4, table)
-    with pytest.raises(ModelFormatError, match=f"is missing: {module}.weight_scale_inv"):
+    with pytest.raises(ModelFormatError, match=rf"\(missing 1: {module}.weight_scale_inv\)"):
         Checkpoint.open(tmp_path)
 
 
@@ -136,13 +136,15 @@ def test_checkpoint_missing_and_unexpected_tensors_are_counted(tmp_path):
     table = {n: t for n, t in tiny_checkpoint.tensors(TINY).items() if ".experts." not in n}
     write_checkpoint(tmp_path / "less", TINY, table)
     with pytest.raises(
-        ModelFormatError, match=r"24 tensors: is missing: model\.layers\.1\..* and 19 more"
+        ModelFormatError,
+        match=r"every tensor of the model \(missing 24: model\.layers\.1\..* and 19 more\)$",
     ):
         Checkpoint.open(tmp_path / "less")
     extra = {f"model.layers.0.self_attn.q_a_proj.bias{i}": ("BF16", (32,)) for i in range(7)}
     write_checkpoint(tmp_path / "more", TINY, tiny_checkpoint.tensors(TINY) | extra)
     with pytest.raises(
-        ModelFormatError, match=r"7 tensors: has no place .*q_a_proj\.bias0, .* and 2 more"
+        ModelFormatError,
+        match=r"\(got 7: .*q_a_proj\.bias0 in model\.safetensors, .* and 2 more\)$",
     ):
         Checkpoint.open(tmp_path / "more")
 

@@ -328,6 +328,12 @@ def test_config_wrapper_reads_the_text_model():
     assert c.quantization is None
 
 
+def test_config_wrapper_end_tokens_lie_in_the_text_models_vocabulary():
+    assert KimiConfig.from_dict(WRAPPED | {"eos_token_id": 163839}).eos_token_ids[-1] == 163839
+    with pytest.raises(ConfigError, match=r"eos_token_id must be .* 163840.*\(got 163840\)"):
+        KimiConfig.from_dict(WRAPPED | {"eos_token_id": 163840})
+
+
 @pytest.mark.parametrize("places", [("top",), ("text",), ("top", "text")])
 def test_config_wrapper_takes_quantization_from_either_level(places):
     d = copy.deepcopy(WRAPPED)
@@ -344,9 +350,9 @@ def test_config_wrapper_takes_quantization_from_either_level(places):
         ({"text_config": None}, "text_config must be an object"),
         ({"text_config": [1]}, "text_config must be an object"),
         ({"text_config": TINY | {"model_type": "llama"}}, "text_config.model_type must be"),
-        ({"text_config": TINY | {"what": 1}}, r"ignore_keys=\('text_config.what',\)"),
+        ({"text_config": TINY | {"what": 1}, "eos_token_id": 2}, r"got text_config.what = 1\)"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings must be false"),
-        ({"what": 1}, "what is not a key"),
+        ({"what": 1}, r"keys must be known .*got what = 1\)"),
         (
             {"quantization_config": FP8, "text_config": TINY | {"quantization_config": INT4}},
             "quantization_config must be the same",
@@ -368,11 +374,23 @@ def test_config_of_a_model_not_supported_yet_says_so():
 
 def test_config_unknown_key_is_an_error_that_names_the_way_out():
     d = TINY | {"index_topk": 2048}
-    with pytest.raises(
-        ConfigError, match=r"config.json: index_topk is not a key .*ignore_keys=\('index_topk',\)"
-    ):
+    with pytest.raises(ConfigError, match=r"config.json: .*got index_topk = 2048\).*") as error:
         KimiConfig.from_dict(d)
+    assert "ignore_config_keys" in str(error.value)
+    assert "--ignore-config-key" in str(error.value)
     assert KimiConfig.from_dict(d, ignore_keys=("index_topk",)) == parse(TINY)
+
+
+def test_config_unknown_keys_are_named_together():
+    d = K2 | {"rope_scaling": K2["rope_scaling"] | {"what": 1}, "b": 2, "a": [3]}
+    with pytest.raises(ConfigError, match=r"got rope_scaling\.what = 1, a = \[3\], b = 2\)"):
+        KimiConfig.from_dict(d)
+    with pytest.raises(ConfigError, match=r"got b = 2\)"):
+        KimiConfig.from_dict(d, ignore_keys=("a", "rope_scaling.what"))
+    assert KimiConfig.from_dict(d, ignore_keys=("a", "b", "rope_scaling.what")) == parse(K2)
+    with pytest.raises(ConfigError, match="k19 = 0 and 80 more") as error:
+        KimiConfig.from_dict(TINY | {f"k{i:02}": 0 for i in range(100)})
+    assert len(str(error.value)) < 1000
 
 
 @pytest.mark.parametrize(
@@ -383,21 +401,38 @@ def test_config_unknown_key_is_an_error_that_names_the_way_out():
         "quantization_config.config_groups.group_0.weights.what",
     ],
 )
-def test_config_unknown_nested_key_is_an_error_that_names_the_way_out(path):
+def test_config_unknown_nested_key_is_named_as_it_is_ignored(path):
     d = copy.deepcopy(K2)
     inner = d
     *parents, key = path.split(".")
     for parent in parents:
         inner = inner[parent]
     inner[key] = 1
-    with pytest.raises(ConfigError, match=rf"{path} is not a key .*ignore_keys=\('{path}',\)"):
+    with pytest.raises(ConfigError, match=rf"got {path} = 1\)"):
         KimiConfig.from_dict(d)
     assert KimiConfig.from_dict(d, ignore_keys=(path,)) == parse(K2)
 
 
-def test_config_ignoring_a_needed_key_does_not_help():
-    with pytest.raises(ConfigError, match="hidden_size"):
-        KimiConfig.from_dict(TINY, ignore_keys=("hidden_size",))
+KNOWN_KEYS = [
+    "hidden_size", "rope_scaling", "rope_scaling.factor", "norm_topk_prob", "rms_norm_eps", "topk_method",
+    "quantization_config", "quantization_config.ignore", "attention_bias", "use_cache", "mlp_layer_types",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", KNOWN_KEYS)
+def test_config_known_key_cannot_be_ignored(key):
+    # without the key this would be another model
+    d = K2 | {"attention_bias": False, "use_cache": True}
+    with pytest.raises(
+        ConfigError, match=rf"ignore_config_keys must name .*got {key}, which it reads"
+    ):
+        KimiConfig.from_dict(d, ignore_keys=(key,))
+
+
+@pytest.mark.parametrize("key", ["what", "rope_scaling.what", "text_config.hidden_size", ""])
+def test_config_ignored_key_must_be_in_the_file(key):
+    with pytest.raises(ConfigError, match=rf"config.json: .*got {key}, which it does not hold"):
+        KimiConfig.from_dict(K2, ignore_keys=(key,))
 
 
 BAD_VALUES = {
@@ -416,7 +451,7 @@ BAD_VALUES = {
     "v_head_dim": [0, None],
     "qk_head_dim": [1],
     "head_dim": [1],
-    "n_routed_experts": [0, -4, 1.5, 10**18, 60000],
+    "n_routed_experts": [0, -4, 1.5, 10**18, 4097],
     "num_local_experts": [8],
     "n_shared_experts": [-1, 1.0, 10**9],
     "num_experts_per_tok": [0, 5, -1, None, 1.5],
@@ -440,7 +475,18 @@ BAD_VALUES = {
     "rope_scaling": [[], 3, {}.keys(), {"type": "linear", "factor": 2}, {"type": "yarn"}],
     "max_position_embeddings": [0, -1, 1.5, 10**18, None],
     "bos_token_id": [-1, 1.5, "1", 10**18, True],
-    "eos_token_id": [-1, 1.5, "1", [1, None], [True], {"a": 1}, 10**18, list(range(300))],
+    "eos_token_id": [
+        -1,
+        1.5,
+        "1",
+        [1, None],
+        [True],
+        {"a": 1},
+        10**18,
+        list(range(300)),
+        96,
+        [2, 96],
+    ],
     "tie_word_embeddings": [None, 0, "false"],
     "num_nextn_predict_layers": [-1, 1.5, 10**9],
     "attention_bias": [True, 1],
@@ -463,6 +509,14 @@ def test_config_bad_value_is_an_error_naming_the_key(key, value):
     with pytest.raises(ConfigError, match=key) as error:
         parse(TINY, **{key: value})
     assert len(str(error.value)) < 1000
+
+
+def test_config_takes_as_many_experts_as_the_router():
+    assert parse(TINY, n_routed_experts=4096).n_routed_experts == 4096
+    with pytest.raises(
+        ConfigError, match="n_routed_experts must be at most 100000 over all layers"
+    ):
+        parse(TINY, n_routed_experts=4096, num_hidden_layers=26)
 
 
 BAD_YARN = {

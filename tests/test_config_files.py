@@ -1,4 +1,4 @@
-"""The two config files on the disk, and whatever else somebody may write into them."""
+"""config.json on the disk, and whatever else somebody may write into it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from family_configs import WRAPPED
-from kimi_native.config import KimiConfig, load_config, load_generation_config
+from kimi_native.config import KimiConfig, load_config
 from kimi_native.errors import ConfigError
 from tiny_checkpoint import K2, TINY, V2_LITE
 
@@ -102,32 +102,6 @@ def test_config_imports_no_torch():
         check=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
-
-
-# ---- generation_config.json -----------------------------------------------------------------------------------------
-
-
-def test_generation_config_is_returned_as_it_is(tmp_path):
-    assert load_generation_config(tmp_path) == {}
-    values = {
-        "eos_token_id": [1, 2],
-        "temperature": 0.6,
-        "max_length": 131072,
-        "anything": {"a": 1},
-    }
-    write(tmp_path, json.dumps(values), "generation_config.json")
-    assert load_generation_config(tmp_path) == values
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("eos_token_id", "1"), ("eos_token_id", [-1]), ("bos_token_id", 1.5), ("temperature", "hot"), ("temperature", -1),
-     ("top_p", 2), ("top_k", 1.5), ("top_k", -1), ("max_length", 10**18), ("do_sample", 1), ("repetition_penalty", [])],
-)  # fmt: skip
-def test_generation_config_bad_value_is_an_error_naming_the_key(tmp_path, key, value):
-    write(tmp_path, json.dumps({key: value}), "generation_config.json")
-    with pytest.raises(ConfigError, match=rf"generation_config\.json: {key}"):
-        load_generation_config(tmp_path)
 
 
 # ---- anything -------------------------------------------------------------------------------------------------------

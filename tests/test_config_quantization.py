@@ -8,7 +8,7 @@ import json
 import pytest
 
 from family_configs import DEEPSEEK_V3, parse
-from kimi_native.config import QuantizationConfig
+from kimi_native.config import KimiConfig, QuantizationConfig
 from kimi_native.errors import ConfigError
 from tiny_checkpoint import FP8, INT4, K2, TINY
 
@@ -89,8 +89,16 @@ def test_config_ignore_patterns_agree_with_the_published_library():
      "(a{1,1000}){1,1000}", ".*.*.*.*.*x", "a?" * 60 + "x", "(a|a)" * 40, "x" * 300, "\\", "a\x00", "(?i)a"],
 )  # fmt: skip
 def test_config_hostile_ignore_pattern_is_an_error(pattern):
-    with pytest.raises(ConfigError, match=r"quantization_config\.ignore"):
-        parse(TINY, quantization_config=INT4 | {"ignore": ["re:" + pattern]})
+    d = TINY | {"quantization_config": INT4 | {"ignore": ["re:" + pattern]}}
+    with pytest.raises(
+        ConfigError, match=r"^m/config\.json: quantization_config\.ignore: patterns"
+    ):
+        KimiConfig.from_dict(d, source="m/config.json")
+    scheme = FP8 | {"modules_to_not_convert": ["re:" + pattern]}
+    with pytest.raises(ConfigError, match=r"quantization_config\.modules_to_not_convert: patterns"):
+        parse(TINY, quantization_config=scheme)
+    with pytest.raises(ConfigError, match=r"^quantization_config\.ignore: patterns"):
+        QuantizationConfig("int4", 32, ("re:" + pattern,))
 
 
 def test_config_too_many_ignore_patterns_are_an_error():

@@ -19,6 +19,7 @@ from kimi_native.chat.types import ContentDelta, Finish, Message, ReasoningDelta
 from kimi_native.conversation import ChatFinish
 from kimi_native.errors import NonFiniteLogitsError, RequestError
 from kimi_native.make_checkpoint import make_checkpoint
+from kimi_native.prompts import prompt_ids
 from kimi_native.tool_runner import MAX_RESULT_CHARS, ToolResult, cut, result_text
 from tokenizer_files import small_tokenizer
 
@@ -532,7 +533,8 @@ def test_loop_of_many_calls_computes_what_is_new_and_loses_nothing(make_chat, ca
     thoughts = [m.reasoning_content for m in chat.messages if m.role == "assistant"]
     assert thoughts == [(f"step {n}: " + "hm " * (n % 5)).strip() for n in range(LOOP_CALLS + 1)]
 
-    prompts = [chat.model._prompt_ids(list(m), False, {"tools": [add]}) for m in asked]
+    text_side = chat.model._text_side
+    prompts = [prompt_ids(list(m), False, {"tools": [add]}, text_side) for m in asked]
     lengths = [len(p) for p in prompts]
     assert [u.prompt_tokens for u in event.usages] == lengths
     for before, after in itertools.pairwise(prompts):

@@ -98,6 +98,8 @@ def test_examine_reports_this_machine(monkeypatch):
     assert report["cuda"]["architectures"] == ops.cuda_library()["architectures"]
     if not report["cuda"]["architectures"]:
         assert report["cuda"]["kernels"] == "this build has no CUDA kernels"
+    elif report["cuda"]["driver"] is None and report["cuda"]["driver_library"] is None:
+        assert report["cuda"]["kernels"] == "cuda: no NVIDIA driver was found"
     assert [c["op"] for c in report["self_check"]] == ops.__all__
     assert report["ok"] == all(c["ok"] for c in report["self_check"])
 

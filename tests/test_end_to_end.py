@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import kimi_native as kn
-from kimi_native import cli, ops
+from kimi_native import cli, network, ops
+from kimi_native.errors import RequestError
 from kimi_native.make_checkpoint import make_checkpoint
 from made_checkpoints import make_tiny_folders
 from oracle import threads
@@ -264,7 +265,7 @@ BAD_FOLDERS = {
             edit_tensors(f, lambda t: t.pop(SCALE)),
             edit_json(f, "model.safetensors.index.json", lambda d: d["weight_map"].pop(SCALE)),
         ),
-        f"1 tensor: is missing: {SCALE}",
+        rf"every tensor of the model \(missing 1: {SCALE}\)",
     ),
     "wrong shape": (
         lambda f: edit_tensors(f, lambda t: t.update({SCALE: t[SCALE][:, :4].contiguous()})),
@@ -278,15 +279,15 @@ BAD_FOLDERS = {
         lambda f: edit_json(
             f, "model.safetensors.index.json", lambda d: d["weight_map"].update(x="../x")
         ),
-        "a file name must be plain",
+        r"model\.safetensors\.index\.json: tensor x must be in a file of this folder, .*\(got '\.\./x'\)",
     ),
     "unknown key": (
         lambda f: edit_json(f, "config.json", lambda d: d.update(index_topk=4)),
-        "config.json: index_topk is not a key",
+        "config.json: keys must be known .*got index_topk = ",
     ),
     "unknown quantization key": (
         lambda f: edit_json(f, "config.json", lambda d: d["quantization_config"].update(x=4)),
-        r"config.json: quantization_config\.x is not a key",
+        r"config.json: keys must be known .*got quantization_config\.x = ",
     ),
     "value out of range": (
         lambda f: edit_json(f, "config.json", lambda d: d.update(num_experts_per_tok=17)),
@@ -329,7 +330,7 @@ def test_bad_checkpoint_is_one_line_and_exit_code_1(tmp_path, capsys, case):
         (("x" * 3000,), "prompt and at least one new token must fit the context of 128 tokens"),
         (("",), "the prompt must not be empty"),
         (("Hi", "--max-tokens", "0"), "max_tokens must be an integer from 1"),
-        (("Hi", "--isa", "sse9"), "sse9 is not available here"),
+        (("Hi", "--isa", "sse9"), r"load: isa=sse9 is not available here \(supported: .*generic"),
         (("Hi", "--threads", "0"), "threads must be an integer of at least 1"),
         (("Hi", "--max-context", "9000"), r"max_context must be 1 to 8192 \(got 9000\)"),
     ],
@@ -340,3 +341,19 @@ def test_bad_request_is_one_line_and_exit_code_1(folders, capsys, argv, message)
     ops.force_isa("")
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert re.search(rf"^kimi-native: error: .*{message}", err), err
+
+
+def test_prompt_beyond_the_context_is_refused_before_the_weights(folders, capsys, monkeypatch):
+    def no_weights(*args, **options):
+        raise AssertionError("a weight would have been read")
+
+    monkeypatch.setattr(network, "load_network", no_weights)
+    for raw in ([], ["--raw-prompt"]):
+        argv = ["generate", "--model", folders["int4"], "--max-context", "64", *raw, "x" * 3000]
+        code, out, err = run(capsys, *argv)
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert "must fit the context of 64 tokens" in err
+    with pytest.raises(RequestError, match="must be integers from 0 to 2047"):
+        kn.load(folders["int4"], prompt=[1, 2048])
+    with pytest.raises(AssertionError, match="a weight"):
+        kn.load(folders["int4"], prompt=[1, 2047])

@@ -534,6 +534,11 @@ def test_every_export_resolves():
         _ = kimi_native.nothing
 
 
+def test_load_refuses_more_threads_than_anybody_has():
+    with pytest.raises(RequestError, match=r"load: threads must be at most 1024 \(got 1000000\)"):
+        load("/nonexistent", threads=1_000_000)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("max_context", 0), ("max_batch", True), ("threads", -1), ("max_batch", 1.5)],

@@ -50,6 +50,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "__init__": ({"generate", "generation", "sampling", "chat.types", "chat.tool", *TALK}, set()),
     "__main__": ({"cli"}, set()),
     "terminal": ({"units"}, {"rich"}),
+    "streams": (set(), set()),
     "units": (set(), set()),
     "machine": (set(), set()),
     "machine_settings": ({"ops"}, {"torch"}),
@@ -57,11 +58,20 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         {"__init__", "generate", "generation", "sampling", "tokenizer", "config", *CHAT}
         | {"checkpoint", "plan", "doctor", "make_checkpoint", "presets"}
         | {"quant.ptq", "bench.command", "chat_cli", "progress_bar", "terminal", "units"}
-        | {"model_arguments"},
+        | {"model_arguments", "streams"},
         {"rich", "torch"},
     ),
     "chat_cli": (
-        {"chat", "tokenizer", "config", "terminal", "model_arguments", "terminal_chat", *CHAT},
+        {
+            "chat",
+            "tokenizer",
+            "config",
+            "model_file",
+            "terminal",
+            "model_arguments",
+            "terminal_chat",
+            *CHAT,
+        },
         set(),
     ),
     "model_arguments": ({"generate", "sampling", "progress_bar", "terminal"}, {"torch"}),
@@ -81,6 +91,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
             "prompts",
             "checkpoint",
             "config",
+            "model_file",
             "plan",
             "sampling",
             "tokenizer",
@@ -96,7 +107,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         set(),
     ),
     "asynchronous": (set(), set()),
-    "prompts": ({"chat.types"}, set()),
+    "prompts": ({"config", "tokenizer", *CHAT}, set()),
     "conversation": (
         {"asynchronous", "generation", "guide", "tool_runner", "transcript", *CHAT},
         set(),
@@ -151,6 +162,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         set(),
     ),
     "config_keys": ({"quantization", "json_file"}, set()),
+    "generation_config": ({"config", "config_keys", "json_file", "model_file", "sampling"}, set()),
     "quantization": ({"json_file"}, set()),
     "json_file": (set(), set()),
     "model_file": (set(), set()),
@@ -161,7 +173,10 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "safetensors_file": ({"json_file", "mapped_file"}, {"torch", "numpy"}),
     "tensor_table": ({"config", "quantization", "safetensors_file"}, set()),
     "folder_names": (set(), set()),
-    "checkpoint": ({"config", "quantization", "folder_names", *FILES}, {"torch"}),
+    "checkpoint": (
+        {"config", "generation_config", "quantization", "folder_names", *FILES},
+        {"torch"},
+    ),
     "plan": (
         {"checkpoint", "config", "quantization", "cache", "machine", "units", *FILES}
         | {"huge_pages"},
@@ -193,12 +208,12 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "quant.modules": ({"ops", "weights", "quant.int8"}, {"torch"}),
     # one checkpoint into another
     "quant.ptq": (
-        {"__init__", "checkpoint", "checkpoint_writer", "folder_names", *PTQ},
+        {"__init__", "checkpoint", "checkpoint_writer", "folder_names", "model_file", *PTQ},
         {"torch"},
     ),
     "quant.ptq_plan": (
         {"checkpoint", "config", "presets", "checkpoint_writer", "folder_names", *FILES}
-        | {"quant.ptq_tensors"},
+        | {"config_keys", "quant.ptq_tensors"},
         set(),
     ),
     "quant.ptq_tensors": (
@@ -294,7 +309,10 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "bench.rows": ({"bench.native"}, set()),
     "bench.load": (set(), set()),
     "bench.loading": ({"bench.load", "checkpoint", "generate", "plan"}, set()),
-    "bench.e2e": ({"bench.rows", "bench.load", "sampling", "weights", "plan", *RUN}, {"torch"}),
+    "bench.e2e": (
+        {"bench.rows", "bench.load", "checkpoint", "sampling", "weights", "plan", *RUN},
+        {"torch"},
+    ),
     "bench.plot": ({"bench.rows"}, {"matplotlib"}),
     "bench.turns": ({"bench.rows"}, set()),
     "bench.problem": ({"ops", "recorded"}, {"torch"}),
@@ -317,7 +335,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     # kernels
     "ops": ({"native", "reference", "checks", "weights"}, {"torch"}),
-    "native": ({"_native", "arena"}, {"torch"}),
+    "native": ({"_native", "arena", "checks"}, {"torch"}),
     "arena": (set(), {"torch", "numpy"}),
     "torch_ops": ({"ops", "weights"}, {"torch"}),
     "reference": (set(), {"torch"}),

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import kimi_native as kn
 from kimi_native import loader, ops, plan
 from kimi_native.cache import LatentCache
-from kimi_native.errors import MemoryPlanWarning, ModelFormatError
+from kimi_native.errors import MemoryPlanError, MemoryPlanWarning, ModelFormatError
 from kimi_native.huge_pages import HugePages
 from kimi_native.loader import load_model
 from kimi_native.mapped_file import MappedFile
@@ -46,6 +46,17 @@ def logits(model) -> torch.Tensor:
 
 def shard(folder):
     return folder / "model-00001-of-00001.safetensors"
+
+
+# ---- the memory plan -------------------------------------------------------------------------------------------------
+
+
+def test_load_refuses_what_does_not_fit_before_it_reads_a_weight(folders, monkeypatch):
+    seen = []
+    monkeypatch.setattr(plan, "available_memory", lambda: 100 << 20)
+    with pytest.raises(MemoryPlanError, match=r"104\.86 MB are available"):
+        kn.load(folders["int4"], progress=lambda *a: seen.append(a))
+    assert seen == []
 
 
 # ---- reading ahead --------------------------------------------------------------------------------------------------
@@ -283,3 +294,11 @@ def test_answers_end_with_a_named_error_when_a_file_is_truncated(int4):
     shutil.copy(saved, shard(int4))
     again = kn.load(int4, max_batch=1, max_context=256)
     assert again.generate("Hello", raw_prompt=True, max_tokens=8, seed=1).ids == expected
+
+
+def test_the_first_token_of_a_truncated_file_is_a_named_error(int4):
+    """Prefill computes it, and no decode step follows that would see the damage."""
+    model = kn.load(int4, max_batch=1, max_context=256)
+    os.truncate(shard(int4), 10_000)
+    with pytest.raises(ModelFormatError, match="truncated to 10000 bytes"):
+        model.generate("Hello", raw_prompt=True, max_tokens=1, seed=1)

@@ -128,6 +128,19 @@ def test_graph_refuses_lengths_that_are_not_the_tokens(lengths):
         small_graph()(Documents(ids, ids, lengths))
 
 
+def test_graph_gradients_on_two_threads_are_the_same_every_time():
+    """Few ids, many tokens: sums of many gradients to one row of the embedding, shared out to both threads."""
+    graph, documents = small_graph(num_hidden_layers=2), some_documents([1500], vocab=5)
+    torch.set_num_threads(2)
+    found = []
+    for _ in range(4):
+        graph.zero_grad()
+        graph(documents).logits.square().mean().backward()
+        found.append([p.grad.clone() for p in graph.parameters()])
+    for name, first, *others in zip([n for n, _ in graph.named_parameters()], *found, strict=True):
+        assert all(torch.equal(first, other) for other in others), name
+
+
 # ---- against the published implementation ---------------------------------------------------------------------------
 
 

@@ -14,13 +14,14 @@ import torch
 import kimi_native
 from graphs import small_graph, small_values
 from kimi_native.checkpoint import Checkpoint
+from kimi_native.checkpoint_writer import FolderWriter
 from kimi_native.errors import CheckpointWriteError, DivergedError, ModelFormatError, RequestError
 from kimi_native.nano import train
 from kimi_native.nano.plot import plot_log
 from kimi_native.nano.settings import TrainSettings
 from kimi_native.nano.toy import CopyTask
 from kimi_native.nano.train_log import LOG_NAME, read_log
-from kimi_native.nano.train_state import STATE_NAME
+from kimi_native.nano.train_state import COUNTS, STATE_NAME, save_state
 from kimi_native.nano.trainer import Trainer, evaluate
 from kimi_native.nano.vocabulary import MODEL_FOLDER
 from kimi_native.quant.export import export_checkpoint
@@ -153,11 +154,13 @@ def test_train_starts_from_a_checkpoint(tmp_path):
 
 
 def test_train_looks_at_held_out_data(tmp_path):
-    settings = TrainSettings(**SETTINGS | {"held_out_every": 3, "held_out_tokens": 100})
+    settings = TrainSettings(
+        **SETTINGS | {"held_out_every": 3, "held_out_tokens": 100, "log_every": 4}
+    )
     t = Trainer(VALUES, TASK, tmp_path, settings, held_out=CopyTask(600, 2, 6, seed=9))
     t.run()
-    looked = [s["held_out_loss"] is not None for s in read_log(tmp_path / LOG_NAME)]
-    assert looked == [False, False, True, False, False, True, False, True]
+    looked = {s["step"]: s["held_out_loss"] is not None for s in read_log(tmp_path / LOG_NAME)}
+    assert looked == {0: False, 2: True, 4: False, 5: True, 7: True}
 
 
 # ---- going on -------------------------------------------------------------------------------------------------------
@@ -251,6 +254,15 @@ def test_train_goes_further_than_it_was_told_first(whole, tmp_path):
     assert longer.steps_done == 9
 
 
+def test_train_goes_on_with_as_many_threads_as_it_began(whole, tmp_path):
+    (tmp_path / STATE_NAME).write_bytes((whole.folder.path / STATE_NAME).read_bytes())
+    torch.set_num_threads(2)
+    trainer(tmp_path)
+    assert torch.get_num_threads() == 1
+    with pytest.raises(RequestError, match=r"another setting: threads must be 1 \(got 2\)"):
+        trainer(tmp_path, threads=2)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -276,6 +288,16 @@ def test_train_refuses_a_broken_state(whole, tmp_path):
     (tmp_path / STATE_NAME).write_bytes(shard.read_bytes())
     with pytest.raises(ModelFormatError, match="must be the state of a training run"):
         trainer(tmp_path)
+    counts = whole._began | dict.fromkeys(COUNTS, 1)
+    for run, message in (
+        (counts | {"counter": -1}, r"counter must be a count \(got -1\)"),
+        (counts | {"steps_done": True}, r"steps_done must be a count \(got True\)"),
+        (counts, r"must be those of the model and its optimizer \(got 1 others, first mean"),
+    ):
+        tensors = {n: t for n, t in whole._tensors().items() if n != "mean.lm_head.weight"}
+        save_state(FolderWriter("train", tmp_path), tensors, run)
+        with pytest.raises(ModelFormatError, match=message):
+            trainer(tmp_path)
 
 
 # ---- stopping by name -----------------------------------------------------------------------------------------------

@@ -174,6 +174,16 @@ def test_native_logits_equal_the_trained_forward(tmp_path, name):
     assert (actual - expected).abs().max() <= 1e-4 * (expected.max() - expected.min())
 
 
+def test_native_logits_of_a_bf16_export_equal_the_graphs(tmp_path):
+    """What BF16 holds is computed in float32 on both sides."""
+    export_checkpoint(small_graph(), tmp_path, small_values(), format="bf16")
+    graph = KimiGraph(Checkpoint.open(tmp_path).config, seed=9)
+    read_published(graph, Checkpoint.open(tmp_path))
+    expected = graph(Documents(IDS, torch.arange(len(IDS)), [len(IDS)])).logits
+    actual = native_logits(tmp_path, "float32")
+    assert (actual - expected).abs().max() <= 1e-4 * (expected.max() - expected.min())
+
+
 def test_native_bf16_logits_are_near_the_trained_forward(tmp_path):
     """BF16 activations round some 40 times between input and logits, 2^-9 each, like independent errors: 1.3 % rms.
 

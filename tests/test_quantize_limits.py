@@ -23,7 +23,7 @@ from kimi_native.make_checkpoint import make_checkpoint
 from kimi_native.quant import ptq
 from kimi_native.quant.ptq import quantize_checkpoint
 from made_checkpoints import read_bytes, read_tensors
-from tiny_checkpoint import INT4, TINY, tensors, write_checkpoint
+from tiny_checkpoint import FP8, INT4, TINY, tensors, write_checkpoint
 
 SMALL = TINY | {"num_hidden_layers": 2}
 EXPERT = "model.layers.1.mlp.experts.2.down_proj.weight"
@@ -183,7 +183,12 @@ def test_quantize_refuses_a_config_it_could_not_read_back(tmp_path):
     config = SMALL | {"num_nextn_predict_layers": 40}
     extra = {f"model.layers.{i}.enorm.weight": ("BF16", (4,)) for i in range(2, 42)}
     source = write_checkpoint(tmp_path / "s", config, tensors(config) | extra)
-    refused(source, tmp_path / "o", ConfigError, r"ignore: at most 32 patterns \(got 43\)")
+    refused(
+        source,
+        tmp_path / "o",
+        ConfigError,
+        r"quantization_config.ignore must hold at most 32 patterns \(got 43\)",
+    )
 
 
 def test_quantize_names_a_source_that_cannot_be_read(source, tmp_path, monkeypatch):
@@ -256,20 +261,27 @@ def test_command_takes_unknown_config_keys_on_request(source, tmp_path, capsys):
     config = json.loads((own / "config.json").read_text()) | {"novelty": 1}
     (own / "config.json").write_text(json.dumps(config))
     assert run("quantize", own, out) == 1
-    assert "novelty is not a key this package knows" in capsys.readouterr().err
+    assert "keys must be known to this package (got novelty" in capsys.readouterr().err
     assert run("quantize", own, out, "--ignore-config-key", "novelty") == 0
     assert json.loads((out / "config.json").read_text())["novelty"] == 1
 
 
-def test_command_interrupted_says_how_to_go_on(source, tmp_path, capsys, monkeypatch):
+def test_command_takes_an_unknown_key_of_the_scheme_it_replaces(tmp_path):
+    scheme = FP8 | {"novelty": 1}
+    config = SMALL | {"quantization_config": scheme}
+    own = write_checkpoint(tmp_path / "s", config, tensors(SMALL))
+    key = "quantization_config.novelty"
+    assert run("quantize", own, tmp_path / "o") == 1
+    assert run("quantize", own, tmp_path / "o", "--ignore-config-key", key) == 0
+
+
+def test_command_interrupted_before_it_writes_says_so(source, tmp_path, capsys, monkeypatch):
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ptq, "quantize_checkpoint", interrupted)
     assert run("quantize", source, tmp_path / "o") == 130
-    assert (
-        capsys.readouterr().err == "kimi-native: interrupted; the same command goes on from here\n"
-    )
+    assert capsys.readouterr().err == "kimi-native: interrupted; nothing was written\n"
 
 
 @pytest.mark.parametrize("argv", [[], ["a"], ["a", "b", "--levels", "8"]])
@@ -312,9 +324,7 @@ def test_a_full_disk_is_one_line_and_the_command_goes_on(source, tmp_path):
     assert notes.startswith(
         f"kimi-native: error: quantize: cannot write {out}/model-00001-of-00001"
     )
-    assert (
-        "(got File too large); 0 of 1 shards are done: run the same command again to go on" in notes
-    )
+    assert "(got File too large); no shard of 1 is done: the same command begins again" in notes
     assert not list(out.glob("*.part"))
     with pytest.raises(ModelFormatError, match="quantize was interrupted here"):
         Checkpoint.open(out)
@@ -354,7 +364,9 @@ def test_a_killed_command_leaves_what_the_next_goes_on_from(source, tmp_path, si
     leftover = list(out.glob("model-*.part"))
     if signal_number == signal.SIGINT:
         assert process.returncode == 130
-        assert notes == "kimi-native: interrupted; the same command goes on from here\n"
+        assert notes == (
+            "kimi-native: interrupted; no shard of 1 is done: the same command begins again\n"
+        )
         assert not leftover
     else:
         assert process.returncode == -signal_number

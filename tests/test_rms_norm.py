@@ -150,3 +150,16 @@ def test_rms_norm_refuses_shapes_and_dtypes_that_do_not_fit():
         ops.rms_norm(x.half(), weight, eps=EPS)
     with pytest.raises(TypeError, match="rms_norm: weight must be"):
         ops.rms_norm(x, weight.float(), eps=EPS)
+
+
+@pytest.mark.parametrize("eps", [math.nan, math.inf, -math.inf, -1e-6])
+def test_rms_norm_refuses_an_eps_that_makes_no_norm(eps):
+    x, weight = randn(2, 8, dtype=BF16), randn(8, dtype=BF16)
+    with pytest.raises(ValueError, match=r"^rms_norm: eps must be finite and at least 0"):
+        ops.rms_norm(x, weight, eps=eps)
+
+
+def test_rms_norm_takes_an_eps_of_zero():
+    x, weight, eps = torch.full((1, 8), 2.0), torch.ones(8, dtype=BF16), 0
+    y = ops.rms_norm(x, weight, eps=eps)
+    assert torch.equal(y, torch.ones(1, 8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -363,6 +364,34 @@ def test_sample_refuses_non_finite_logits(bad, temperature):
     assert ("1 NaN" in str(caught.value)) == math.isnan(bad)
 
 
+ENDS = {
+    "temperature": (5e-324, 100),
+    "top_p": (5e-324, 1),
+    "top_k": (0, 1, 2**31 - 1),
+    "min_p": (0, 5e-324, 1),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "repetition_penalty": (1e-3, 10),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("scale", [1.0, 3e37])
+def test_sample_takes_the_ends_of_every_range(scale):
+    logits = make_logits(11) * scale / make_logits(11).abs().max()
+    prompt, output = [1, 2, 3], [4, 4, 5]
+    history = TokenHistory(prompt, output)
+    others = ({}, {"min_p": 0.1}, {"top_p": 0.9}, {"top_k": 5}, {"repetition_penalty": 1e-3})
+    for name, values in ENDS.items():
+        for value, other in itertools.product(values, others):
+            params = SamplingParams(**other | {name: value})
+            chosen = sample(logits, params, seed=1, position=9, history=history).id
+            scores = naive_penalties(logits, params, prompt, output)
+            greedy = params.temperature < 1e-300  # where the naive quotients are infinite
+            expected = int(scores.argmax()) if greedy else naive_sample(scores, params, 1, 9)
+            assert chosen == expected, (name, value, other)
+
+
 def test_sample_refuses_other_dtypes_and_shapes():
     params = SamplingParams()
     with pytest.raises(TypeError, match=r"float32 \(got torch\.bfloat16\)"):
@@ -394,6 +423,9 @@ BAD_VALUES = [
     ("presence_penalty", 2.1),
     ("frequency_penalty", -2.1),
     ("repetition_penalty", 0),
+    ("repetition_penalty", 5e-324),
+    ("repetition_penalty", 1e-308),
+    ("repetition_penalty", 0.00099),
     ("repetition_penalty", 11),
     ("max_tokens", 0),
     ("max_tokens", 1.5),
@@ -470,7 +502,7 @@ def test_from_generation_config_do_sample_false_is_greedy_unless_overridden():
 
 
 def test_from_generation_config_names_the_file_for_a_bad_value_in_it():
-    with pytest.raises(ConfigError, match=r"^generation_config\.json: sampling: top_p must"):
+    with pytest.raises(ConfigError, match=r"^generation_config\.json: top_p must"):
         SamplingParams.from_generation_config({"top_p": 7})
     with pytest.raises(ConfigError, match="do_sample must be true or false"):
         SamplingParams.from_generation_config({"do_sample": "no"})

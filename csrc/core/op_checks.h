@@ -19,7 +19,13 @@ inline void check_op_dtype(const char* op, DType dtype) {
              int32_t(dtype), ")");
 }
 
+inline void check_eps(const char* op, float eps) {
+  KN_REQUIRE(std::isfinite(eps) && eps >= 0, op, ": eps must be finite and at least 0 (got ", eps,
+             ")");
+}
+
 inline void check_op(const RmsNormArgs& a) {
+  check_eps("rms_norm", a.eps);
   KN_REQUIRE(a.tokens >= 0 && a.hidden >= 1,
              "rms_norm: need tokens >= 0 and hidden >= 1 (got tokens=", a.tokens,
              ", hidden=", a.hidden, ")");
@@ -33,6 +39,7 @@ inline void check_op(const RmsNormArgs& a) {
 }
 
 inline void check_op(const AddRmsNormArgs& a) {
+  check_eps("add_rms_norm", a.eps);
   KN_REQUIRE(a.tokens >= 0 && a.hidden >= 1,
              "add_rms_norm: need tokens >= 0 and hidden >= 1 (got tokens=", a.tokens,
              ", hidden=", a.hidden, ")");

@@ -1,28 +1,54 @@
 // int4_grouped_swiglu: gate and up of the row's expert in one pass over the tokens, and silu(gate)
-// * up in fp32 before anything is written. A block has 16 rows of both matrices and one segment of
-// tokens (int4_rows.cuh, segments.cuh).
+// * up in fp32 before anything is written. A block has 16 rows of both matrices and a segment of
+// tokens (int4_rows.cuh), or 64 rows of both and a tile (int4_tile.cuh); which rows go where is
+// decided on the device (segments.cuh).
 #include "cuda/segments.cuh"
 
 namespace kn::cuda {
 namespace {
 
+__device__ __forceinline__ void find_matrices(const Int4GroupedSwigluArgs& a, int32_t expert,
+                                              Matrix (&m)[2]) {
+  m[0] = {a.gate_packed[expert], reinterpret_cast<const uint8_t*>(a.gate_scale[expert])};
+  m[1] = {a.up_packed[expert], reinterpret_cast<const uint8_t*>(a.up_scale[expert])};
+  device_require(m[0].tiles && m[0].scales && m[1].tiles && m[1].scales,
+                 "int4_grouped_swiglu: weight pointers of an expert with rows must not be null");
+}
+
+template <typename T>
+__device__ __forceinline__ void store(const Int4GroupedSwigluArgs& a, int64_t token, int64_t row,
+                                      const float (&sums)[2]) {
+  const float gate = sums[0], denominator = __fadd_rn(1.0f, expf(-gate));
+  const float y = __fmul_rn(__fdiv_rn(gate, denominator), sums[1]);
+  static_cast<T*>(a.y)[token * a.out + row] = from_float<T>(y);
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads)
     int4_grouped_swiglu_kernel(Int4GroupedSwigluArgs a, Grouped g) {
   KN_SHARED(shared);
-  const SegmentRange s = g.segments[blockIdx.y];
-  if (s.count == 0) return;
-  const Matrix m[2] = {
-      {a.gate_packed[s.expert], reinterpret_cast<const uint8_t*>(a.gate_scale[s.expert])},
-      {a.up_packed[s.expert], reinterpret_cast<const uint8_t*>(a.up_scale[s.expert])}};
-  device_require(m[0].tiles && m[0].scales && m[1].tiles && m[1].scales,
-                 "int4_grouped_swiglu: weight pointers of an expert with rows must not be null");
-  const TokenRows rows{g.x, a.x_index, s.first, s.count};
-  multiply_rows(m, int64_t(blockIdx.x), a.out, column_tiles(a.in), rows, shared,
+  const RowRange r = g.segments.places[blockIdx.y];
+  if (r.count == 0) return;
+  Matrix m[2];
+  find_matrices(a, r.expert, m);
+  multiply_rows(m, int64_t(blockIdx.x), a.out, column_tiles(a.in),
+                TokenRows{g.x, a.x_index, r.first, r.count}, shared,
                 [&](int token, int64_t row, const float (&sums)[2]) {
-                  const float gate = sums[0], denominator = __fadd_rn(1.0f, expf(-gate));
-                  const float y = __fmul_rn(__fdiv_rn(gate, denominator), sums[1]);
-                  static_cast<T*>(a.y)[(s.first + token) * a.out + row] = from_float<T>(y);
+                  store<T>(a, r.first + token, row, sums);
+                });
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kManyThreads)
+    int4_grouped_swiglu_tile_kernel(Int4GroupedSwigluArgs a, Grouped g) {
+  KN_SHARED(shared);
+  const RowRange r = g.tiles.places[blockIdx.y];
+  if (r.count == 0) return;
+  Matrix m[2];
+  find_matrices(a, r.expert, m);
+  multiply_many(m, int64_t(blockIdx.x), a.out, a.in, TokenRows{g.x, a.x_index, r.first, r.count},
+                shared, [&](int token, int64_t row, const float (&sums)[2]) {
+                  store<T>(a, r.first + token, row, sums);
                 });
 }
 
@@ -35,13 +61,14 @@ int64_t int4_grouped_swiglu_workspace_bytes(const Int4GroupedSwigluArgs& a) {
 void int4_grouped_swiglu(const Int4GroupedSwigluArgs& a, void* stream) {
   constexpr const char* op = "int4_grouped_swiglu";
   const Grouped g = open_grouped(op, a, stream);
-  if (!g.segments) return;
+  if (!g.segments.places) return;
   KN_REQUIRE(a.gate_packed && a.gate_scale && a.up_packed && a.up_scale, op,
              ": weight pointers must not be null");
-  const LaunchConfig config{op, grid_of(op, row_tiles(a.out), g.count), dim3(kRowThreads),
-                            kRowSharedBytes<2>, stream};
-  with_type(a.y_dtype,
-            [&](auto y) { launch(config, int4_grouped_swiglu_kernel<decltype(y)>, a, g); });
+  with_type(a.y_dtype, [&](auto y) {
+    using T = decltype(y);
+    launch_grouped<2>(op, a, g, int4_grouped_swiglu_kernel<T>, int4_grouped_swiglu_tile_kernel<T>,
+                      stream);
+  });
 }
 
 }  // namespace kn::cuda

@@ -4,36 +4,26 @@
 //   block: 16 rows                        a tile is 16 rows x 64 columns = 512 bytes + 64 of scales
 //   warp w of 8: column tiles w, w + 8, ...        [ w0 | w1 | ... | w7 | w0 | ... ]
 //
-// Weights are on the m16 side of an int8 product, tokens on the n8 side with two columns each (high
-// and low limb), so that four tokens, a quad, fill a product. A warp streams its tiles through a
-// ring in shared memory (cp.async). Per group of 32 columns: nibbles become bytes by two masks, one
-// product gives the exact integer sums of both limbs, whose columns meet in one lane; one
-// multiply-add applies weight_scale * step. Bytes: 0.5625 a weight, and 2.25 a token and input of
-// prepared activations, from L2.
+// A warp streams its tiles through a ring in shared memory (cp.async); per group of 32 columns one
+// product for each quad of tokens (int4_fragments.cuh). Bytes: 0.5625 a weight, and 2.125 a token
+// and input of prepared activations, from L2.
 //
 // Order: a warp's groups ascending, then the warps ascending. It depends on `in` alone.
 #pragma once
-#include "cuda/limbs.cuh"
+#include "cuda/int4_fragments.cuh"
 
 namespace kn::cuda {
 
 constexpr int kRowWarps = 8;
 constexpr int kRowThreads = kRowWarps * 32;
-constexpr int kQuad = 4;  // tokens of one product
 constexpr int kQuads = 4;
 constexpr int kSegmentTokens = kQuad * kQuads;
 constexpr int kStages = 6;  // 5 tiles in flight a warp: 23 KB a block and matrix
-constexpr int kStageBytes = int(kTileBytes + kTileScaleBytes);
 constexpr int kPartialFloats = kSegmentTokens * int(kTileRows);  // of a warp and matrix
 
 template <int kMatrices>
 constexpr int kRowSharedBytes =
     kRowWarps * kMatrices * (kStages * kStageBytes + kPartialFloats * 4);
-
-struct Matrix {
-  const uint8_t* tiles;
-  const uint8_t* scales;
-};
 
 // The tokens of a block: `count` rows of y from `first`; row r reads x[x_index[r]], or x[r].
 struct TokenRows {
@@ -44,10 +34,10 @@ struct TokenRows {
 };
 
 // What a lane needs of its tokens, found once: where the limbs of token g / 2 of each quad begin,
-// and the parameters of token t. Null for a token that is not there.
+// and the steps of token t. Null for a token that is not there.
 struct LaneTokens {
   const uint8_t* limbs[kQuads];
-  const int2* params[kQuads];
+  const float* steps[kQuads];
 };
 
 __device__ __forceinline__ int64_t prepared_row(const TokenRows& rows, int token) {
@@ -68,28 +58,19 @@ __device__ __forceinline__ LaneTokens find_tokens(const TokenRows& rows) {
                      ? rows.x.limbs + prepared_row(rows, b) * rows.x.groups * kLimbGroupBytes +
                            g % 2 * 32 + t * 8
                      : nullptr;
-    l.params[q] = d < rows.count ? rows.x.params + prepared_row(rows, d) * rows.x.groups : nullptr;
+    l.steps[q] = d < rows.count ? rows.x.steps + prepared_row(rows, d) * rows.x.groups : nullptr;
   }
   return l;
 }
 
-__device__ __forceinline__ void load_tile(const Matrix& m, SharedPtr<uint8_t> stage, int64_t tile) {
-  const int lane = int(threadIdx.x) % 32;
-  ptx::cp_async_16(stage + lane * 16, m.tiles + tile * kTileBytes + lane * 16);
-  if (lane < int(kTileScaleBytes) / 16)
-    ptx::cp_async_16(stage + int(kTileBytes) + lane * 16,
-                     m.scales + tile * kTileScaleBytes + lane * 16);
-}
-
 // acc[2q], acc[2q + 1]: rows g and g + 8 of token t of quad q.
 __device__ __forceinline__ void multiply_group(const LaneTokens& l, int quads, int64_t group,
-                                               uint32_t words_low, uint32_t words_high,
-                                               uint32_t scales, float (&acc)[2 * kQuads]) {
-  constexpr uint32_t kNibbles = 0x0f0f0f0fu;
-  const uint32_t a[4] = {words_low & kNibbles, words_low >> 4 & kNibbles, words_high & kNibbles,
-                         words_high >> 4 & kNibbles};
-  float scale_low, scale_high;
-  unpack(scales, scale_low, scale_high);
+                                               uint32_t near, uint32_t far, uint32_t scale_word,
+                                               float (&acc)[2 * kQuads]) {
+  uint32_t a[4];
+  decode_group(near, far, a);
+  float scales[2];
+  decode_scales(scale_word, scales);
 #pragma unroll
   for (int q = 0; q < kQuads; ++q) {
     if (q >= quads) break;  // the same for the whole block
@@ -97,13 +78,12 @@ __device__ __forceinline__ void multiply_group(const LaneTokens& l, int quads, i
         l.limbs[q] ? __ldg(reinterpret_cast<const uint2*>(l.limbs[q] + group * kLimbGroupBytes))
                    : make_uint2(0, 0);
     const uint32_t b[2] = {v.x, v.y};
-    const int2 params = l.params[q] ? __ldg(l.params[q] + group) : make_int2(0, 0);
-    const float step = __int_as_float(params.x);
-    int32_t d[4] = {0, params.y, 0, params.y};
-    ptx::mma_m16n8k32_u8s8(d, a, b);
+    const float unit = l.steps[q] ? __fmul_rn(__ldg(l.steps[q] + group), kUnitOfStep) : 0.0f;
+    int32_t d[4] = {};
+    ptx::mma_m16n8k32_s8(d, a, b);
     const float low = float(d[0] * 256 + d[1]), high = float(d[2] * 256 + d[3]);  // exact
-    acc[2 * q] = __fmaf_rn(low, __fmul_rn(scale_low, step), acc[2 * q]);
-    acc[2 * q + 1] = __fmaf_rn(high, __fmul_rn(scale_high, step), acc[2 * q + 1]);
+    acc[2 * q] = __fmaf_rn(__fmul_rn(low, unit), scales[0], acc[2 * q]);
+    acc[2 * q + 1] = __fmaf_rn(__fmul_rn(high, unit), scales[1], acc[2 * q + 1]);
   }
 }
 
@@ -185,12 +165,12 @@ __device__ __forceinline__ void multiply_rows(const Matrix (&m)[kMatrices], int6
 
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads)
-    int4_prepare_kernel(const T* x, int64_t in, uint8_t* limbs, int2* params, int64_t groups) {
+    int4_prepare_kernel(const T* x, int64_t in, uint8_t* limbs, float* steps, int64_t groups) {
   const int64_t token = int64_t(blockIdx.x);
   const int64_t group = int64_t(blockIdx.y) * kRowWarps + threadIdx.x / 32;
   if (group >= groups) return;
   const int64_t at = token * groups + group;
-  prepare_group(x + token * in, in, group, limbs + at * kLimbGroupBytes, params + at);
+  prepare_group(x + token * in, in, group, limbs + at * kLimbGroupBytes, steps + at);
 }
 
 // x [tokens, in] into `workspace` (prepared_bytes).
@@ -198,14 +178,14 @@ inline PreparedTokens prepare_tokens(const char* op, const void* x, DType dtype,
                                      int64_t in, void* workspace, void* stream) {
   const int64_t groups = prepared_groups(in);
   auto* limbs = static_cast<uint8_t*>(workspace);
-  auto* params = reinterpret_cast<int2*>(limbs + tokens * groups * kLimbGroupBytes);
+  auto* steps = reinterpret_cast<float*>(limbs + tokens * groups * kLimbGroupBytes);
   const LaunchConfig config{op, grid_of(op, tokens, (groups + kRowWarps - 1) / kRowWarps),
                             dim3(kRowThreads), 0, stream};
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    launch(config, int4_prepare_kernel<T>, static_cast<const T*>(x), in, limbs, params, groups);
+    launch(config, int4_prepare_kernel<T>, static_cast<const T*>(x), in, limbs, steps, groups);
   });
-  return {limbs, params, tokens, groups};
+  return {limbs, steps, tokens, groups};
 }
 
 }  // namespace kn::cuda

@@ -3,7 +3,7 @@
 //
 // A tile is 16 rows x 64 columns, two groups: 64 bytes of each row, four pieces of 16 that are
 // swizzled, so that the words of one piece of eight rows lie in 32 different banks. Scales, 1/16 of
-// the bytes, are read straight into registers, a tile ahead. Bytes: 1.0625 a weight, and 2.25 a
+// the bytes, are read straight into registers, a tile ahead. Bytes: 1.0625 a weight, and 2.125 a
 // token and input of prepared activations, from L2. More than 16 tokens read the weights again.
 //
 // Order: a warp's groups ascending, then the warps ascending. It depends on `in` alone.
@@ -67,7 +67,7 @@ __device__ __forceinline__ void multiply_group(const LaneTokens& l, int quads, i
         l.limbs[q] ? __ldg(reinterpret_cast<const uint2*>(l.limbs[q] + group * kLimbGroupBytes))
                    : make_uint2(0, 0);
     const uint32_t b[2] = {v.x, v.y};
-    const float step = l.params[q] ? __int_as_float(__ldg(l.params[q] + group).x) : 0.0f;
+    const float step = l.steps[q] ? __ldg(l.steps[q] + group) : 0.0f;
     int32_t d[4] = {};
     ptx::mma_m16n8k32_s8(d, a, b);
     const float low = float(d[0] * 256 + d[1]), high = float(d[2] * 256 + d[3]);  // below 2^28

@@ -80,6 +80,9 @@ CudaOp find_in(const std::map<std::string, CudaOp>& all, const char* name) {
 
 static const char* find_device() {
   return call([] {
+    int driver = 0;  // stays so where there is none, of which cudaGetDeviceCount says "too old"
+    check("cuda", cudaDriverGetVersion(&driver));
+    if (driver == 0) throw std::runtime_error("cuda: no NVIDIA driver was found");
     int count = 0;
     check("cuda", cudaGetDeviceCount(&count));
     if (count == 0) throw std::runtime_error("cuda: no device");

@@ -3,8 +3,8 @@
 // Per token and group of 32 inputs x[i] ~ step * v[i], v = 256 * high + low, |v| <= 32639, step a
 // power of two: the definition of the CPU kernels (docs/kernels.md, int4_gemm). Of a prepared token
 // the groups lie one after the other, 64 bytes each, as mma m16n8k32 wants b: high limb, low limb;
-// of a limb, lane t = 0 .. 3 has 8 bytes, inputs 4t .. 4t + 3 and 16 + 4t .. 16 + 4t + 3. Then, 8
-// bytes a group: step, and -8 * sum(v), which takes the nibbles' zero point away.
+// of a limb, lane t = 0 .. 3 has 8 bytes, inputs 4t .. 4t + 3 and 16 + 4t .. 16 + 4t + 3. The steps
+// follow, 4 bytes a group.
 #pragma once
 #include "cuda/reduce.cuh"
 #include "cuda/values.cuh"
@@ -13,17 +13,17 @@
 namespace kn::cuda {
 
 constexpr int kLimbGroupBytes = 64;
-constexpr int kParamBytes = 8;
+constexpr int kStepBytes = 4;
 
 struct PreparedTokens {
   const uint8_t* limbs;    // [tokens, groups, 64]
-  const int2* params;      // [tokens, groups] bits of step, -8 * sum(v)
+  const float* steps;      // [tokens, groups]
   int64_t tokens, groups;  // groups: of whole tiles
 };
 
 inline int64_t prepared_groups(int64_t in) { return column_tiles(in) * 2; }
 inline int64_t prepared_bytes(int64_t tokens, int64_t in) {
-  return tokens * prepared_groups(in) * (kLimbGroupBytes + kParamBytes);
+  return tokens * prepared_groups(in) * (kLimbGroupBytes + kStepBytes);
 }
 
 __device__ __forceinline__ float power_of_two(uint32_t biased_exponent) {
@@ -44,13 +44,13 @@ __device__ __forceinline__ float limb_step(uint32_t largest, float& inverse) {
 // A warp prepares a group, a lane an input. x: of the token, `in` values.
 template <typename T>
 __device__ __forceinline__ void prepare_group(const T* x, int64_t in, int64_t group, uint8_t* limbs,
-                                              int2* params) {
+                                              float* step) {
   const int lane = int(threadIdx.x) % 32;
   const bool inside = group * kGroupSize < in;
   const float f = inside ? to_float(x[group * kGroupSize + lane]) : 0.0f;
   const uint32_t largest = __reduce_max_sync(kAllLanes, __float_as_uint(f) & 0x7fffffffu);
   float inverse;
-  const float step = limb_step(largest, inverse);
+  const float s = limb_step(largest, inverse);
   const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, ties to even
   const float whole = __fsub_rn(__fadd_rn(__fmul_rn(f, inverse), shift), shift);
   const int v = largest >= 0x7f800000u ? 0 : int(whole);
@@ -58,8 +58,7 @@ __device__ __forceinline__ void prepare_group(const T* x, int64_t in, int64_t gr
   const int at = lane % 16 / 4 * 8 + lane / 16 * 4 + lane % 4;
   limbs[at] = uint8_t(high);
   limbs[32 + at] = uint8_t(low);
-  const int sum = warp_sum(v);
-  if (lane == 0) *params = make_int2(__float_as_int(inside ? step : 0.0f), -kInt4ZeroPoint * sum);
+  if (lane == 0) *step = inside ? s : 0.0f;
 }
 
 }  // namespace kn::cuda

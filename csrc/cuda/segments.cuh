@@ -1,63 +1,104 @@
-// The rows of a grouped op as segments of at most 16 rows of one expert, made on the device from
-// expert_offsets: the host never learns how the tokens were routed. The host launches as many
-// blocks as there can be segments; those past the last one end at once.
+// The rows of a grouped op as ranges of one expert, made on the device from expert_offsets: the
+// host never learns how the tokens were routed. An expert's rows are cut into tiles of 128 for the
+// kernel for many tokens; a rest of more than 32 is one more tile, a smaller one becomes segments
+// of 16 for the kernel for few. The host launches as many blocks of either kernel as there can be
+// ranges; those past the last one end at once.
 #pragma once
 #include <algorithm>
 
 #include "core/op_checks.h"
-#include "cuda/int4_rows.cuh"
+#include "cuda/int4_tile.cuh"
 
 namespace kn::cuda {
 
-struct SegmentRange {
+struct RowRange {
   int32_t expert, first, count, unused;
 };
 
 constexpr int kSegmentThreads = 256;
 
-// Every segment but the last of an expert is full, and an expert with a segment has a row.
+__device__ __forceinline__ int32_t tiles_of(int32_t rows) {
+  return rows / kManyTokens + (rows % kManyTokens > kFewTokens);
+}
+
+__device__ __forceinline__ int32_t segments_of(int32_t rows) {
+  const int32_t rest = rows % kManyTokens;
+  return rest > kFewTokens ? 0 : (rest + kSegmentTokens - 1) / kSegmentTokens;
+}
+
+// An expert with a segment has a row, and all but its last one are full.
 inline int64_t max_segments(int64_t experts, int64_t rows) {
-  return std::min(experts, rows) + rows / kSegmentTokens;
+  const int64_t each = kFewTokens / kSegmentTokens;
+  return std::min(each * experts, std::min(experts, rows) + rows / kSegmentTokens);
+}
+
+// An expert with a tile that is not full has more than 32 rows.
+inline int64_t max_tiles(int64_t experts, int64_t rows) {
+  return std::min(experts, rows / (kFewTokens + 1)) + rows / kManyTokens;
 }
 
 template <typename Args>
 int64_t grouped_workspace_bytes(const Args& a) {
   check_op(a);
   return prepared_bytes(a.x_rows, a.in) +
-         max_segments(a.experts, a.rows) * int64_t(sizeof(SegmentRange));
+         (max_segments(a.experts, a.rows) + max_tiles(a.experts, a.rows)) *
+             int64_t(sizeof(RowRange));
 }
 
-// segments[0 .. max_segments): those of all experts in order, then empty ones.
+// `most` places for ranges: those of all experts in order, then empty ones.
+struct Ranges {
+  RowRange* places;
+  int64_t most;
+};
+
+// The ranges of at most `each` rows from row `from` of expert e on; returns the next free place.
+__device__ __forceinline__ int64_t cut_rows(const Ranges& r, int64_t next, int64_t e, int32_t from,
+                                            int32_t end, int32_t each, int32_t count) {
+  for (int32_t i = 0; i < count; ++i, from += each)
+    r.places[next++] = {int32_t(e), from, min(each, end - from), 0};
+  return next;
+}
+
+__device__ __forceinline__ void clear_from(const Ranges& r, SharedPtr<const int32_t> counts) {
+  int64_t used = 0;
+  for (int w = 0; w < kSegmentThreads / 32; ++w) used += counts[w];
+  for (int64_t i = used + threadIdx.x; i < r.most; i += kSegmentThreads) r.places[i] = {0, 0, 0, 0};
+}
+
 static __global__ void __launch_bounds__(kSegmentThreads)
     int4_segments_kernel(const int32_t* expert_offsets, int64_t experts, int64_t rows,
-                         SegmentRange* segments, int64_t most) {
+                         Ranges segments, Ranges tiles) {
   KN_SHARED(shared);
   const int64_t each = (experts + kSegmentThreads - 1) / kSegmentThreads;
   const int64_t begin = min(int64_t(threadIdx.x) * each, experts);
   const int64_t end = min(begin + each, experts);
   device_require(expert_offsets[0] == 0 && expert_offsets[experts] == rows,
                  "expert_offsets must go from 0 to rows");
-  int32_t mine = 0;
+  int32_t my_segments = 0, my_tiles = 0;
   for (int64_t e = begin; e < end; ++e) {
     const int32_t count = expert_offsets[e + 1] - expert_offsets[e];
     device_require(count >= 0 && count <= rows, "expert_offsets must ascend");
-    mine += (count + kSegmentTokens - 1) / kSegmentTokens;
+    my_segments += segments_of(count);
+    my_tiles += tiles_of(count);
   }
-  const auto partial = shared_at<int32_t>(shared, 0);
-  int64_t next = exclusive_scan(mine, partial);
-  for (int64_t e = begin; e < end; ++e)
-    for (int32_t r = expert_offsets[e]; r < expert_offsets[e + 1]; r += kSegmentTokens)
-      segments[next++] = {int32_t(e), r, min(kSegmentTokens, expert_offsets[e + 1] - r), 0};
-  int64_t used = 0;
-  for (int w = 0; w < kSegmentThreads / 32; ++w) used += partial[w];
-  for (int64_t i = used + threadIdx.x; i < most; i += kSegmentThreads) segments[i] = {0, 0, 0, 0};
+  const auto segment_counts = shared_at<int32_t>(shared, 0);
+  const auto tile_counts = shared_at<int32_t>(shared, kSegmentThreads / 32 * 4);
+  int64_t segment = exclusive_scan(my_segments, segment_counts);
+  int64_t tile = exclusive_scan(my_tiles, tile_counts);
+  for (int64_t e = begin; e < end; ++e) {
+    const int32_t first = expert_offsets[e], last = expert_offsets[e + 1], count = last - first;
+    tile = cut_rows(tiles, tile, e, first, last, kManyTokens, tiles_of(count));
+    segment = cut_rows(segments, segment, e, first + count / kManyTokens * kManyTokens, last,
+                       kSegmentTokens, segments_of(count));
+  }
+  clear_from(segments, segment_counts);
+  clear_from(tiles, tile_counts);
 }
 
-// Checks, prepares x and makes the segments; `segments` is null if there is nothing to do.
+// Checks, prepares x and makes the ranges; `segments.places` is null if there is nothing to do.
 struct Grouped {
   PreparedTokens x;
-  const SegmentRange* segments;
-  int64_t count;
+  Ranges segments, tiles;
 };
 
 template <typename Args>
@@ -73,13 +114,26 @@ Grouped open_grouped(const char* op, const Args& a, void* stream) {
              " at ", a.workspace, ")");
   Grouped g;
   g.x = prepare_tokens(op, a.x, a.x_dtype, a.x_rows, a.in, a.workspace, stream);
-  auto* segments = reinterpret_cast<SegmentRange*>(static_cast<uint8_t*>(a.workspace) +
-                                                   prepared_bytes(a.x_rows, a.in));
-  g.segments = segments;
-  g.count = max_segments(a.experts, a.rows);
-  launch({op, dim3(1), dim3(kSegmentThreads), kSegmentThreads / 32 * 4, stream},
-         int4_segments_kernel, a.expert_offsets, a.experts, a.rows, segments, g.count);
+  auto* places = reinterpret_cast<RowRange*>(static_cast<uint8_t*>(a.workspace) +
+                                             prepared_bytes(a.x_rows, a.in));
+  g.segments = {places, max_segments(a.experts, a.rows)};
+  g.tiles = {places + g.segments.most, max_tiles(a.experts, a.rows)};
+  launch({op, dim3(1), dim3(kSegmentThreads), 2 * kSegmentThreads / 32 * 4, stream},
+         int4_segments_kernel, a.expert_offsets, a.experts, a.rows, g.segments, g.tiles);
   return g;
+}
+
+// Launches both kernels of a grouped op, each on its ranges.
+template <int kMatrices, typename Args>
+void launch_grouped(const char* op, const Args& a, const Grouped& g, void (*few)(Args, Grouped),
+                    void (*many)(Args, Grouped), void* stream) {
+  launch({op, grid_of(op, row_tiles(a.out), g.segments.most), dim3(kRowThreads),
+          kRowSharedBytes<kMatrices>, stream},
+         few, a, g);
+  if (g.tiles.most == 0) return;  // too few rows for any
+  launch({op, grid_of(op, many_row_blocks<kMatrices>(a.out), g.tiles.most), dim3(kManyThreads),
+          kManySharedBytes, stream},
+         many, a, g);
 }
 
 }  // namespace kn::cuda

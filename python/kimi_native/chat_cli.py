@@ -111,6 +111,7 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
 def _format_and_tokenizer(args: argparse.Namespace) -> tuple[str | None, Tokenizer]:
     from kimi_native.chat.template import detect_format, get_format
     from kimi_native.config import load_config
+    from kimi_native.model_file import model_folder
     from kimi_native.tokenizer import load_tokenizer
 
     if (args.model is None) == (args.tokenizer is None):
@@ -121,9 +122,9 @@ def _format_and_tokenizer(args: argparse.Namespace) -> tuple[str | None, Tokeniz
         if args.format is None:
             args.usage_error("--tokenizer DIR needs --format NAME")
         return args.format, load_tokenizer(args.tokenizer)
-    config = load_config(args.model)
+    config = load_config(model_folder(args.verb, args.model))
     tokenizer = load_tokenizer(args.model, vocab_size=config.vocab_size)
-    return args.format or detect_format(config, tokenizer), tokenizer
+    return args.format or detect_format(config, tokenizer, args.model), tokenizer
 
 
 # ---- chat -----------------------------------------------------------------------------------------------------------

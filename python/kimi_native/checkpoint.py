@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from kimi_native.config import KimiConfig, load_config, load_generation_config
+from kimi_native.config import KimiConfig, load_config
 from kimi_native.errors import ModelFormatError
 from kimi_native.folder_names import INDEX_NAME
 from kimi_native.gc_pause import paused_gc
+from kimi_native.generation_config import load_generation_config
 from kimi_native.json_file import printable, read_json
 from kimi_native.mapped_file import MappedFile
-from kimi_native.model_file import file_inside, find_file
+from kimi_native.model_file import file_inside, find_file, is_plain_name, model_folder
 from kimi_native.safetensors_file import SafetensorsFile, TensorInfo
 from kimi_native.tensor_table import (
     FORM_SUFFIXES,
@@ -88,15 +89,19 @@ class Checkpoint:
     def open(path: str | Path, *, ignore_keys: Iterable[str] = ()) -> Checkpoint:
         """Opens a model folder and checks every name, shape and dtype before any weight is read.
 
-        ignore_keys  config keys to treat as absent, see KimiConfig.from_dict
+        ignore_keys  unknown config keys to accept, see load_config and load_generation_config
 
-        Raises ConfigError on config.json, ModelFormatError on the index or a file (missing, unexpected, malformed).
+        Raises ConfigError on either of them, ModelFormatError on the index or a file (missing, unexpected, malformed),
+        TypeError and RequestError on a path that is none.
         """
-        path = Path(path)
+        path = model_folder("checkpoint", path)
         if not path.is_dir():
             raise ModelFormatError(f"{path}: must be a model folder (found none)")
-        config = load_config(path, ignore_keys=ignore_keys)
-        generation_config = load_generation_config(path)
+        ignored = tuple(ignore_keys)
+        config = load_config(path, ignore_keys=ignored)
+        generation_config = load_generation_config(
+            path, vocab_size=config.vocab_size, ignore_keys=ignored
+        )
         with paused_gc():
             return Checkpoint(path, config, generation_config, _open_files(path, config))
 
@@ -200,6 +205,13 @@ def _index(path: Path) -> dict[str, str] | None:
         raise ModelFormatError(
             f"{file}: weight_map must name 1 to {MAX_INDEX_TENSORS} tensors (got {len(weight_map)})"
         )
+    bad = {name for name in set(weight_map.values()) if not is_plain_name(name)}
+    if bad:
+        tensor, name = next((t, n) for t, n in weight_map.items() if n in bad)
+        raise ModelFormatError(
+            f"{file}: tensor {printable(tensor)} must be in a file of this folder, by its plain name "
+            f"(got '{printable(name)}')"
+        )
     return weight_map
 
 
@@ -264,7 +276,9 @@ def _check_tensors(
                 StoredMatrices(names, group.out_features, group.in_features, form, dtype, nbytes)
             )
     if missing:
-        raise ModelFormatError(_list_names(path, "is missing", missing))
+        raise ModelFormatError(
+            f"{path}: must hold every tensor of the model (missing {_listed(missing)})"
+        )
     if found != len(tensors):
         known = expected_others(config).keys() | {
             name + suffix for s in stored for name in s.names for suffix in FORM_SUFFIXES[s.form]
@@ -272,7 +286,10 @@ def _check_tensors(
         unexpected = [n for n in tensors if n not in known]
         strangers = [n for n in unexpected if not is_ignored_tensor(config, n)]
         if strangers:
-            raise ModelFormatError(_list_names(path, "has no place in this model", strangers))
+            placed = [f"{n} in {tensors[n].file.name}" for n in strangers]
+            raise ModelFormatError(
+                f"{path}: must hold no tensor that has no place in the model (got {_listed(placed)})"
+            )
         for name in unexpected:
             del tensors[name]
     return stored
@@ -303,10 +320,11 @@ def _tensor_in_two_files(path: Path, files: list[SafetensorsFile]) -> ModelForma
     raise AssertionError("called for files that share no tensor")
 
 
-def _list_names(path: Path, what: str, names: list[str]) -> str:
+def _listed(names: list[str]) -> str:
+    """How many, and the first of them."""
     shown = ", ".join(printable(n) for n in names[:5])
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"{path}: {len(names)} tensor{'s' if len(names) > 1 else ''}: {what}: {shown}{more}"
+    return f"{len(names)}: {shown}{more}"
 
 
 def _check_alike(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import errno
 import fcntl
 import itertools
 import json
@@ -297,9 +296,8 @@ class FolderWriter:
         except OSError as error:
             if isinstance(error, CheckpointWriteError):
                 raise
+            # Not with the free bytes: they would count what was just removed.
             reason = error.strerror or str(error)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                reason += f", {_gib(_free_bytes(path))} free"
             raise CheckpointWriteError(f"{self.op}: cannot {verb} {path} (got {reason})") from error
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Integral, Real
+
 import torch
 from torch import Tensor
 
@@ -11,7 +14,26 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def check_type(op: str, name: str, value: object, *kinds: type) -> None:
+    if not isinstance(value, kinds):
+        must = " or ".join(kind.__name__ for kind in kinds)
+        raise TypeError(f"{op}: {name} must be of type {must} (got {type(value).__name__})")
+
+
+def check_integer(op: str, **values: object) -> None:
+    for name, value in values.items():
+        if type(value) is not int and not isinstance(value, Integral):
+            raise TypeError(f"{op}: {name} must be an integer (got {type(value).__name__})")
+
+
+def check_number(op: str, **values: object) -> None:
+    for name, value in values.items():
+        if type(value) is not float and not isinstance(value, Real):
+            raise TypeError(f"{op}: {name} must be a number (got {type(value).__name__})")
+
+
 def check_dtype(op: str, name: str, x: Tensor, *dtypes: torch.dtype) -> None:
+    check_type(op, name, x, Tensor)
     if x.dtype not in dtypes:
         raise TypeError(f"{op}: {name} must be {' or '.join(map(str, dtypes))} (got {x.dtype})")
 
@@ -49,5 +71,38 @@ def check_rows(op: str, name: str, x: Tensor, shape: tuple[int, ...], *dtypes: t
     check_device(op, x)
 
 
+def checked_out_dtype(op: str, name: str, x: Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
+    """What is asked for, else that of a tensor."""
+    check_type(op, name, x, Tensor)
+    if out_dtype not in (None, torch.bfloat16, torch.float32):
+        raise TypeError(f"{op}: out must be torch.bfloat16 or torch.float32 (got {out_dtype})")
+    return out_dtype or x.dtype
+
+
+def check_eps(op: str, eps: float) -> None:
+    check_number(op, eps=eps)
+    require(0 <= eps < math.inf, f"{op}: eps must be finite and at least 0 (got {eps})")
+
+
 def check_activation(op: str, name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
     check_tensor(op, name, x, shape, torch.bfloat16, torch.float32)
+
+
+def check_matrices(op: str, x: Tensor, weight: Tensor) -> None:
+    """Of bf16_gemm."""
+    check_dtype(op, "x", x, torch.bfloat16, torch.float32)
+    check_dtype(op, "weight", weight, torch.bfloat16)
+    require(
+        x.dim() == weight.dim() and x.dim() in (2, 3) and x.shape[1:-1] == weight.shape[:-2],
+        f"{op}: x and weight must be [tokens, in] and [out, in], or [tokens, heads, in] and [heads, out, in] "
+        f"(got {list(x.shape)} and {list(weight.shape)})",
+    )
+    require(
+        x.shape[-1] == weight.shape[-1],
+        f"{op}: the last sizes of x and weight must be equal (got {x.shape[-1]} and {weight.shape[-1]})",
+    )
+    require(
+        x.stride(-1) == 1 and weight.stride(-1) == 1 and weight.stride(-2) == weight.shape[-1],
+        f"{op}: rows of x and matrices of weight must be contiguous (got strides {x.stride()} and {weight.stride()})",
+    )
+    check_device(op, x)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import io
-import os
 import signal
 import sys
 import threading
@@ -21,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from kimi_native import chat_cli
 from kimi_native.errors import KimiNativeError, MemoryPlanWarning, RequestError
 from kimi_native.progress_bar import progress_bar
+from kimi_native.streams import standard_streams
+from kimi_native.terminal import error_text
 from kimi_native.terminal import note as _note
 from kimi_native.terminal import print_json as _print_json
 from kimi_native.terminal import print_table as _print_table
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from kimi_native.generation import Generation
     from kimi_native.plan import MemoryPlan
 
+_LOAD_OPTIONS = "max_context threads dtype dense device experts isa prefetch".split()  # noqa: SIM905
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 _ALL_REASONING = (
     "the output ended inside the reasoning; raise --max-tokens, or look at it with --json"
@@ -42,24 +43,18 @@ _ALL_REASONING = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code; argparse itself exits with 2 on wrong usage."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = _parser(argv).parse_args(argv)
-    # What stdout cannot show is better replaced than lost with all that follows.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
     try:
-        code = args.run(args)
-        sys.stdout.flush()
-        return code
+        with standard_streams():
+            args = _parser(argv).parse_args(argv)
+            return args.run(args)
     except BrokenPipeError:
-        # Whoever read the output has seen enough; the interpreter must not flush into the closed pipe at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 0  # whoever read the output has seen enough
     except KeyboardInterrupt:
         return 130
     except (KimiNativeError, ValueError, TypeError, RuntimeError, OSError, MemoryError) as error:
-        if args.debug:
+        if "--debug" in argv:
             raise
-        _note(f"error: {str(error) or type(error).__name__}")
+        _note(f"error: {error_text(error)}")
         return 1
 
 
@@ -241,7 +236,7 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
 def _folder(args: argparse.Namespace) -> str:
     if (args.folder is None) == (args.model is None):
         args.usage_error("give the checkpoint folder once, as DIR or --model DIR")
-    return args.folder or args.model
+    return args.model if args.folder is None else args.folder
 
 
 # ---- generate -------------------------------------------------------------------------------------------------------
@@ -261,15 +256,10 @@ def _generate(args: argparse.Namespace) -> int:
     with _memory_notes(), progress_bar("loading") as progress:
         model = load(
             args.model,
-            max_context=args.max_context,
+            prompt=prompt,
+            raw_prompt=args.raw_prompt,
             max_batch=1,
-            threads=args.threads,
-            dtype=args.dtype,
-            dense=args.dense,
-            device=args.device,
-            experts=args.experts,
-            isa=args.isa,
-            prefetch=args.prefetch,
+            **{name: getattr(args, name) for name in _LOAD_OPTIONS},
             ignore_config_keys=args.ignore_config_key,
             progress=progress,
         )
@@ -391,12 +381,12 @@ def _inspect(args: argparse.Namespace) -> int:
 
     checkpoint = Checkpoint.open(_folder(args), ignore_keys=args.ignore_config_key)
     summary = checkpoint.summary()
-    plan = _memory_plan(args, checkpoint) if args.plan else None
+    plan = _memory_plan(args, checkpoint)  # without --plan too: a bad setting must not pass
     if args.json:
-        _print_json(summary if plan is None else {**summary, "plan": plan.to_dict()})
+        _print_json({**summary, "plan": plan.to_dict()} if args.plan else summary)
         return 0
     _print_table(str(checkpoint.path), list(_rows(summary)))
-    if plan is not None:
+    if args.plan:
         _print_plan(plan)
     return 0
 
@@ -417,12 +407,11 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _memory_plan(args: argparse.Namespace, checkpoint: Checkpoint) -> MemoryPlan:
     from kimi_native.generate import default_context
-    from kimi_native.plan import memory_plan
+    from kimi_native.plan import check_context, memory_plan
 
-    for name in ("max_context", "max_batch"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise RequestError(f"plan: {name} must be at least 1 (got {value})")
+    check_context("plan", checkpoint.config, args.max_context)
+    if args.max_batch < 1:
+        raise RequestError(f"plan: max_batch must be at least 1 (got {args.max_batch})")
     return memory_plan(
         checkpoint,
         max_context=args.max_context or default_context(checkpoint.config),
@@ -471,8 +460,8 @@ def _quantize(args: argparse.Namespace) -> int:
                 ignore_config_keys=tuple(args.ignore_config_key),
                 progress=progress,
             )
-    except KeyboardInterrupt:
-        _note("interrupted; the same command goes on from here")
+    except KeyboardInterrupt as interrupt:
+        _note(f"interrupted; {str(interrupt) or 'nothing was written'}")
         raise
     if args.json:
         _print_json(report)

@@ -11,22 +11,22 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kimi_native.config_keys import (
     ANY_VALUE,
     FAMILY_DEFAULTS,
+    GENERATION_PREFIX,
     ONE_VALUE,
-    TOKEN_ID,
     WRAPPER_ANY_VALUE,
     WRAPPERS,
     YarnConfig,
     read_text,
+    token_id,
     token_ids,
 )
 from kimi_native.errors import ConfigError, ModelFormatError
 from kimi_native.folder_names import CONFIG_NAME, UNFINISHED_NAME
-from kimi_native.json_file import REQUIRED, Section, check_depth, read_json
+from kimi_native.json_file import REQUIRED, Section, UnknownKeys, check_depth, read_json
 from kimi_native.model_file import find_file
 from kimi_native.quantization import QuantizationConfig
 
@@ -36,7 +36,6 @@ __all__ = [
     "QuantizationConfig",
     "YarnConfig",
     "load_config",
-    "load_generation_config",
 ]
 
 LATENT_NORM_EPS = (
@@ -94,19 +93,25 @@ class KimiConfig:
     ) -> KimiConfig:
         """Checks a parsed config.json.
 
-        ignore_keys  keys to treat as absent, dotted where nested ("text_config.foo", "quantization_config.bar")
+        ignore_keys  unknown keys to accept, dotted where nested ("text_config.foo", "quantization_config.bar")
 
-        Raises ConfigError naming the key on an unknown key or an unsupported value, NotImplementedError on a model
-        of the wider family that this package cannot run yet.
+        Raises ConfigError naming the key on an unsupported value, an unknown key, or an ignored one that is known or
+        absent; NotImplementedError on a model of the wider family that this package cannot run yet.
         """
         if isinstance(d, dict):
             check_depth(d, source)
-        top = Section(d, source, "", frozenset(ignore_keys))
+        unknown = UnknownKeys(source, ignore_keys)
+        config = KimiConfig._read(Section(d, "", unknown))
+        unknown.finish()
+        return config
+
+    @staticmethod
+    def _read(top: Section) -> KimiConfig:
         model_type = top.get("model_type", REQUIRED)
         if not isinstance(model_type, str):
             raise top.fail("model_type", "a string")
         if model_type in ("kimi_vl", "kimi_linear"):
-            raise NotImplementedError(f"{source}: model_type {model_type} is not supported yet")
+            raise NotImplementedError(f"{top.source}: model_type {model_type} is not supported yet")
         if model_type not in FAMILY_DEFAULTS and model_type not in WRAPPERS:
             known = ", ".join([*FAMILY_DEFAULTS, *WRAPPERS])
             raise top.fail("model_type", f"one of {known}")
@@ -169,6 +174,7 @@ class KimiConfig:
 def load_config(path: str | Path, *, ignore_keys: Iterable[str] = ()) -> KimiConfig:
     """Reads and checks config.json of a model folder; errors as KimiConfig.from_dict.
 
+    ignore_keys  as of KimiConfig.from_dict; those that begin with "generation_config." are for that file
     Raises ModelFormatError if `kimi-native quantize` has begun the folder and not finished it.
     """
     if (Path(path) / UNFINISHED_NAME).exists():
@@ -180,38 +186,8 @@ def load_config(path: str | Path, *, ignore_keys: Iterable[str] = ()) -> KimiCon
     if file is None:
         raise ConfigError(f"{path}: must be a model folder with a config.json (found none)")
     values = read_json(file, max_bytes=MAX_CONFIG_BYTES)
-    return KimiConfig.from_dict(values, source=str(file), ignore_keys=ignore_keys)
-
-
-def load_generation_config(path: str | Path) -> dict[str, Any]:
-    """generation_config.json of a model folder as it is, {} if there is none; known keys have checked types.
-
-    Raises ConfigError on malformed JSON or a value of the wrong type or range.
-    """
-    file = find_file(Path(path), "generation_config.json")
-    if file is None:
-        return {}
-    values = read_json(file, max_bytes=MAX_CONFIG_BYTES)
-    check_depth(values, str(file))
-    section = Section(values, str(file), "", frozenset())
-    token_ids(section, "eos_token_id")
-    for key in ("bos_token_id", "pad_token_id"):
-        if section.get(key) is not None:
-            section.integer(key, TOKEN_ID)
-    for key, high in (
-        ("temperature", 100),
-        ("top_p", 1),
-        ("min_p", 1),
-        ("repetition_penalty", 100),
-    ):
-        if section.get(key) is not None:
-            section.number(key, 0, high)
-    for key in ("top_k", "max_length", "max_new_tokens"):
-        if section.get(key) is not None:
-            section.integer(key, (0, (1 << 31) - 1))
-    if section.get("do_sample") is not None:
-        section.boolean("do_sample")
-    return values
+    own = [key for key in ignore_keys if not key.startswith(GENERATION_PREFIX)]
+    return KimiConfig.from_dict(values, source=str(file), ignore_keys=own)
 
 
 def _read_wrapper(top: Section, model_type: str) -> KimiConfig:
@@ -228,10 +204,10 @@ def _read_wrapper(top: Section, model_type: str) -> KimiConfig:
     text.finish(ONE_VALUE, ANY_VALUE)
     if "tie_word_embeddings" in top.values:
         top.choice("tie_word_embeddings", (values["tie_word_embeddings"],))
-    if values["bos_token_id"] is None and top.get("bos_token_id") is not None:
-        values["bos_token_id"] = top.integer("bos_token_id", TOKEN_ID)
-    top.get("bos_token_id")
-    eos = values["eos_token_ids"] + token_ids(top, "eos_token_id")
+    bos = token_id(top, "bos_token_id")
+    if values["bos_token_id"] is None:
+        values["bos_token_id"] = bos
+    eos = values["eos_token_ids"] + token_ids(top, "eos_token_id", values["vocab_size"])
     values |= {"model_type": model_type, "eos_token_ids": tuple(dict.fromkeys(eos))}
     top.finish(ONE_VALUE, WRAPPER_ANY_VALUE)
     return KimiConfig(**values, tensor_prefix=WRAPPERS[model_type])

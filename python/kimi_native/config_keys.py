@@ -9,11 +9,13 @@ from kimi_native.errors import ConfigError
 from kimi_native.json_file import REQUIRED, Section
 from kimi_native.quantization import TEXT_PREFIXES, read_quantization
 
+GENERATION_PREFIX = "generation_config."  # before that file's keys in ignore_config_keys
+MAX_ROUTED = 4096  # experts of a layer that ops.moe_route takes
 MAX_EXPERTS = 100_000  # layers * experts: nine tensors each stay within the index's million entries
 
 _SIZE = (1, 1 << 20)
 _POSITIONS = (1, (1 << 31) - 1)
-TOKEN_ID = (0, (1 << 31) - 1)
+_TOKEN_ID = (0, (1 << 31) - 1)
 
 # What a family's published config class assumes when config.json is silent. Sizes have no default; neither has
 # first_k_dense_replace, whose published defaults disagree (0 and 3).
@@ -183,9 +185,8 @@ def read_text(s: Section, family: str) -> dict[str, Any]:
     )
     v["rope_theta"], v["rope_scaling"] = _read_rope(s)
     v["max_position_embeddings"] = s.integer("max_position_embeddings", _POSITIONS)
-    bos = s.get("bos_token_id")
-    v["bos_token_id"] = None if bos is None else s.integer("bos_token_id", TOKEN_ID)
-    v["eos_token_ids"] = token_ids(s, "eos_token_id")
+    v["bos_token_id"] = token_id(s, "bos_token_id")
+    v["eos_token_ids"] = token_ids(s, "eos_token_id", v["vocab_size"])
     v["tie_word_embeddings"] = s.boolean("tie_word_embeddings", False)
     mtp = "num_mtp_layers" if "num_mtp_layers" in s.values else "num_nextn_predict_layers"
     v["num_nextn_predict_layers"] = 0 if s.get(mtp) is None else s.integer(mtp, (0, 1024))
@@ -213,11 +214,17 @@ def _read_derived(s: Section, v: dict[str, Any]) -> None:
             s.choice(key, allowed)
 
 
-def token_ids(s: Section, key: str) -> tuple[int, ...]:
+def token_id(s: Section, key: str) -> int | None:
+    """An id that nothing here uses, so it may lie outside the vocabulary."""
+    return None if s.get(key) is None else s.integer(key, _TOKEN_ID)
+
+
+def token_ids(s: Section, key: str, vocab_size: int) -> tuple[int, ...]:
+    """Ids that may be generated."""
     value = s.get(key)
     ids = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
-    if len(ids) > 256 or not all(type(i) is int and TOKEN_ID[0] <= i <= TOKEN_ID[1] for i in ids):
-        raise s.fail(key, "a token id or a list of token ids")
+    if len(ids) > 256 or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+        raise s.fail(key, f"a token id below vocab_size = {vocab_size}, or a list of them")
     return tuple(dict.fromkeys(ids))
 
 
@@ -230,7 +237,7 @@ def _read_experts(s: Section, family: str) -> dict[str, Any]:
             s.choice(alias, (experts,))
     dense = experts is None
     if not dense:
-        experts = s.integer("n_routed_experts", (1, 1 << 16))
+        experts = s.integer("n_routed_experts", (1, MAX_ROUTED))
     v = {"n_routed_experts": experts} | _read_router(s, defaults)
     missing = None if dense else REQUIRED
     shared = s.get("n_shared_experts", missing)

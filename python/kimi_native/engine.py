@@ -30,6 +30,7 @@ from kimi_native.sampling import SampledToken, SamplingParams, TokenHistory, sam
 
 if TYPE_CHECKING:
     from kimi_native.cache import CachedSequence, LatentCache
+    from kimi_native.config import KimiConfig
     from kimi_native.model import KimiModel
 
 # Tokens a request may generate if it does not say: long enough for an answer, short enough that the pages reserved
@@ -73,6 +74,25 @@ class Guide(Protocol):
 
     def push(self, token_id: int) -> None:
         """Takes the id that was chosen."""
+
+
+def check_prompt(prompt_ids: Sequence[int], config: KimiConfig, max_context: int) -> None:
+    """Raises RequestError for a prompt that is empty, too long, or holds an id outside the vocabulary."""
+    if len(prompt_ids) == 0:
+        raise RequestError("engine: prompt must hold at least one token (got none)")
+    if len(prompt_ids) >= max_context:
+        most = config.max_position_embeddings
+        way_out = f"; max_context may be up to {most}" if most > len(prompt_ids) else ""
+        raise RequestError(
+            f"engine: prompt and at least one new token must fit the context of {max_context} tokens "
+            f"(got a prompt of {len(prompt_ids)} tokens){way_out}"
+        )
+    for position, i in enumerate(prompt_ids):
+        if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < config.vocab_size:
+            raise RequestError(
+                f"engine: prompt ids must be integers from 0 to {config.vocab_size - 1} "
+                f"(got {i!r} at position {position})"
+            )
 
 
 def _new_seed() -> int:
@@ -125,7 +145,6 @@ class Engine:
             raise RequestError(f"engine: max_batch must be at least 1 (got {max_batch})")
         limit = min(model.config.max_position_embeddings, cache.free_tokens)
         self.max_context = limit if max_context is None else min(max_context, limit)
-        self.vocab_size: int = model.config.vocab_size
         self.eos_ids = frozenset(eos_ids)
         self.max_batch = max_batch
         self._model = model
@@ -139,22 +158,8 @@ class Engine:
     # ---- requests in and out ----------------------------------------------------------------------------------------
 
     def check(self, prompt_ids: Sequence[int]) -> None:
-        """Raises RequestError for a prompt that is empty, too long, or holds an id outside the vocabulary."""
-        if len(prompt_ids) == 0:
-            raise RequestError("engine: prompt must hold at least one token (got none)")
-        if len(prompt_ids) >= self.max_context:
-            most = self._model.config.max_position_embeddings
-            way_out = f"; max_context may be up to {most}" if most > len(prompt_ids) else ""
-            raise RequestError(
-                f"engine: prompt and at least one new token must fit the context of {self.max_context} tokens "
-                f"(got a prompt of {len(prompt_ids)} tokens){way_out}"
-            )
-        for position, i in enumerate(prompt_ids):
-            if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < self.vocab_size:
-                raise RequestError(
-                    f"engine: prompt ids must be integers from 0 to {self.vocab_size - 1} "
-                    f"(got {i!r} at position {position})"
-                )
+        """Raises RequestError as check_prompt."""
+        check_prompt(prompt_ids, self._model.config, self.max_context)
 
     def add(
         self,

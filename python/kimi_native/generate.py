@@ -18,17 +18,18 @@ from typing import TYPE_CHECKING, Any
 from kimi_native.asynchronous import in_thread, iterate
 from kimi_native.chat.jinja_template import JinjaTemplate, find_template
 from kimi_native.chat.parser import OutputParser
-from kimi_native.chat.template import KeepThinking, detect_format, get_format, render
+from kimi_native.chat.template import KeepThinking, detect_format, get_format
 from kimi_native.chat.tool import ToolLike, as_tools
 from kimi_native.chat.types import Event, Message, as_messages
 from kimi_native.conversation import Chat
-from kimi_native.engine import Engine
+from kimi_native.engine import Engine, check_prompt
 from kimi_native.errors import RequestError
 from kimi_native.generation import Generation, PlainOutput, Run, end_ids
 from kimi_native.guide import UNGUIDED, Guiding, ToolChoice, answer_start, next_call_index
+from kimi_native.model_file import model_folder
 from kimi_native.prefixes import KeptPrefix
 from kimi_native.progress_bar import Progress
-from kimi_native.prompts import Prompt, as_prompts, is_conversation
+from kimi_native.prompts import Prompt, TextSide, is_conversation, prompt_ids, prompt_list
 from kimi_native.sampling import SamplingParams
 from kimi_native.transcript import read_transcript
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 # Context when none is asked for: the published limits (up to 262,144 tokens) would reserve 18 GB of cache a sequence.
 DEFAULT_CONTEXT = 8192
 DEFAULT_BATCH = 8
+MAX_THREADS = 1024  # more is a slip of the pen
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------
@@ -59,15 +61,19 @@ def load(
     experts: str | None = None,
     compute: str = "exact",
     isa: str | None = None,
+    chat_format: str | None = None,
     prefetch: bool = True,
     ignore_config_keys: Sequence[str] = (),
     progress: Progress | None = None,
+    prompt: Prompt | None = None,
+    raw_prompt: bool = False,
 ) -> Model:
     """Opens a checkpoint folder as published; nothing is converted on disk.
 
     max_context         tokens of prompt and answer together (default: the checkpoint's limit, at most 8192)
     max_batch           requests computed at once; the cache holds max_batch full contexts
-    threads             threads of the kernels (default: the cores this process may use); process-wide
+    threads             threads of the kernels, at most 1024, and never more than the cores this process may use
+                        (default: as they are set; at first those cores); process-wide
     dtype               activations and cache: "bfloat16" or "float32"
     dense               dense matrices: "bf16" as published, or rounded while loading to "int8" or "int4": fewer bytes
                         to read per token, not exact
@@ -76,16 +82,20 @@ def load(
                         rest)
     compute             activations that meet INT4 matrices: "exact", or "int8", rounded to 8 bits per 32: faster on
                         long prompts, not exact (docs/kernels.md, int4_gemm)
-    isa                 kernel tier, such as "avx2" (default: the best here); process-wide
+    isa                 kernel tier, such as "avx2" (default: as it is set; at first the best here); process-wide
+    chat_format         one of chat.template.FORMATS (default: the checkpoint's, see docs/chat.md)
     prefetch            read the weights into memory now, at the speed of the disk, if all of them fit; else each is
                         read when it is first used
-    ignore_config_keys  config.json keys to accept although this package does not know them
+    ignore_config_keys  config.json keys to accept although this package does not know them; of generation_config.json
+                        with "generation_config." before them
     progress            called with (bytes done, bytes in all) while loading
+    prompt, raw_prompt  what Model.generate will be asked first: refused now, before a weight is read, if it is too long
 
     Raises ConfigError, ModelFormatError, TokenizerError, MemoryPlanError, RequestError for an argument, RuntimeError
     for a tier this machine lacks, OSError for a file; then, and when interrupted, threads and isa are as before. Warns
     with MemoryPlanWarning if the weights do not all fit into memory.
     """
+    path = model_folder("load", path)
     _check_counts(max_context=max_context, max_batch=max_batch, threads=threads)
     from kimi_native.config import load_config
     from kimi_native.machine_settings import machine_settings
@@ -96,8 +106,13 @@ def load(
     ignored = tuple(ignore_config_keys)
     config = load_config(path, ignore_keys=ignored)
     tokenizer = load_tokenizer(path, vocab_size=config.vocab_size)
-    chat_format = detect_format(config, tokenizer)
+    chosen = get_format(chat_format).name if chat_format is not None else None
+    chat_format = chosen or detect_format(config, tokenizer, path)
+    template = find_template(path) if chat_format is None else None
     sizes = {"max_context": max_context or default_context(config), "max_batch": max_batch}
+    if prompt is not None:
+        text_side = TextSide(config, tokenizer, chat_format, template)
+        check_prompt(prompt_ids(prompt, raw_prompt, {}, text_side), config, sizes["max_context"])
     weights = {"dtype": dtype, "dense": dense, "compute": compute}
     reading = {"prefetch": prefetch, "progress": progress, "ignored": ignored}
     where = {"device": device, "experts": experts}
@@ -109,7 +124,7 @@ def load(
             tokenizer,
             generation_config=checkpoint.generation_config,
             chat_format=chat_format,
-            chat_template=find_template(path) if chat_format is None else None,
+            chat_template=template,
             **sizes,
             check_weights=checkpoint.check_readable,
             load_s=time.perf_counter() - started,
@@ -122,6 +137,8 @@ def _check_counts(**given: object) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise RequestError(f"load: {name} must be an integer of at least 1 (got {value!r})")
+        if name == "threads" and value > MAX_THREADS:
+            raise RequestError(f"load: threads must be at most {MAX_THREADS} (got {value})")
 
 
 def default_context(config: KimiConfig) -> int:
@@ -161,6 +178,7 @@ class Model:
         self.config = network.config
         self.chat_format = chat_format
         self.chat_template = chat_template
+        self._text_side = TextSide(self.config, tokenizer, chat_format, chat_template)
         self.generation_config = dict(generation_config)
         self.load_s = load_s
         self.eos_ids = end_ids(network.config, generation_config, tokenizer)
@@ -214,7 +232,7 @@ class Model:
         params = self._params(sampling, overrides)
         options = {"tools": tools, "thinking": thinking, "keep_thinking": keep_thinking}
         guiding = Guiding(tools, tool_choice, constrain_tools, thinking_budget)
-        prompts = as_prompts(prompt)
+        prompts = prompt_list(prompt)
         runs = [self._prepare(p, raw_prompt, params, options, guiding) for p in prompts or [prompt]]
         try:
             self._submit(runs)
@@ -259,7 +277,7 @@ class Model:
         params = self._params(sampling, overrides)
         options = {"tools": tools, "thinking": thinking, "keep_thinking": keep_thinking}
         guiding = Guiding(tools, tool_choice, constrain_tools, thinking_budget)
-        if as_prompts(prompt) is not None:
+        if prompt_list(prompt) is not None:
             raise RequestError("stream: one prompt at a time (got a list of prompts)")
         return self._events(
             self._prepare(prompt, raw_prompt, params, options, guiding), is_canceled
@@ -372,7 +390,7 @@ class Model:
         prefix: KeptPrefix | None = None,
     ) -> Run:
         """Renders and checks one prompt; nothing is computed and nothing is queued."""
-        ids = self._prompt_ids(prompt, raw_prompt, options)
+        ids = prompt_ids(prompt, raw_prompt, options, self._text_side)
         self._engine.check(ids)
         is_ids = isinstance(prompt, (list, tuple)) and not is_conversation(prompt)
         if raw_prompt or is_ids or self.chat_format is None:
@@ -403,33 +421,6 @@ class Model:
 
                 self._compiler = GrammarCompiler(self.tokenizer, self.config.vocab_size)
             return self._compiler
-
-    def _prompt_ids(self, prompt: Prompt, raw_prompt: bool, options: dict[str, Any]) -> list[int]:
-        given = {name: value for name, value in options.items() if value is not None}
-        is_ids = isinstance(prompt, (list, tuple)) and not is_conversation(prompt)
-        if (raw_prompt or is_ids) and given:
-            raise RequestError(
-                f"generate: {next(iter(given))} needs a prompt that the chat format renders"
-            )
-        if is_ids:
-            return list(prompt)
-        if raw_prompt:
-            if not isinstance(prompt, str):
-                raise RequestError("generate: raw_prompt=True needs a text or ids (got messages)")
-            return self.tokenizer.encode(prompt)
-        if not isinstance(prompt, (str, list, tuple)):
-            raise RequestError(
-                f"generate: prompt must be a text, messages, or ids (got {type(prompt).__name__})"
-            )
-        messages = [Message("user", prompt)] if isinstance(prompt, str) else prompt
-        if self.chat_format is not None:
-            return render(messages, format=self.chat_format, tokenizer=self.tokenizer, **given)
-        if self.chat_template is not None:
-            return self.chat_template.render(messages, tokenizer=self.tokenizer, **given)
-        raise RequestError(
-            "generate: this checkpoint has no chat format known here and no chat template "
-            f"(got model_type={self.config.model_type}); pass raw_prompt=True to continue a text as it stands"
-        )
 
     # ---- the shared engine ------------------------------------------------------------------------------------------
 

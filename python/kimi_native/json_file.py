@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import reprlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from kimi_native.errors import ConfigError, KimiNativeError
 
 MAX_JSON_DEPTH = 64  # config.json nests 5 deep; the rest is somebody trying
 REQUIRED: Any = object()  # default of a key that must be there
+_MAX_LISTED = 20  # unknown keys in one message
 
 
 def read_json(path: Path, *, max_bytes: int, error: type[KimiNativeError] = ConfigError) -> dict:
@@ -66,17 +68,66 @@ def check_depth(values: dict, source: str) -> None:
     raise ConfigError(f"{source}: JSON must nest at most {MAX_JSON_DEPTH} deep (got more)")
 
 
-class Section:
-    """One JSON object while it is read: checks values, remembers used keys, and finish() names the others."""
+class UnknownKeys:
+    """The keys of one file that nobody here knows, and which of them the user asked to ignore.
 
-    def __init__(self, values: Any, source: str, path: str, ignore_keys: frozenset[str]) -> None:
+    ignored  keys to accept unread, dotted where nested: each must be in the file, and be unknown
+    prefix   stands before this file's keys in `ignored`
+    """
+
+    def __init__(self, source: str, ignored: Iterable[str] = (), prefix: str = "") -> None:
+        self.source, self.prefix = source, prefix
+        self.ignored = frozenset(ignored)
+        self._met: set[str] = set()
+        self._refused: list[str] = []  # the first of them
+        self._count = 0
+
+    def add(self, path: str, value: Any) -> None:
+        """A key of the file that no reader asked for."""
+        name = self.prefix + path
+        if name in self.ignored:
+            self._met.add(name)
+            return
+        self._count += 1
+        if self._count <= _MAX_LISTED:
+            self._refused.append(f"{printable(name)} = {short(value)}")
+
+    def check_known(self, path: str) -> None:
+        """A key that is read may decide what the model computes, so it cannot be left out."""
+        if self.prefix + path in self.ignored:
+            raise ConfigError(
+                f"{self.source}: ignore_config_keys must name keys that this package does not know "
+                f"(got {printable(self.prefix + path)}, which it reads)"
+            )
+
+    def finish(self) -> None:
+        """To be called when the whole file is read. Raises ConfigError naming every key at once."""
+        if self._refused:
+            more = self._count - len(self._refused)
+            listed = ", ".join(self._refused) + (f" and {more} more" if more else "")
+            raise ConfigError(
+                f"{self.source}: keys must be known to this package (got {listed}); one that does not change the "
+                "model's output can be accepted by its name in ignore_config_keys, or after --ignore-config-key"
+            )
+        absent = sorted(self.ignored - self._met)
+        if absent:
+            raise ConfigError(
+                f"{self.source}: ignore_config_keys must name keys of the file "
+                f"(got {', '.join(map(printable, absent))}, which it does not hold)"
+            )
+
+
+class Section:
+    """One JSON object while it is read: checks values, remembers used keys, and finish() hands on the others."""
+
+    def __init__(self, values: Any, path: str, unknown: UnknownKeys) -> None:
+        self.source, self.unknown = unknown.source, unknown
         if not isinstance(values, dict):
             raise ConfigError(
-                f"{source}: {path or 'the top'} must be an object (got {short(values)})"
+                f"{self.source}: {path or 'the top'} must be an object (got {short(values)})"
             )
-        self.source, self.ignore_keys = source, ignore_keys
         self.path = f"{printable(path)}." if path else ""
-        self.values = {k: v for k, v in values.items() if self.path + k not in ignore_keys}
+        self.values = dict(values)
         self.used: set[str] = set()
 
     def fail(self, key: str, must: str) -> ConfigError:
@@ -85,6 +136,7 @@ class Section:
 
     def get(self, key: str, default: Any = None) -> Any:
         self.used.add(key)
+        self.unknown.check_known(self.path + key)
         if key not in self.values and default is REQUIRED:
             raise ConfigError(f"{self.source}: {self.path}{key} is missing")
         return self.values.get(key, default)
@@ -93,7 +145,7 @@ class Section:
         value = self.get(key)
         if value is None:
             return None
-        return Section(value, self.source, self.path + key, self.ignore_keys)
+        return Section(value, self.path + key, self.unknown)
 
     def integer(self, key: str, limits: tuple[int, int], default: Any = REQUIRED) -> int:
         value = self.get(key, default)
@@ -122,16 +174,14 @@ class Section:
     def finish(
         self, one_value: dict[str, tuple] | None = None, any_value: frozenset[str] = frozenset()
     ) -> None:
-        """Every key not asked for so far must be in one of the two tables of keys without effect."""
+        """Every key not asked for so far must be in one of the two tables of keys without effect, or is unknown."""
         for key in sorted(set(self.values) - self.used):
             if one_value and key in one_value:
                 self.choice(key, one_value[key])
-            elif key not in any_value:
-                raise ConfigError(
-                    f"{self.source}: {self.path}{printable(key)} is not a key this package knows "
-                    f"(got {short(self.values[key])}); if it does not change the model's output, "
-                    f"pass ignore_keys=({self.path + key!r},)"
-                )
+            elif key in any_value:
+                self.unknown.check_known(self.path + key)
+            else:
+                self.unknown.add(self.path + key, self.values[key])
 
 
 def short(value: Any) -> str:

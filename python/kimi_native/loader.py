@@ -23,7 +23,7 @@ from kimi_native.errors import MemoryPlanWarning, ModelFormatError, RequestError
 from kimi_native.gc_pause import paused_gc
 from kimi_native.huge_pages import HugePages
 from kimi_native.model import Attention, Experts, Gate, KimiModel, Linear, RMSNorm
-from kimi_native.plan import DENSE_FORMATS, MemoryPlan, memory_plan
+from kimi_native.plan import DENSE_FORMATS, MemoryPlan, check_context, memory_plan
 from kimi_native.progress_bar import Progress
 from kimi_native.quant.fp8 import dequantize_block
 from kimi_native.quant.int4 import dequantize
@@ -74,8 +74,9 @@ def load_model(
     _check_choice("compute", compute, COMPUTE)
     with paused_gc():
         checkpoint = Checkpoint.open(path, ignore_keys=ignore_config_keys)
+        check_context("load", checkpoint.config, max_context)
         settings = {"max_batch": max_batch, "dtype": dtype, "dense": dense}
-        plan = memory_plan(checkpoint, max_context=_context(checkpoint, max_context), **settings)
+        plan = memory_plan(checkpoint, max_context=max_context, **settings)
         plan.check()
         model = KimiModel(checkpoint.config, DTYPES[dtype])
         filler = _Filler(checkpoint, dense, compute)
@@ -89,14 +90,6 @@ def load_model(
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise RequestError(f"load: {name} must be one of {', '.join(choices)} (got {value})")
-
-
-def _context(checkpoint: Checkpoint, max_context: int | None) -> int:
-    """max_context, or the checkpoint's own."""
-    limit = checkpoint.config.max_position_embeddings
-    if max_context is not None and not 1 <= max_context <= limit:
-        raise RequestError(f"load: max_context must be 1 to {limit} (got {max_context})")
-    return max_context or limit
 
 
 def _read_weights(

@@ -6,7 +6,24 @@ import os
 import stat
 from pathlib import Path
 
-from kimi_native.errors import ConfigError, KimiNativeError
+from kimi_native.errors import ConfigError, KimiNativeError, RequestError
+
+
+def model_folder(op: str, path: object) -> Path:
+    """The path of a model folder as the caller of `op` gave it; whether it is one shows when it is read.
+
+    Raises TypeError on what is no path, RequestError on an empty one, which Path takes for the current folder.
+    """
+    if not isinstance(path, str) and not isinstance(path, os.PathLike):
+        raise TypeError(f"{op}: the folder must be a str or os.PathLike (got {path!r:.80})")
+    if not os.fspath(path):
+        raise RequestError(f"{op}: the folder must be named (got an empty path)")
+    return Path(path)
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a text can name a file of a folder, and nothing outside it."""
+    return 0 < len(name) <= 255 and name not in (".", "..") and not any(c in name for c in "/\\\0")
 
 
 def file_inside(folder: Path, name: str, error: type[KimiNativeError] = ConfigError) -> Path:
@@ -18,7 +35,7 @@ def file_inside(folder: Path, name: str, error: type[KimiNativeError] = ConfigEr
     Raises `error` on a name with a folder part, on a link elsewhere, to nothing or to itself, and on anything but a
     regular file; FileNotFoundError or NotADirectoryError if nothing has that name.
     """
-    if not name or name in (".", "..") or len(name) > 255 or any(c in name for c in "/\\\0"):
+    if not is_plain_name(name):
         raise error(f"{folder}: a file name must be plain, without a folder (got {name!r})")
     path = folder / name
     os.lstat(path)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kimi_native import _native
 from kimi_native.arena import Arena, ViewsOnly
+from kimi_native.checks import check_integer, check_type
 
 # ---- runtime settings -----------------------------------------------------------------------------------------------
 
@@ -36,7 +37,8 @@ def active_isa() -> str:
 
 
 def force_isa(name: str) -> None:
-    """Use one kernel tier; "" returns to the default. Raises RuntimeError if this machine lacks it."""
+    """Use one kernel tier; "" returns to the default. Raises RuntimeError if this machine lacks it, TypeError."""
+    check_type("force_isa", "name", name, str)
     _native.force_isa(name)
 
 
@@ -46,7 +48,8 @@ def num_threads() -> int:
 
 
 def set_num_threads(n: int) -> None:
-    """Set the number of threads of native ops. Raises ValueError below 1."""
+    """Set the number of threads of native ops. Raises ValueError below 1 or above 1024, TypeError."""
+    check_integer("set_num_threads", n=n)
     _native.set_num_threads(n)
 
 

@@ -1,6 +1,7 @@
 """Public ops: check the tensors, choose the backend, call the kernel.
 
 Every op has the same name in reference.py (plain torch, naive, the specification) and in ops.h.
+A TypeError is of an argument's type or a tensor's dtype.
 The settings of native.py (backend, tier, threads, recording) are reached as attributes of this module.
 
 Fixed reduction order: natively computed rows depend on their own inputs only, to the last bit, whatever else is in the
@@ -15,10 +16,15 @@ from torch import Tensor
 from kimi_native import reference
 from kimi_native.checks import (
     check_activation,
-    check_device,
     check_dtype,
+    check_eps,
+    check_integer,
+    check_matrices,
+    check_number,
     check_rows,
     check_tensor,
+    check_type,
+    checked_out_dtype,
     require,
 )
 from kimi_native.native import (  # noqa: F401  the settings, as attributes of this module
@@ -44,6 +50,7 @@ from kimi_native.native import (  # noqa: F401  the settings, as attributes of t
 from kimi_native.weights import (
     GROUP_SIZE,
     Int4ExpertWeights,
+    Int4TiledWeight,
     Int4Weight,
     Int8Weight,
     MoeDispatch,
@@ -102,6 +109,9 @@ def moe_route(
     Raises ValueError on a shape or option, TypeError on a dtype.
     Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2. Reference: reference.moe_route.
     """
+    check_integer("moe_route", topk=topk, n_group=n_group, topk_group=topk_group)
+    check_number("moe_route", routed_scaling_factor=routed_scaling_factor)
+    check_type("moe_route", "norm_topk_prob", norm_topk_prob, bool)
     require(scoring in _SCORING, f"moe_route: scoring must be sigmoid or softmax (got {scoring})")
     require(
         group_score in _GROUP_SCORE,
@@ -145,6 +155,7 @@ def moe_dispatch(topk_ids: Tensor, experts: int) -> MoeDispatch:
 
     Raises ValueError on a shape or an id out of range, TypeError on a dtype. Reference: reference.moe_dispatch.
     """
+    check_integer("moe_dispatch", experts=experts)
     if active_backend() == "reference":
         return MoeDispatch(*reference.moe_dispatch(topk_ids, experts))
     check_tensor("moe_dispatch", "topk_ids", topk_ids, (None, None), torch.int32)
@@ -173,7 +184,10 @@ def moe_combine(
 
     Raises ValueError on a shape or an index out of range, TypeError on a dtype. Reference: reference.moe_combine.
     """
-    out_dtype = out_dtype or (rows if shared is None else shared).dtype
+    check_type("moe_combine", "dispatch", dispatch, MoeDispatch)
+    check_type("moe_combine", "rows", rows, Tensor)
+    like = rows if shared is None else shared
+    out_dtype = checked_out_dtype("moe_combine", "shared", like, out_dtype)
     if active_backend() == "reference":
         return reference.moe_combine(
             rows, dispatch.row_index, topk_weights, shared, out_dtype=out_dtype
@@ -217,7 +231,8 @@ def int4_gemm(
 
     Raises ValueError on a shape, TypeError on a dtype. Reference: reference.int4_gemm.
     """
-    out_dtype = out_dtype or x.dtype
+    check_type("int4_gemm", "weight", weight, Int4Weight, Int4TiledWeight)
+    out_dtype = checked_out_dtype("int4_gemm", "x", x, out_dtype)
     if active_backend() == "reference":
         return reference.int4_gemm(
             x, weight.weight_packed, weight.weight_scale, out_dtype=out_dtype, compute=compute
@@ -318,7 +333,10 @@ def int4_grouped_swiglu(
     Raises ValueError on a shape or index, TypeError on a dtype. Reference: reference.int4_grouped_swiglu.
     """
     op = "int4_grouped_swiglu"
-    out_dtype = out_dtype or x.dtype
+    out_dtype = checked_out_dtype(op, "x", x, out_dtype)
+    check_type(op, "dispatch", dispatch, MoeDispatch)
+    check_type(op, "gate", gate, Int4ExpertWeights)
+    check_type(op, "up", up, Int4ExpertWeights)
     require(
         (len(gate), gate.out_features, gate.in_features)
         == (len(up), up.out_features, up.in_features),
@@ -355,7 +373,10 @@ def int4_grouped_gemm(
 
     Raises ValueError on a shape or index, TypeError on a dtype. Reference: reference.int4_grouped_gemm.
     """
-    out_dtype = out_dtype or x.dtype
+    op = "int4_grouped_gemm"
+    out_dtype = checked_out_dtype(op, "x", x, out_dtype)
+    check_type(op, "dispatch", dispatch, MoeDispatch)
+    check_type(op, "weights", weights, Int4ExpertWeights)
     if active_backend() == "reference":
         return reference.int4_grouped_gemm(
             x,
@@ -364,7 +385,7 @@ def int4_grouped_gemm(
             out_dtype=out_dtype,
             compute=compute,
         )
-    return _grouped("int4_grouped_gemm", x, None, dispatch, (weights,), out_dtype, compute)
+    return _grouped(op, x, None, dispatch, (weights,), out_dtype, compute)
 
 
 # ---- dense matrices -------------------------------------------------------------------------------------------------
@@ -387,14 +408,17 @@ def bf16_gemm(
     Raises ValueError on a shape or stride, TypeError on a dtype. Reference: reference.bf16_gemm.
     """
     op = "bf16_gemm"
-    out_dtype = out_dtype or (x if out is None else out).dtype
+    check_type(op, "x", x, Tensor)
+    check_type(op, "weight", weight, Tensor)
+    out_dtype = checked_out_dtype(op, "out", x if out is None else out, out_dtype)
     if active_backend() == "reference":
         y = reference.bf16_gemm(x, weight, out_dtype=out_dtype)
         return y if out is None else out.copy_(y)
-    _check_bf16_gemm(op, x, weight, out_dtype)
+    check_matrices(op, x, weight)
     per_head = x.dim() == 3
     shape = (*x.shape[:-1], weight.shape[-2])
     y = empty(shape, out_dtype, x.device) if out is None else out
+    check_dtype(op, "out", y, *_DTYPES)
     check_rows(op, "out", y, shape, out_dtype)
     call_with_workspace(
         op,
@@ -410,27 +434,6 @@ def bf16_gemm(
     return y
 
 
-def _check_bf16_gemm(op: str, x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> None:
-    check_dtype(op, "x", x, torch.bfloat16, torch.float32)
-    check_dtype(op, "weight", weight, torch.bfloat16)
-    if out_dtype not in _DTYPES:
-        raise TypeError(f"{op}: out must be torch.bfloat16 or torch.float32 (got {out_dtype})")
-    require(
-        x.dim() == weight.dim() and x.dim() in (2, 3) and x.shape[1:-1] == weight.shape[:-2],
-        f"{op}: x and weight must be [tokens, in] and [out, in], or [tokens, heads, in] and [heads, out, in] "
-        f"(got {list(x.shape)} and {list(weight.shape)})",
-    )
-    require(
-        x.shape[-1] == weight.shape[-1],
-        f"{op}: the last sizes of x and weight must be equal (got {x.shape[-1]} and {weight.shape[-1]})",
-    )
-    require(
-        x.stride(-1) == 1 and weight.stride(-1) == 1 and weight.stride(-2) == weight.shape[-1],
-        f"{op}: rows of x and matrices of weight must be contiguous (got strides {x.stride()} and {weight.stride()})",
-    )
-    check_device(op, x)
-
-
 def int8_gemm(x: Tensor, weight: Int8Weight, *, out_dtype: torch.dtype | None = None) -> Tensor:
     """x times an INT8 matrix transposed; activations as in int4_gemm.
 
@@ -439,7 +442,8 @@ def int8_gemm(x: Tensor, weight: Int8Weight, *, out_dtype: torch.dtype | None = 
 
     Raises ValueError on a shape, TypeError on a dtype. Reference: reference.int8_gemm.
     """
-    out_dtype = out_dtype or x.dtype
+    check_type("int8_gemm", "weight", weight, Int8Weight)
+    out_dtype = checked_out_dtype("int8_gemm", "x", x, out_dtype)
     if active_backend() == "reference":
         return reference.int8_gemm(x, weight.weight, weight.weight_scale, out_dtype=out_dtype)
     parts = (weight.weight, weight.weight_scale)
@@ -466,6 +470,7 @@ def int4_quantize(w: Tensor, *, out: Int4Weight | None = None) -> Int4Weight:
     if out is None:
         packed = empty((rows, columns // 8), torch.int32)
         out = Int4Weight(packed, empty((rows, columns // GROUP_SIZE), torch.bfloat16))
+    check_type(op, "out", out, Int4Weight)
     require(
         (out.out_features, out.in_features) == (rows, columns),
         f"{op}: out must be {[rows, columns]} (got {[out.out_features, out.in_features]})",
@@ -505,6 +510,8 @@ def mla_decode(
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.1. Reference: reference.mla_decode.
     """
     op = "mla_decode"
+    check_integer(op, kv_lora_rank=kv_lora_rank)
+    check_number(op, softmax_scale=softmax_scale)
     if active_backend() == "reference":
         return reference.mla_decode(
             q, cache, page_table, seq_lens, kv_lora_rank=kv_lora_rank, softmax_scale=softmax_scale
@@ -541,8 +548,9 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     weight   [hidden]          bf16
     returns  [tokens, hidden]  of x's dtype; mean and scaling in fp32
 
-    Raises ValueError on a shape or stride, TypeError on a dtype. Reference: reference.rms_norm.
+    Raises ValueError on a shape, stride or eps, TypeError on a dtype. Reference: reference.rms_norm.
     """
+    check_eps("rms_norm", eps)
     if active_backend() == "reference":
         return reference.rms_norm(x, weight, eps=eps)
     check_dtype("rms_norm", "x", x, torch.bfloat16, torch.float32)
@@ -573,8 +581,9 @@ def add_rms_norm(
     weight       [hidden]          bf16
     returns      y, sum            [tokens, hidden] each, of x's dtype; y = rms_norm(sum)
 
-    Raises ValueError on a shape, TypeError on a dtype. Reference: reference.add_rms_norm.
+    Raises ValueError on a shape or eps, TypeError on a dtype. Reference: reference.add_rms_norm.
     """
+    check_eps("add_rms_norm", eps)
     if active_backend() == "reference":
         return reference.add_rms_norm(x, residual, weight, eps=eps)
     check_activation("add_rms_norm", "x", x, (None, None))
@@ -618,6 +627,7 @@ def rope_append(
     Raises ValueError on a shape, stride or slot, TypeError on a dtype. Reference: reference.rope_append.
     """
     op = "rope_append"
+    check_type(op, "q", q, Tensor)
     if active_backend() == "reference":
         return reference.rope_append(q, latent, k_rope, cos, sin, slots, cache, q_out)
     check_activation(op, "cache", cache, (None, None, None))
@@ -663,11 +673,5 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     check_activation("swiglu", "gate", gate, (None, None))
     check_tensor("swiglu", "up", up, tuple(gate.shape), gate.dtype)
     y = empty(gate.shape, gate.dtype, gate.device)
-    call(
-        "swiglu",
-        (gate, up, y),
-        _DTYPES[gate.dtype],
-        gate.shape[0],
-        gate.shape[1],
-    )
+    call("swiglu", (gate, up, y), _DTYPES[gate.dtype], *gate.shape)
     return y

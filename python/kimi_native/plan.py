@@ -13,7 +13,7 @@ from typing import Any
 from kimi_native.cache import PAGE_SIZE
 from kimi_native.checkpoint import Checkpoint, StoredMatrices
 from kimi_native.config import KimiConfig
-from kimi_native.errors import MemoryPlanError
+from kimi_native.errors import MemoryPlanError, RequestError
 from kimi_native.huge_pages import aligned_bytes
 from kimi_native.machine import available_memory
 from kimi_native.safetensors_file import DTYPE_BYTES, TensorInfo
@@ -152,6 +152,13 @@ def _check_settings(s: Settings) -> None:
         value = getattr(s, name)
         if value not in allowed:
             raise ValueError(f"memory_plan: {name} must be {' or '.join(allowed)} (got {value!r})")
+
+
+def check_context(op: str, config: KimiConfig, max_context: int | None) -> None:
+    """Raises RequestError, named for the command `op`, on a max_context that the model does not have; None: its own."""
+    limit = config.max_position_embeddings
+    if max_context is not None and not 1 <= max_context <= limit:
+        raise RequestError(f"{op}: max_context must be 1 to {limit} (got {max_context})")
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------

@@ -145,7 +145,6 @@ _NANO = {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "nano": _NANO,
     "tiny": _TINY,
     "tiny-noqlora": {**_TINY, "q_lora_rank": None, "n_shared_experts": 2, "rope_scaling": None},
     # A ramp instead of a step, and mscale != mscale_all_dim: the one case where cos and sin are scaled.
@@ -172,6 +171,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # The multimodal wrapper of K2.5 and later, text part only: nested config, prefixed tensor names.
     "tiny-k25": {**_TINY, "rope_scaling": _yarn(64.0, 128, beta_fast=32.0)},
+    "nano": _NANO,
     "moonlight-small": {**_MOONLIGHT, "num_hidden_layers": 9, "vocab_size": 32768},
     "moonlight-16b": _MOONLIGHT,
     "k2-slice": {**_K2, "num_hidden_layers": 2, "n_routed_experts": 64, "vocab_size": 32768},

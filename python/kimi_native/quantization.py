@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import reprlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from kimi_native.errors import ConfigError
@@ -36,7 +37,7 @@ class QuantizationConfig:
         expressions = [i[3:] for i in self.ignore if i.startswith("re:")]
         exact = {i.removeprefix(p) for i in self.ignore for p in ("", *TEXT_PREFIXES)}
         object.__setattr__(self, "_exact", frozenset(exact))
-        _compile_patterns(expressions)  # each by itself, for its errors
+        _check_patterns(self.ignore, "quantization_config.ignore")
         # One match a name instead of one a pattern: a model has 70,000 matrices.
         alternatives = "|".join(f"(?:{e})" for e in expressions)
         object.__setattr__(self, "_pattern", re.compile(alternatives) if expressions else None)
@@ -70,31 +71,32 @@ _MAX_PATTERNS = 32
 _MAX_PATTERN_WORK = 1 << 20
 
 
-def _compile_patterns(expressions: list[str]) -> tuple[re.Pattern[str], ...]:
-    """Compiled expressions whose matching time is bounded: no back-reference, no repeated group."""
+def _check_patterns(names: Iterable[str], where: str) -> None:
+    """Each "re:" expression by itself: valid, and bounded in matching time (no back-reference, no repeated group)."""
+    expressions = [name[3:] for name in names if name.startswith("re:")]
     if len(expressions) > _MAX_PATTERNS:
         raise ConfigError(
-            f"quantization_config.ignore: at most {_MAX_PATTERNS} patterns (got {len(expressions)})"
+            f"{where} must hold at most {_MAX_PATTERNS} patterns (got {len(expressions)})"
         )
     work = 0
-    patterns = []
     for expression in expressions:
         shown = reprlib.repr(expression)
         if len(expression) > _MAX_PATTERN_CHARS:
             raise ConfigError(
-                f"quantization_config.ignore: pattern of at most {_MAX_PATTERN_CHARS} characters (got {shown})"
+                f"{where}: patterns must be of at most {_MAX_PATTERN_CHARS} characters (got {shown})"
             )
-        work += _pattern_work(expression)
+        work += _pattern_work(expression, where)
         if work > _MAX_PATTERN_WORK:
-            raise ConfigError(f"quantization_config.ignore: pattern too costly to match ({shown})")
+            raise ConfigError(f"{where}: patterns must be cheaper to match (got {shown})")
         try:
-            patterns.append(re.compile(expression))
+            re.compile(expression)
         except (re.error, OverflowError, RecursionError) as e:
-            raise ConfigError(f"quantization_config.ignore: bad pattern {shown} ({e})") from None
-    return tuple(patterns)
+            raise ConfigError(
+                f"{where}: patterns must be regular expressions (got {shown}: {e})"
+            ) from None
 
 
-def _pattern_work(expression: str) -> int:
+def _pattern_work(expression: str, where: str) -> int:
     """Upper bound of backtracking steps on a 64-character name: each * or + tries 64 lengths, each | or ? two ways."""
     work, position, nothing_to_repeat = 1, 0, True
     expression = expression.removesuffix(
@@ -104,7 +106,7 @@ def _pattern_work(expression: str) -> int:
         token = _PATTERN_TOKEN.match(expression, position)
         if token is None or (nothing_to_repeat and token[0] in "*+?"):
             raise ConfigError(
-                "quantization_config.ignore: patterns may use letters, classes, groups, | and the quantifiers "
+                f"{where}: patterns may use letters, classes, groups, | and the quantifiers "
                 f"* + ? on single characters (got {reprlib.repr(expression)})"
             )
         work *= {"*": 64, "+": 64, "?": 2, "|": 2}.get(token[0], 1)
@@ -124,6 +126,7 @@ def _names(section: Section, key: str) -> tuple[str, ...]:
         return ()
     if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
         raise section.fail(key, "a list of module names")
+    _check_patterns(value, f"{section.source}: {section.path}{key}")
     return tuple(value)
 
 

@@ -27,11 +27,15 @@ MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024  # characters of one stop string: text that long is held back while streaming
 MAX_LOGPROBS = 20  # alternatives per token, as common servers allow
 MAX_TOKEN_ID = 2**31 - 1
+_REPETITION_PENALTY = (
+    1e-3,
+    10,
+)  # far above where a float32 logit divided by it would be no double any more
 _BINS = 4096  # of the top_p histogram
 _MAX_SORTED = 2048  # tokens that top_p sorts at once; beyond it the histogram is quicker
 
 # generation_config.json fields that mean the same here; the file's max_length is the context, which the engine knows.
-_CONFIG_FIELDS = {
+GENERATION_FIELDS = {
     "temperature": "temperature",
     "top_p": "top_p",
     "top_k": "top_k",
@@ -101,7 +105,7 @@ class SamplingParams:
     min_p               [0, 1]; keep tokens at least this times as likely as the likeliest
     presence_penalty    [-2, 2]; subtracted from the logit of every token already generated
     frequency_penalty   [-2, 2]; the same, times the number of times it was generated
-    repetition_penalty  (0, 10]; logits of tokens in prompt or output are divided by it (multiplied if negative)
+    repetition_penalty  [0.001, 10]; logits of tokens in prompt or output are divided by it (multiplied if negative)
     max_tokens          None: up to engine.DEFAULT_MAX_TOKENS. Always limited by the end of the context
     stop                string or up to 16 strings that end the answer and are cut off; kept as a tuple
     stop_token_ids      up to 16 ids that end the output, besides the checkpoint's own
@@ -135,7 +139,7 @@ class SamplingParams:
             "presence_penalty": _number("presence_penalty", self.presence_penalty, -2, 2),
             "frequency_penalty": _number("frequency_penalty", self.frequency_penalty, -2, 2),
             "repetition_penalty": _number(
-                "repetition_penalty", self.repetition_penalty, 0, 10, open_low=True
+                "repetition_penalty", self.repetition_penalty, *_REPETITION_PENALTY
             ),
             "stop": _stops(self.stop),
             "stop_token_ids": _stop_ids(self.stop_token_ids),
@@ -155,9 +159,13 @@ class SamplingParams:
 
     @classmethod
     def from_generation_config(
-        cls, generation_config: Mapping[str, Any], **overrides: Any
+        cls,
+        generation_config: Mapping[str, Any],
+        source: str = "generation_config.json",
+        /,
+        **overrides: Any,
     ) -> SamplingParams:
-        """Defaults from a checkpoint's generation_config.json, then `overrides`.
+        """Defaults from a checkpoint's generation_config.json, then `overrides`; errors name the file as `source`.
 
         Only the fields that the file holds are taken; `do_sample: false` means temperature 0; null means absent.
 
@@ -166,20 +174,19 @@ class SamplingParams:
         check_names(overrides)
         fields = {
             ours: generation_config[theirs]
-            for theirs, ours in _CONFIG_FIELDS.items()
+            for theirs, ours in GENERATION_FIELDS.items()
             if generation_config.get(theirs) is not None
         }
         do_sample = generation_config.get("do_sample")
         if do_sample is not None and not isinstance(do_sample, bool):
-            raise ConfigError(
-                f"generation_config.json: do_sample must be true or false (got {do_sample!r})"
-            )
+            raise ConfigError(f"{source}: do_sample must be true or false (got {do_sample!r})")
         if do_sample is False:
             fields["temperature"] = 0.0
         try:
             defaults = cls(**{k: v for k, v in fields.items() if k not in overrides})
         except RequestError as error:
-            raise ConfigError(f"generation_config.json: {error}") from error
+            what = str(error).removeprefix("sampling: ")
+            raise ConfigError(f"{source}: {what}") from error
         return dataclasses.replace(defaults, **overrides)
 
     def replace(self, **overrides: Any) -> SamplingParams:

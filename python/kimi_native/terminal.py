@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from kimi_native.errors import KimiNativeError
 from kimi_native.units import bytes_text
 
 PIPE_WIDTH = (
@@ -83,3 +84,11 @@ def shown(text: str) -> str:
 def note(text: str) -> None:
     """One line on stderr."""
     print(f"kimi-native: {' '.join(text.split())}", file=sys.stderr)
+
+
+def error_text(error: BaseException) -> str:
+    """What an error says; one of the system's with the file first, as the package's own have it."""
+    named = isinstance(error, OSError) and not isinstance(error, KimiNativeError)
+    if named and error.filename is not None and error.strerror:
+        return f"{error.filename}: cannot be used (got {error.strerror})"
+    return str(error) or type(error).__name__

@@ -8,8 +8,16 @@ import pytest
 import torch
 
 from kimi_native import reference
-from oracle import assert_same_bits, assert_within, bound_limb_gemm, fixed_point, make_int4, make_x
-from simt import SCHEDULES, simt_only, stats
+from oracle import (
+    Quantized,
+    assert_same_bits,
+    assert_within,
+    bound_limb_gemm,
+    fixed_point,
+    make_int4,
+    make_x,
+)
+from simt import SCHEDULES, Schedule, simt_only, stats
 from simt_ops import run_op
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -92,7 +100,7 @@ def expected_gemm(x, w):
 
 @schedules
 @pytest.mark.parametrize(("x_dtype", "y_dtype"), [(BF16, BF16), (FP32, FP32)])
-@pytest.mark.parametrize("tokens", [0, 1, 4, 5, 8, 9, 16, 17])
+@pytest.mark.parametrize("tokens", [0, 1, 4, 5, 8, 9, 16, 17, 33, 129])
 @pytest.mark.parametrize(("out", "in_"), [(1, 32), (17, 96), (33, 1056)])
 def test_cuda_int4_gemm_matches_float64(out, in_, tokens, x_dtype, y_dtype, schedule):
     """The CPU's bound holds: a term passes at most 2 ceil(tiles / 8) multiply-adds of its warp and min(7, tiles - 1)
@@ -103,43 +111,75 @@ def test_cuda_int4_gemm_matches_float64(out, in_, tokens, x_dtype, y_dtype, sche
     assert_within(y, expected, bound_limb_gemm(x, w.dequantized(), expected, y_dtype))
 
 
-def test_cuda_int4_gemm_matches_float64_at_a_model_width():
-    x, w = make_x(2, 7168), make_int4(32, 7168)
+def test_cuda_int4_gemm_of_many_tokens_matches_float64_past_one_block():
+    x, w = make_x(150, 288, FP32), make_int4(150, 288)
+    expected = expected_gemm(x, w)
+    y = int4_gemm(x, int4_pack(w), 150, y_dtype=FP32, schedule=SCHEDULES[-1])
+    assert_within(y, expected, bound_limb_gemm(x, w.dequantized(), expected, FP32))
+
+
+@pytest.mark.parametrize("tokens", [2, 33])
+def test_cuda_int4_gemm_matches_float64_at_a_model_width(tokens):
+    x, w = make_x(tokens, 7168), make_int4(32, 7168)
     expected = expected_gemm(x, w)
     y = int4_gemm(x, int4_pack(w), 32)
     assert_within(y, expected, bound_limb_gemm(x, w.dequantized(), expected, BF16))
 
 
-def test_cuda_int4_gemm_multiplies_with_the_same_fixed_point_as_the_cpu():
+def of_every_size(x):
+    """fp32 tokens whose sizes go from below the smallest normal number to near the largest one."""
+    exponents = torch.linspace(-146, 114, x.shape[0]).round()
+    return (x.double() * 2.0 ** exponents[:, None].double()).float()
+
+
+@pytest.mark.parametrize("tokens", [6, 40])
+def test_cuda_int4_gemm_multiplies_with_the_same_fixed_point_as_the_cpu(tokens):
     # Products of one group are exact, so fp32 results of a single group tell the values that were multiplied.
-    x, w = make_x(6, 32, FP32), make_int4(16, 32)
+    x, w = of_every_size(make_x(tokens, 32, FP32)), make_int4(16, 32)
     y = int4_gemm(x, int4_pack(w), 16, y_dtype=FP32)
     exact = fixed_point(x) @ w.dequantized().T
     assert torch.equal(y, exact.float())
 
 
-def test_cuda_int4_gemm_row_does_not_depend_on_the_others():
-    x, w = make_x(17, 1056), make_int4(20, 1056)
+def test_cuda_int4_gemm_is_exact_at_the_ends_of_both_ranges():
+    # All weights -8 or 7, all limbs at their ends: the largest integers that a group can give, in both kernels.
+    ends = torch.tensor([-32639.0, 32639.0, 32512.0, -32640.0, 127.0, -128.0])
+    x = torch.cat([ends[:, None].expand(6, 32), make_x(30, 32, FP32)]).contiguous()
+    w = Quantized(torch.tensor([[-8], [7]]).expand(2, 32), torch.tensor([[0.75], [1.5]]).bfloat16())
+    exact = (fixed_point(x) @ w.dequantized().T).float()
+    assert torch.equal(int4_gemm(x, int4_pack(w), 2, y_dtype=FP32), exact)
+    assert torch.equal(int4_gemm(x[:6].contiguous(), int4_pack(w), 2, y_dtype=FP32), exact[:6])
+
+
+@pytest.mark.parametrize("in_", [32, 96, 544, 1056])
+def test_cuda_int4_gemm_row_has_the_same_bits_in_every_kernel(in_):
+    x, w = make_x(140, in_, FP32), make_int4(150, in_)
+    x[::3] = of_every_size(x[::3])
     packed = int4_pack(w)
-    together = int4_gemm(x, packed, 20, y_dtype=FP32)
-    for first, last in [(0, 1), (3, 4), (2, 7), (8, 17)]:
-        alone = int4_gemm(x[first:last].contiguous(), packed, 20, y_dtype=FP32)
+    together = int4_gemm(x, packed, 150, y_dtype=FP32)
+    for first, last in [(0, 1), (3, 4), (2, 7), (8, 25), (100, 132), (30, 70), (126, 140)]:
+        alone = int4_gemm(
+            x[first:last].contiguous(), packed, 150, y_dtype=FP32, schedule=Schedule(seed=5)
+        )
         assert_same_bits(alone, together[first:last])
 
 
+@pytest.mark.parametrize("tokens", [6, 40])
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-def test_cuda_int4_gemm_spoils_exactly_the_rows_with_a_non_finite_input(poison):
-    x, w = make_x(6, 320), make_int4(18, 320)
+def test_cuda_int4_gemm_spoils_exactly_the_rows_with_a_non_finite_input(poison, tokens):
+    x, w = make_x(tokens, 320), make_int4(18, 320)
     x[3, 319] = poison
     y = int4_gemm(x, int4_pack(w), 18)
     assert y[3].isnan().all()
-    assert y[[0, 1, 2, 4, 5]].isfinite().all()
+    others = [t for t in range(tokens) if t != 3]
+    assert y[others].isfinite().all()
 
 
 @simt_only
-def test_cuda_int4_gemm_reads_shared_memory_without_bank_conflicts():
-    x, w = make_x(4, 1024), make_int4(32, 1024)
-    int4_gemm(x, int4_pack(w), 32)
+@pytest.mark.parametrize(("tokens", "out"), [(4, 32), (128, 128)])
+def test_cuda_int4_gemm_reads_shared_memory_without_bank_conflicts(tokens, out):
+    x, w = make_x(tokens, 1024), make_int4(out, 1024)
+    int4_gemm(x, int4_pack(w), out)
     counts = stats()
     assert counts["wavefronts"] == counts["ideal_wavefronts"]
 
@@ -152,7 +192,7 @@ def test_cuda_int4_gemm_reads_shared_memory_without_bank_conflicts():
         ({"in": 48}, "in must be a positive multiple of 32"),
         ({"x_dtype": 2}, r"x must be bf16 \(0\) or fp32 \(1\)"),
         ({"tokens": -1}, "non-negative"),
-        ({"workspace": 64, "workspace_bytes": 10}, "workspace must have 288 bytes"),
+        ({"workspace": 64, "workspace_bytes": 10}, "workspace must have 272 bytes"),
         ({"weight_packed": 8}, "must be 16-byte aligned"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 from grouped import COUNTS, expert_of_row, in_order, make_dispatch, make_experts
 from kimi_native import reference
 from oracle import assert_same_bits, assert_within, bound_limb_gemm, make_x
-from simt import SCHEDULES, Fault, simt_only
+from simt import SCHEDULES, Fault, simt_only, stats
 from simt_ops import run_op
 from test_cuda_int4_gemm import int4_gemm, int4_pack
 from test_int4_grouped_swiglu import bound_swiglu
@@ -83,17 +83,43 @@ def test_cuda_int4_grouped_gemm_matches_float64(out, in_, dtype, counts, schedul
     assert_within(y, expected, bound)
 
 
+# Experts with segments alone, a tile alone, and a tile with segments behind it.
+MIXED = (3, 0, 1, 17, 40, 150, 0)
+
+
 def test_cuda_int4_grouped_gemm_has_the_bits_of_int4_gemm():
-    counts, out, in_ = (3, 0, 1, 17, 0), 20, 1056
-    experts, x = make_experts(5, out, in_), make_x(21, in_)
+    out, in_ = 150, 544
+    experts, x = make_experts(len(MIXED), out, in_), make_x(sum(MIXED), in_)
     packed = [int4_pack(w) for w in experts]
-    tiles, scales = pointers(packed, counts)
-    dispatch = in_order(make_dispatch(counts, 1))
+    tiles, scales = pointers(packed, MIXED)
+    dispatch = in_order(make_dispatch(MIXED, 1))
     weights = {"weight_packed": tiles, "weight_scale": scales}
     y = run_grouped("int4_grouped_gemm", x, dispatch, weights, out, y_dtype=FP32, indexed=False)
-    for row, expert in enumerate(expert_of_row(counts)):
-        alone = int4_gemm(x[row : row + 1].contiguous(), packed[expert], out, y_dtype=FP32)
+    expert = expert_of_row(MIXED)
+    for row in (*range(25), 35, 60, 61, 100, 188, 189, 204, 210):
+        alone = int4_gemm(x[row : row + 1].contiguous(), packed[expert[row]], out, y_dtype=FP32)
         assert_same_bits(y[row : row + 1], alone)
+
+
+def test_cuda_int4_grouped_swiglu_row_has_the_same_bits_in_every_kernel():
+    out, in_ = 70, 544
+    parts = [make_experts(len(MIXED), out, in_, seed=s) for s in (1, 2)]
+    gate, up = [[int4_pack(w) for w in part] for part in parts]
+    x, expert = make_x(11, in_), expert_of_row(MIXED)
+
+    def run(dispatch, counts):
+        weights = {}
+        for name, packed in (("gate", gate), ("up", up)):
+            weights[f"{name}_packed"], weights[f"{name}_scale"] = pointers(packed, counts)
+        return run_grouped("int4_grouped_swiglu", x, dispatch, weights, out, y_dtype=FP32)
+
+    dispatch = make_dispatch(MIXED, 11)
+    y = run(dispatch, MIXED)
+    for row in (0, 3, 4, 20, 21, 60, 61, 100, 188, 189, 204, 210):
+        counts = [int(e == expert[row]) for e in range(len(MIXED))]
+        alone = make_dispatch(counts, 11)
+        alone.token_index[:] = dispatch.token_index[row]
+        assert_same_bits(y[row : row + 1], run(alone, counts))
 
 
 @functools.cache
@@ -157,8 +183,20 @@ def test_cuda_int4_grouped_gemm_stops_at_a_bad_index(offsets, index, message):
 
 
 @simt_only
-def test_cuda_int4_grouped_gemm_stops_at_a_null_pointer_of_an_expert_with_rows():
-    x, dispatch, packed, _, _ = down_case((2, 1, 1), 5, 32, BF16)
+def test_cuda_int4_grouped_swiglu_of_many_tokens_has_no_bank_conflicts():
+    x, dispatch, (gate, up), _, _ = swiglu_case((128,), 64, 544, BF16)
+    weights = {}
+    for part, packed in (("gate", gate), ("up", up)):
+        weights[f"{part}_packed"], weights[f"{part}_scale"] = pointers(packed, (128,))
+    run_grouped("int4_grouped_swiglu", x, dispatch, weights, 64, y_dtype=BF16)
+    counts = stats()
+    assert counts["wavefronts"] == counts["ideal_wavefronts"]
+
+
+@simt_only
+@pytest.mark.parametrize("rows", [1, 40])
+def test_cuda_int4_grouped_gemm_stops_at_a_null_pointer_of_an_expert_with_rows(rows):
+    x, dispatch, packed, _, _ = down_case((2, rows, 1), 5, 32, BF16)
     tiles, scales = pointers(packed, (2, 0, 1))
     weights = {"weight_packed": tiles, "weight_scale": [*scales[:1], 0, *scales[2:]]}
     weights["weight_packed"][1] = 0

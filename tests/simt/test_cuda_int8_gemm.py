@@ -100,7 +100,7 @@ def test_cuda_int8_gemm_reads_shared_memory_without_bank_conflicts():
         ({"in": 48}, "in must be a positive multiple of 32"),
         ({"x_dtype": 2}, r"x must be bf16 \(0\) or fp32 \(1\)"),
         ({"tokens": -1}, "non-negative"),
-        ({"workspace_bytes": 10}, "workspace must have 288 bytes"),
+        ({"workspace_bytes": 10}, "workspace must have 272 bytes"),
         ({"workspace": 72}, "16-byte aligned"),
         ({"weight": 8}, "weight must be 16-byte aligned on a GPU"),
         ({"weight_scale": 65}, "weight_scale must be aligned to their elements"),

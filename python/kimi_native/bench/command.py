@@ -120,11 +120,29 @@ def _program(args: argparse.Namespace, programs: list[str], options: tuple[str, 
 def _e2e(args: argparse.Namespace) -> int:
     if args.folders and args.preset:
         raise RequestError("bench e2e: give folders or --preset, not both")
+    _threads(args)
+    for folder in args.folders:
+        _check_e2e(args, folder)
     if len(args.folders) > 1:
         return _e2e_folders(args)
     with _folder(args) as folder:
         _e2e_one(args, folder)
     return 0
+
+
+def _e2e_counts(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "prompt_tokens": args.prompt_tokens or (64 if args.quick else 512),
+        "new_tokens": args.new_tokens or (4 if args.quick else 32),
+        "depths": _counts("--depths", args.depths or ("1,256" if args.quick else DEFAULT_DEPTHS)),
+    }
+
+
+def _check_e2e(args: argparse.Namespace, folder: str) -> None:
+    """Before the machine is measured, and before a first folder of several is."""
+    from kimi_native.bench import e2e
+
+    e2e.check(folder, **_e2e_counts(args))
 
 
 @contextlib.contextmanager
@@ -146,7 +164,7 @@ def _e2e_one(args: argparse.Namespace, folder: str) -> None:
     from kimi_native.bench import e2e
     from kimi_native.bench.rows import measure_limits, row_line
 
-    depths = _counts("--depths", args.depths or ("1,256" if args.quick else DEFAULT_DEPTHS))
+    counts = _e2e_counts(args)
     limits = measure_limits(_threads(args), quick=args.quick)
     _print_limits(args, limits)
     rows: list[dict[str, Any]] = []
@@ -161,9 +179,7 @@ def _e2e_one(args: argparse.Namespace, folder: str) -> None:
     e2e.measure(
         folder,
         limits=limits,
-        prompt_tokens=args.prompt_tokens or (64 if args.quick else 512),
-        new_tokens=args.new_tokens or (4 if args.quick else 32),
-        depths=depths,
+        **counts,
         dtype=args.dtype,
         dense=args.dense,
         report=report,

@@ -19,10 +19,11 @@ from kimi_native import ops
 from kimi_native.bench.load import OtherLoad
 from kimi_native.bench.rows import Limits, make_row
 from kimi_native.cache import PAGE_SIZE, CachedSequence, LatentCache
+from kimi_native.checkpoint import Checkpoint
 from kimi_native.errors import RequestError
 from kimi_native.loader import DTYPES, load_model
 from kimi_native.model import Experts, KimiModel
-from kimi_native.plan import available_memory
+from kimi_native.plan import available_memory, check_context
 from kimi_native.recorded import RecordedModel
 from kimi_native.sampling import SamplingParams, TokenHistory, sample
 from kimi_native.weights import Int4ExpertWeights, Int4Weight, Int8Weight
@@ -165,6 +166,23 @@ def _read_files(paths: list[Path]) -> None:
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 
+def check(folder: str, *, prompt_tokens: int, new_tokens: int, depths: list[int]) -> int:
+    """The context that `measure` needs. Reads headers only: a wrong folder should not cost a measured machine.
+
+    Raises what Checkpoint.open raises; RequestError on a count below 1, or a context that the model does not have.
+    """
+    for name, counts in (
+        ("prompt_tokens", [prompt_tokens]),
+        ("new_tokens", [new_tokens]),
+        ("depths", depths),
+    ):
+        if not counts or min(counts) < 1:
+            raise RequestError(f"e2e: {name} must be at least 1 (got {counts})")
+    max_context = max(prompt_tokens, WARM_UP_TOKENS, max(depths) + new_tokens + 2)
+    check_context("e2e", Checkpoint.open(folder).config, max_context)
+    return max_context
+
+
 def measure(
     folder: str,
     *,
@@ -182,18 +200,11 @@ def measure(
     new_tokens     decoded at each depth
     depths         tokens cached before them
 
-    Raises what load_model raises; RequestError on a count or depth below 1.
+    Raises what check and load_model raise.
     """
-    for name, counts in (
-        ("prompt_tokens", [prompt_tokens]),
-        ("new_tokens", [new_tokens]),
-        ("depths", depths),
-    ):
-        if not counts or min(counts) < 1:
-            raise RequestError(f"e2e: {name} must be at least 1 (got {counts})")
+    max_context = check(folder, prompt_tokens=prompt_tokens, new_tokens=new_tokens, depths=depths)
     ops.set_num_threads(limits.threads)
     torch.set_num_threads(limits.threads)
-    max_context = max(prompt_tokens, WARM_UP_TOKENS, max(depths) + new_tokens + 2)
     loaded = LoadedModel(folder, max_context=max_context, dtype=dtype, dense=dense)
     loaded.prefill_seconds(WARM_UP_TOKENS)
     shared = {"dense": dense, "dtype": dtype}

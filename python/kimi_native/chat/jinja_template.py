@@ -2,14 +2,15 @@
 
 The template is code of whoever published the checkpoint, so it runs in a sandbox (sandbox.py). Text of the caller can
 never become a control token: it is marked before the template sees it (masking.py), and only names without a mark in
-them are control tokens afterwards. A template that reads such text itself (say, one that cuts an answer at </think>)
-would do otherwise with the marks in; that is an error, not another prompt.
+them are control tokens afterwards. A template that decides by that text (say, one that cuts an answer at </think>)
+would write something else with the marks in; that is an error, not another prompt.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,20 +57,32 @@ class JinjaTemplate:
         keep_thinking  "auto": which reasoning is shown is the template's decision
 
         Raises RequestError on a bad conversation, an error in the template (with its line), a broken limit, or a
-        template that reads text which looks like control tokens; TokenizerError for a lone surrogate.
+        template that decides by the text of a message; TokenizerError for a lone surrogate.
         """
         if keep_thinking != "auto":
             raise RequestError(
                 f"chat template: keep_thinking must be 'auto', the template decides (got {keep_thinking!r})"
             )
-        given = {
-            "messages": [_message_dict(m) for m in as_messages(messages)],
-            "tools": json.loads(json_text("chat: tools", declarations(tools))) or None,
-        }
-        mask = Mask(tokenizer.control_ids, given)
+        messages = as_messages(messages)
+        declared = json.loads(json_text("chat: tools", declarations(tools))) or None
         fixed = {**self.tokens, "add_generation_prompt": add_generation_prompt, "documents": None}
         if thinking is not None:
             fixed |= {"thinking": thinking, "enable_thinking": thinking}
+        given = {"messages": [_message_dict(m, _arguments) for m in messages], "tools": declared}
+        try:
+            return self._ids(given, fixed, tokenizer)
+        except RequestError:
+            if not any(m.tool_calls for m in messages):
+                raise
+            # Some templates take arguments as text. If that is no better, the first error is the one to see.
+            given["messages"] = [_message_dict(m, str) for m in messages]
+            with contextlib.suppress(RequestError):
+                return self._ids(given, fixed, tokenizer)
+            raise
+
+    def _ids(self, given: dict[str, Any], fixed: dict[str, Any], tokenizer: Tokenizer) -> list[int]:
+        """given: what is the caller's; fixed: the other variables."""
+        mask = Mask(tokenizer.control_ids, given)
         try:
             masked = {key: mask.masked(value) for key, value in given.items()}
         except RecursionError:
@@ -79,10 +92,10 @@ class JinjaTemplate:
         )
         if mask.unmasked(marked) != plain:
             raise RequestError(
-                "chat template: it treats text of the conversation that looks like control tokens as such; give "
-                "reasoning as reasoning_content and calls as tool_calls, and leave such text out of the rest"
+                "chat template: must not decide by the text of a message (got another prompt with that text marked); "
+                "give reasoning as reasoning_content and calls as tool_calls"
             )
-        parts = mask.parts(marked, tokenizer.control_ids)
+        parts = mask.parts(marked)
         if not any(mask.holds_name(part) for part in parts if isinstance(part, str)):
             return tokenizer.encode_with_control(plain)
         return tokenizer.encode_parts(parts)
@@ -130,8 +143,8 @@ def _token_name(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _message_dict(message: Message) -> dict[str, Any]:
-    """As templates expect a message: absent fields absent, arguments as an object where they are one."""
+def _message_dict(message: Message, arguments: Callable[[str], Any]) -> dict[str, Any]:
+    """As templates expect a message, absent fields absent; `arguments` turns those of a call into what is shown."""
     given: dict[str, Any] = {"role": message.role, "content": message.content or ""}
     for field in ("reasoning_content", "tool_call_id", "name"):
         if getattr(message, field) is not None:
@@ -141,7 +154,7 @@ def _message_dict(message: Message) -> dict[str, Any]:
             {
                 "id": call.id,
                 "type": "function",
-                "function": {"name": call.name, "arguments": _arguments(call.arguments)},
+                "function": {"name": call.name, "arguments": arguments(call.arguments)},
             }
             for call in message.tool_calls
         ]
@@ -149,6 +162,7 @@ def _message_dict(message: Message) -> dict[str, Any]:
 
 
 def _arguments(text: str) -> Any:
+    """The object that the text holds, or the text."""
     try:
         value = json.loads(text or "{}")
     except (ValueError, RecursionError):

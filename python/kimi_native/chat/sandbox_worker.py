@@ -7,6 +7,7 @@ Imports nothing of this package and is told nothing but the conversation.
 
 from __future__ import annotations
 
+import codecs
 import functools
 import json
 import resource
@@ -27,14 +28,17 @@ TEMPLATE_ERRORS = (
     TemplateError,
     ArithmeticError,
     AttributeError,
+    ImportError,
     LookupError,
     MemoryError,
+    OSError,
     RuntimeError,
     TypeError,
     ValueError,
 )
 MAX_MESSAGE = 300
-OPEN_FILES = 16
+WARM_UP = "{{ [1] | tojson }}{{ 'a\\n' | title | pprint }}{{ strftime_now('%c') }}{{ 1 / 0 }}"
+OPEN_FILES = 3  # stdin, stdout, stderr: no other file or socket can be opened
 
 
 class LimitError(ValueError):
@@ -160,6 +164,10 @@ def _set_limits(limits: dict[str, int]) -> None:
 def main() -> None:
     limits = json.loads(sys.argv[1])
     renderer = Renderer(limits)
+    # What is loaded at first use must be there before nothing more can be opened.
+    for codec in ("ascii", "latin-1", "unicode_escape", "utf-8"):
+        codecs.lookup(codec)
+    renderer.render({"template": WARM_UP, "variables": [{}], "mark": "x"})
     _set_limits(limits)
     print("{}", flush=True)
     for line in sys.stdin:

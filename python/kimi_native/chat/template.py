@@ -4,8 +4,9 @@ A message is ROLE_TOKEN role_name <|im_middle|> body <|im_end|>, with no newline
 that this file emits itself; whatever the caller wrote goes through Tokenizer.encode, which cannot give a control id.
 So no text can open a role, close a turn or fake a tool result.
 
-Formats: k2-instruct, k2-thinking, k2.5 (also K2.6, K2.7) and moonlight. Source: the chat templates published with the
-checkpoints, byte for byte; the golden prompts are in tests/test_chat_template.py.
+Formats: k2-instruct, k2-thinking, k2.5 (also K2.6), k2.7-code and moonlight. Source: the chat templates published with
+the checkpoints, byte for byte; of k2.7-code, what is said of it: k2.5 that always thinks and keeps it. The golden
+prompts are in tests/test_chat_template.py.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from os import PathLike, fspath
 from typing import Any, Literal, Protocol, get_args
 
 from kimi_native.chat.tool import ToolLike, declarations
@@ -29,6 +31,9 @@ ROLE_TOKENS = {"user": "<|im_user|>", "assistant": "<|im_assistant|>"}  # every 
 OTHER_ROLE_TOKEN = "<|im_system|>"
 FAMILY_TOKENS = ("<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>", "<|im_end|>")
 
+# In the folder's name, or in the cache of a hub, which keeps models--OWNER--NAME/snapshots/REVISION.
+_K27_CODE = re.compile(r"(?:\A|[/\-_])kimi-k2\.7-code[^/]*(?:/snapshots/[^/]+)?/?\Z", re.IGNORECASE)
+
 KeepThinking = Literal["auto", "all", "none"]
 
 
@@ -39,14 +44,15 @@ class ChatFormat:
     default_system  system text where the conversation does not start with a system message
     after_default   text between that message and the next
     tools           how tools are declared, None: the format has neither tools nor tool calls
-    thinking        no: no reasoning in prompts; always: the model opens <think> itself; switch: the prompt opens it
+    thinking        no: no reasoning in prompts; always: the model opens <think> itself; switch: the prompt opens it,
+                    or an empty one; forced: the prompt opens it, and all earlier reasoning is shown
     """
 
     name: str
     default_system: str | None
     after_default: str
     tools: Literal["json", "typescript"] | None
-    thinking: Literal["no", "always", "switch"]
+    thinking: Literal["no", "always", "switch", "forced"]
 
 
 _KIMI = "You are Kimi, an AI assistant created by Moonshot AI."
@@ -59,6 +65,7 @@ FORMATS = {
         ChatFormat("k2-instruct", _KIMI, "\n", tools="json", thinking="no"),
         ChatFormat("k2-thinking", _KIMI, "", tools="json", thinking="always"),
         ChatFormat("k2.5", None, "", tools="typescript", thinking="switch"),
+        ChatFormat("k2.7-code", None, "", tools="typescript", thinking="forced"),
         ChatFormat("moonlight", _MOONLIGHT, "", tools=None, thinking="no"),
     )
 }
@@ -80,13 +87,16 @@ class _Config(Protocol):
     quantization: _Quantization | None
 
 
-def detect_format(config: _Config, tokenizer: Tokenizer) -> str | None:
+def detect_format(
+    config: _Config, tokenizer: Tokenizer, folder: str | PathLike[str] = ""
+) -> str | None:
     """The chat format of a checkpoint, None if it is none of FORMATS.
 
     config  a KimiConfig; model_type and quantization decide, and for deepseek_v3 the tokenizer's control tokens
+    folder  of the checkpoint: K2.7-Code has the config.json of K2.5, only its published name tells them apart
     """
     if config.model_type == "kimi_k25":
-        return "k2.5"
+        return "k2.7-code" if _K27_CODE.search(fspath(folder)) else "k2.5"
     if config.model_type == "kimi_k2":
         # Of the K2 text models only the thinking ones are published in INT4.
         is_int4 = config.quantization is not None and config.quantization.kind == "int4"
@@ -125,6 +135,7 @@ def render(
               use still going on; none with thinking=False
         all   every message's
         none  no message's
+        k2.7-code shows every message's, as published: there auto is all, and none is refused
 
     A message whose reasoning is not shown has an empty <think></think>; k2-instruct and moonlight have no reasoning.
     Tool call ids of other providers are renamed (see canonical_tool_ids).
@@ -200,13 +211,14 @@ def _prompt(
     if fmt.default_system is not None and messages[0].role != "system":
         yield from _turn("system", "system", [fmt.default_system])
         yield fmt.after_default
+    keep_thinking = "all" if fmt.thinking == "forced" else keep_thinking
     first_shown = _first_shown(messages, thinking, keep_thinking)
     for index, message in enumerate(messages):
         body = _body(fmt, message, index >= first_shown)
         yield from _turn(message.role, message.name or message.role, body)
     if add_generation_prompt:
         yield from _opening("assistant", "assistant")
-        if fmt.thinking == "switch":
+        if fmt.thinking in ("switch", "forced"):
             yield _Control(THINK)
             if not thinking:
                 yield _Control(END_THINK)
@@ -219,7 +231,10 @@ def _check_thinking(fmt: ChatFormat, thinking: bool | None, keep_thinking: str) 
         )
     if keep_thinking == "all" and fmt.thinking == "no":
         raise RequestError(f"chat: format {fmt.name} has no reasoning (got keep_thinking='all')")
-    if thinking is not None and fmt.thinking != "switch":
+    if fmt.thinking == "forced" and (keep_thinking == "none" or thinking is False):
+        given = "thinking=False" if thinking is False else "keep_thinking='none'"
+        raise RequestError(f"chat: format {fmt.name} thinks and keeps all reasoning (got {given})")
+    if thinking is not None and fmt.thinking not in ("switch", "forced"):
         raise RequestError(
             f"chat: thinking belongs to the format k2.5 (got {thinking} with {fmt.name})"
         )

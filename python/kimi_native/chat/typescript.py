@@ -1,4 +1,4 @@
-"""Tool declarations of the format k2.5: JSON schema as TypeScript types.
+"""Tool declarations of the formats k2.5 and k2.7-code: JSON schema as TypeScript types.
 
     # Tools
 

@@ -51,6 +51,11 @@ class Batch:
     targets: Tensor
     counter: int
 
+    def to(self, device: str | torch.device) -> Batch:
+        d = self.documents
+        documents = Documents(d.ids.to(device), d.positions.to(device), d.lengths)
+        return Batch(documents, self.rows.to(device), self.targets.to(device), self.counter)
+
 
 def make_batch(
     dataset: Dataset, counter: int, *, tokens: int, seed: int, stretch: Stretch | None = None

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import embedding, linear, pad, rms_norm, scaled_dot_product_attention, silu
 
 from kimi_native.config import LATENT_NORM_EPS, KimiConfig
 from kimi_native.nano.experts import GroupedExperts, sort_rows
@@ -354,7 +354,8 @@ class KimiGraph(nn.Module):
     def forward(self, documents: Documents, rows: Tensor | None = None) -> GraphOutput:
         """Logits of all tokens, or of those that `rows` ([n] int64) lists."""
         run = self._start(documents)
-        x = self.model.embed_tokens.rounded()[documents.ids]
+        # Not weight[ids]: the gradient of that adds with atomics, in an order that differs between runs on two threads.
+        x = embedding(documents.ids, self.model.embed_tokens.rounded())
         dtype = x.dtype if x.dtype == torch.float64 else self.dtype
         for layer in self.model.layers:
             x = layer(x, dtype, run)

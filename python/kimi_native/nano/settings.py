@@ -46,7 +46,9 @@ class TrainSettings:
     stretch_chance: float = _setting(0.0, "share of the examples with random positions")
     stretch_to: int = _setting(0, "random positions stay below this")
     stretch_jumps: int = _setting(0, "at most so many jumps of the position inside an example")
-    threads: int | None = _setting(None, "of torch; a run is bit-identical for one number of them")
+    threads: int | None = _setting(
+        None, "of torch, on which the last bits depend (default: as it began)"
+    )
     device: str = _setting("cpu", "cpu or cuda")
     save_every: int = _setting(200, "steps between saved states")
     log_every: int = _setting(10, "steps between lines of the log")
@@ -84,6 +86,6 @@ class TrainSettings:
         return Stretch(self.stretch_chance, self.stretch_to, self.stretch_jumps)
 
     def fixed(self) -> dict[str, Any]:
-        """What must not change when a run goes on."""
-        names = [f.name for f in fields(self) if f.name not in CHANGEABLE]
+        """What must not change when a run goes on, threads aside: the run knows how many it had."""
+        names = [f.name for f in fields(self) if f.name not in CHANGEABLE | {"threads"}]
         return {name: getattr(self, name) for name in names}

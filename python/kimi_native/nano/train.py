@@ -36,7 +36,7 @@ from kimi_native.tokenizer_files import tokenizer_files
 
 WORLD, COPY = "world", "copy"
 WORLD_EXAMPLES = 1 << 40  # more than any run sees: no conversation comes twice
-COPY_SYMBOLS = 64
+COPY_SYMBOLS = 16
 TOKENIZER_FILES = ("tiktoken.model", "tokenizer_config.json")
 GENERATION_CONFIG = "generation_config.json"
 INTERRUPTED = 130  # as a shell reports a command that SIGINT ended

@@ -21,6 +21,7 @@ from kimi_native.json_file import parse_json
 from kimi_native.safetensors_file import SafetensorsFile
 
 STATE_NAME = "train-state.safetensors"
+COUNTS = ("threads", "steps_done", "optimizer_steps", "counter")  # what every run has of integers
 _RUN = "run"
 
 
@@ -43,7 +44,11 @@ def read_run(path: Path) -> tuple[SafetensorsFile, dict[str, Any]]:
     if _RUN not in file.tensors or file.tensors[_RUN].dtype != "U8":
         raise ModelFormatError(f"{path}: must be the state of a training run (got no run in it)")
     data = bytes(file.tensor(_RUN).numpy())
-    return file, parse_json(data, source=f"{path}: run", error=ModelFormatError)
+    run = parse_json(data, source=f"{path}: run", error=ModelFormatError)
+    for name in COUNTS:
+        if type(run.get(name)) is not int or run[name] < 0:
+            raise ModelFormatError(f"{path}: run: {name} must be a count (got {run.get(name)})")
+    return file, run
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from kimi_native.nano.balance import update_bias
 from kimi_native.nano.batches import Batch, make_batch
 from kimi_native.nano.dataset import Dataset
 from kimi_native.nano.divergence import check_loss, check_norms, norms
-from kimi_native.nano.graph import Documents, GraphOutput, KimiGraph
+from kimi_native.nano.graph import GraphOutput, KimiGraph
 from kimi_native.nano.muon import MuonAdamW, MuonSettings, qk_clip
 from kimi_native.nano.published import read_published
 from kimi_native.nano.settings import TrainSettings
@@ -111,7 +111,7 @@ class Trainer:
                 self.counter = batch.counter
                 self.steps_done += 1
                 report = self._looked_at(report)
-                if report.step % self.settings.log_every == 0 or self._is_last():
+                if self._is_logged(report):
                     append(self.folder.path / LOG_NAME, report)
                 if progress is not None:
                     progress(report)
@@ -120,11 +120,15 @@ class Trainer:
             self.save()
         return self._is_last()
 
+    def _is_logged(self, report: StepReport) -> bool:
+        due = report.step % self.settings.log_every == 0
+        return due or report.held_out_loss is not None or self._is_last()
+
     def _is_last(self) -> bool:
         return self.steps_done >= self.settings.steps
 
     def _batch(self, counter: int) -> Batch:
-        settings, device = self.settings, self.settings.device
+        settings = self.settings
         batch = make_batch(
             self.dataset,
             counter,
@@ -132,13 +136,7 @@ class Trainer:
             seed=settings.seed,
             stretch=self.stretch,
         )
-        if device == "cpu":
-            return batch
-        d = batch.documents
-        documents = Documents(d.ids.to(device), d.positions.to(device), d.lengths)
-        return replace(
-            batch, documents=documents, rows=batch.rows.to(device), targets=batch.targets.to(device)
-        )
+        return batch.to(settings.device)
 
     def _step(self, batch: Batch) -> StepReport:
         """Everything that changes the weights."""
@@ -187,6 +185,7 @@ class Trainer:
     def save(self) -> None:
         """Write the state as it is between two steps."""
         run = self._began | {
+            "threads": torch.get_num_threads(),
             "steps_done": self.steps_done,
             "optimizer_steps": self.optimizer.steps,
             "counter": self.counter,
@@ -198,6 +197,9 @@ class Trainer:
         file, run = read_run(path)
         for what, now in self._began.items():
             check_same(self.folder.path, what, run.get(what, {}), now)
+        if self.settings.threads is not None:
+            check_same(self.folder.path, "setting", _threads(run["threads"]), _threads())
+        torch.set_num_threads(run["threads"])
         restore(file, self._tensors())
         self.steps_done, self.counter = run["steps_done"], run["counter"]
         self.optimizer.steps = run["optimizer_steps"]
@@ -245,14 +247,14 @@ def evaluate(graph: KimiGraph, dataset: Dataset, *, tokens: int) -> tuple[float,
 
     tokens  how many to look at, at most
     """
-    device = graph.lm_head.weight.device
-    batch = make_batch(dataset, 0, tokens=tokens, seed=0)
-    d = batch.documents
-    documents = Documents(d.ids.to(device), d.positions.to(device), d.lengths)
-    logits = graph(documents, batch.rows.to(device)).logits
-    targets = batch.targets.to(device)
-    right = (logits.argmax(1) == targets).double().mean()
-    return float(cross_entropy(logits, targets)), float(right)
+    batch = make_batch(dataset, 0, tokens=tokens, seed=0).to(graph.lm_head.weight.device)
+    logits = graph(batch.documents, batch.rows).logits
+    right = (logits.argmax(1) == batch.targets).double().mean()
+    return float(cross_entropy(logits, batch.targets)), float(right)
+
+
+def _threads(num: int | None = None) -> dict[str, int]:
+    return {"threads": torch.get_num_threads() if num is None else num}
 
 
 def _fingerprint(dataset: Dataset) -> str:

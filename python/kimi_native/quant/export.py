@@ -30,6 +30,7 @@ from kimi_native.quant.qat import QAT_LEVELS
 from kimi_native.tensor_table import tensor_kind
 
 SHARD_NAME = "model-00001-of-00001.safetensors"
+_OWN_FILES = (CONFIG_NAME, INDEX_NAME)
 _DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int32: "I32"}
 
 
@@ -58,8 +59,7 @@ def export_checkpoint(
     stored = dict(_stored(graph, format))
     tensors = [PlainTensor(n, _DTYPES[t.dtype], tuple(t.shape)) for n, t in stored.items()]
     folder = FolderWriter("export", Path(out_dir))
-    own = {CONFIG_NAME, INDEX_NAME, *files}
-    present = folder.present_files(lambda name: name in own or is_shard(name))
+    present = folder.present_files(lambda n: n in (*_OWN_FILES, *files) or is_shard(n))
     folder.require_overwrite(present, overwrite)
     folder.require_room(needed_bytes(tensors, sum(map(len, files.values()))), freed=present)
     folder.make()

@@ -36,11 +36,13 @@ from kimi_native.checkpoint_writer import (
 )
 from kimi_native.errors import CheckpointWriteError, ModelFormatError, RequestError
 from kimi_native.folder_names import CONFIG_NAME, INDEX_NAME, UNFINISHED_NAME
+from kimi_native.model_file import model_folder
 from kimi_native.quant.ptq_plan import QuantizePlan, make_plan
 from kimi_native.quant.ptq_state import RunState, changed_file, stamps
 from kimi_native.quant.ptq_tensors import Conversion, Piece
 
 MAX_THREADS = 16  # more than any disk keeps busy
+SHARD_BYTES = 1 << 30  # what an interrupted run may lose: it goes on after the last whole shard
 _COPY_BYTES = 1 << 20
 
 Progress = Callable[[int, int], None]  # (bytes of source tensors done, bytes in all)
@@ -52,7 +54,7 @@ def quantize_checkpoint(
     *,
     levels: int = 15,
     threads: int | None = None,
-    shard_bytes: int = 4 << 30,
+    shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
     ignore_config_keys: tuple[str, ...] = (),
     progress: Progress | None = None,
@@ -75,11 +77,12 @@ def quantize_checkpoint(
 
     Raises RequestError on an argument; ConfigError and ModelFormatError on a source that is no checkpoint, is INT4
     already, has no routed experts or holds values that are not finite (by name), or that changes meanwhile;
-    CheckpointWriteError if the disk has no room, the folder is in use or a write fails.
+    CheckpointWriteError if the disk has no room, the folder is in use or a write fails. A KeyboardInterrupt meanwhile
+    is raised again with the number of finished shards as its text.
     """
     started = time.perf_counter()
     _check_arguments(levels, threads, shard_bytes)
-    source, out = Path(source), Path(out_dir)
+    source, out = model_folder("quantize", source), model_folder("quantize", out_dir)
     _check_places(source, out)
     found = stamps(source, os.listdir(source)) if source.is_dir() else {}  # before anything is read
     checkpoint = Checkpoint.open(source, ignore_keys=ignore_config_keys)
@@ -237,10 +240,15 @@ class _Run:
             folder.sync()
             folder.remove([folder.path / UNFINISHED_NAME])
         except CheckpointWriteError as error:
-            raise CheckpointWriteError(
-                f"{error}; {len(self.state.shards)} of {len(self.plan.shards)} shards are done: run the same command "
-                "again to go on"
-            ) from error
+            raise CheckpointWriteError(f"{error}; {self._progress_text()}") from error
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(self._progress_text()) from None
+
+    def _progress_text(self) -> str:
+        done, planned = len(self.state.shards), len(self.plan.shards)
+        if done == 0:
+            return f"no shard of {planned} is done: the same command begins again"
+        return f"{done} of {planned} shards are done: the same command goes on after them"
 
     def _write_shard(self, folder: FolderWriter, shard: str, pool: ThreadPoolExecutor) -> None:
         if shard in self.resumed:

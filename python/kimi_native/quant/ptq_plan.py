@@ -13,6 +13,7 @@ from typing import Any
 from kimi_native.checkpoint import Checkpoint
 from kimi_native.checkpoint_writer import PlainTensor, split
 from kimi_native.config import MAX_CONFIG_BYTES, KimiConfig
+from kimi_native.config_keys import GENERATION_PREFIX
 from kimi_native.errors import ConfigError, ModelFormatError
 from kimi_native.folder_names import CONFIG_NAME, INDEX_NAME
 from kimi_native.json_file import printable, read_json
@@ -80,9 +81,9 @@ def make_plan(
         left_out=[n for n in present if n not in taken],
         source_files=[n for n in present if n in taken],
     )
-    KimiConfig.from_dict(
-        plan.config, ignore_keys=ignore_config_keys
-    )  # what cannot be read back is not written
+    replaced = ("quantization_config.", "text_config.quantization_config.")
+    kept = [key for key in ignore_config_keys if not key.startswith((GENERATION_PREFIX, *replaced))]
+    KimiConfig.from_dict(plan.config, ignore_keys=kept)  # what cannot be read back is not written
     return plan
 
 

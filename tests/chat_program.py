@@ -71,6 +71,15 @@ def main() -> int:
         return decode(ids, cache, seqs)
 
     network.decode = slow
+    prefill, stuck = network.prefill, iter([100])
+
+    def get_stuck(ids, cache, seq):  # once, as at a very long prompt
+        if "get stuck" in model.tokenizer.decode(ids.tolist()):
+            Path(folder, "stuck").touch()
+            time.sleep(next(stuck, 0))
+        return prefill(ids, cache, seq)
+
+    network.prefill = get_stuck
     generate.load = lambda path, **options: model
     cli._parser = lambda argv: make_parser()
     return cli.main(argv)

@@ -53,7 +53,7 @@ def same_json(actual: str, expected: str) -> bool:
 
 
 def test_readme_has_what_these_tests_read():
-    assert len(blocks("python")) == 1
+    assert len(blocks("python")) == 2
     assert len(blocks("sh")) == 2
     assert [c.split()[1] for c, _ in console()] == [
         *("make-checkpoint", "generate", "generate", "inspect", "plan"),
@@ -64,7 +64,10 @@ def test_readme_has_what_these_tests_read():
 @pytest.mark.parametrize("code", blocks("python"))
 def test_readme_python_runs(in_folder_with_tiny_k2, capsys, code):
     exec(compile(code, "README.md", "exec"), {})
-    assert re.search(r"Finish\(reason='(length|stop)'", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert printed
+    if "model.stream" in code:
+        assert re.search(r"Finish\(reason='(length|stop)'", printed)
 
 
 @pytest.mark.parametrize(("command", "expected"), console(), ids=[c for c, _ in console()])

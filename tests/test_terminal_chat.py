@@ -13,6 +13,8 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,9 @@ from chat_program import make_parser
 from chat_program import say as answer
 from fakes import make_scripted_model
 from kimi_native import cli, generate
+from kimi_native.chat.types import Finish, Usage
+from kimi_native.chat_output import answer_line
+from kimi_native.generation import Timing
 from kimi_native.tokenizer import load_tokenizer
 from pseudo_terminal import PseudoTerminal
 from tokenizer_files import small_tokenizer
@@ -270,6 +275,20 @@ def test_terminal_ctrl_c_stops_the_answer_and_not_the_program(terminal):
     say(terminal, "Hello", "Message 2 came.", "You said 'Hello'.")
 
 
+def test_terminal_second_ctrl_c_stops_at_once(terminal, folder):
+    """The first one waits for the next token, which may be long in coming."""
+    terminal.enter("get stuck")
+    while not (folder / "stuck").exists():
+        time.sleep(0.01)
+    terminal.press_ctrl("c")
+    terminal.wait_for("^C")
+    time.sleep(0.2)  # two signals at once would be one
+    terminal.press_ctrl("c")
+    terminal.wait_for("stopped")
+    terminal.wait_for_prompt()
+    say(terminal, "Hello", "You said 'Hello'.")
+
+
 def test_terminal_ctrl_c_at_a_question_runs_nothing(terminal, folder):
     terminal.enter("mail")
     terminal.wait_for(ASK)
@@ -412,11 +431,28 @@ def test_pipe_json_has_every_event(pipe):
     assert events[-1]["reason"] == "stop"
 
 
-def test_pipe_says_where_an_answer_was_cut_off(pipe):
-    code, out, err = pipe("Hello\n", "--max-tokens", "25")
+@pytest.mark.parametrize(("tokens", "out"), [("25", "You said"), ("2", "")])
+def test_pipe_says_where_an_answer_was_cut_off(pipe, tokens, out):
+    """Even an answer without text is a line, so that a reader does not wait for it."""
+    code, printed, err = pipe("Hello\nHello\n", "--max-tokens", tokens)
     assert code == 0
-    assert "You said 'Hello'.".startswith(out.rstrip("\n"))
-    assert "cut off" in err
+    assert printed.count("\n") == 2
+    assert all(line.startswith(out) and "Hello" not in line for line in printed.splitlines())
+    assert err.count("cut off") == 2
+
+
+def test_answer_line_says_what_ended_an_answer():
+    timing = Timing(0.0, 0.0, 1.0, 2.0, 10.0, None)
+    for finish, end in (
+        (Finish("stop", Usage(10, 1, 4)), "| context: 11 of 64"),
+        (Finish("length", Usage(10, 1, 4)), "| cut off by max tokens"),
+        (Finish("length", Usage(60, 4, 4)), "| the context is full"),
+    ):
+        assert answer_line(finish, timing, 64).endswith(end)
+    line = answer_line(
+        Finish("stop", Usage(10, 3, 4)), replace(timing, decode_tokens_per_s=1.25), 64
+    )
+    assert line == "1.2 tokens/s | prompt: 4 reused, 6 prefilled | context: 13 of 64"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from kimi_native.chat.types import ContentDelta, Finish, ReasoningDelta, ToolCall, ToolCallDelta
-from kimi_native.conversation import ChatEvent
+from kimi_native.conversation import ChatEvent, ChatFinish
 from kimi_native.terminal import event_dict, note, print_json, shown
 from kimi_native.tool_runner import ToolResult
 
@@ -28,7 +28,8 @@ def answer_line(finish: Finish, timing: Timing, max_context: int) -> str:
         f"context: {usage.total_tokens} of {max_context}",
     ]
     if finish.reason == "length":
-        parts.append("cut off: --max-tokens or the context is used up")
+        is_full = usage.total_tokens >= max_context
+        parts.append("the context is full" if is_full else "cut off by max tokens")
     return " | ".join(parts)
 
 
@@ -79,8 +80,10 @@ class Screen:
 
     def line(self, text: str) -> None:
         """A dim line about the chat."""
+        from rich.text import Text
+
         self.end_line()
-        self._console.out(shown(text), style="dim", highlight=False)
+        self._console.print(Text(shown(text)), style="dim")
 
     def end_line(self) -> None:
         """Ends the line that is being streamed, and its style."""
@@ -131,16 +134,17 @@ class Screen:
 
 
 class Plain:
-    """A pipe: the text of the answers on stdout, one line at least for each; all else as notes on stderr."""
+    """A pipe: the text of the answers on stdout, at least one line for each message; all else as notes on stderr."""
 
     def __init__(self) -> None:
-        self._is_open = False
+        self._is_open = False  # a line
+        self._is_empty = True  # the answer to this message
 
     def show(self, event: ChatEvent) -> None:
         if isinstance(event, ContentDelta):
             sys.stdout.write(shown(event.text))
             sys.stdout.flush()
-            self._is_open = True
+            self._is_open, self._is_empty = True, False
         elif isinstance(event, Finish):
             self.clear()
             if event.reason == "length":
@@ -148,6 +152,10 @@ class Plain:
         elif isinstance(event, ToolResult):
             outcome = f": {event.content}" if event.is_error else " ran"
             note(f"{event.call.id} with {_shortened(event.call.arguments)}{outcome}")
+        elif isinstance(event, ChatFinish) and event.reason != "paused":
+            self._is_open |= self._is_empty
+            self._is_empty = True
+            self.clear()
 
     def line(self, text: str) -> None:
         note(text)
@@ -173,7 +181,10 @@ class JsonLines:
         pass
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: float) -> str | None:
+    """None for what did not run."""
+    if seconds == 0:
+        return None
     return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
 
 

@@ -17,6 +17,7 @@ from kimi_native.terminal import note
 if TYPE_CHECKING:
     from kimi_native.generate import Model
 
+_LOAD_OPTIONS = "max_context threads dtype dense device experts isa prefetch".split()  # noqa: SIM905
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
 
 
@@ -96,23 +97,17 @@ def sampling_overrides(args: argparse.Namespace) -> dict[str, Any]:
     return overrides
 
 
-def load_model(args: argparse.Namespace) -> Model:
-    """The model of --model, with a progress bar on a terminal."""
+def load_model(args: argparse.Namespace, **options: Any) -> Model:
+    """The model of --model, with a progress bar on a terminal. options: further arguments of load."""
     from kimi_native.generate import load
 
     with _memory_notes(), progress_bar("loading") as progress:
         return load(
             args.model,
-            max_context=args.max_context,
             max_batch=1,
-            threads=args.threads,
-            dtype=args.dtype,
-            dense=args.dense,
-            device=args.device,
-            experts=args.experts,
-            isa=args.isa,
-            prefetch=args.prefetch,
+            **{name: getattr(args, name) for name in _LOAD_OPTIONS},
             ignore_config_keys=args.ignore_config_key,
+            **options,
             progress=progress,
         )
 

@@ -93,6 +93,9 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     _add_generate(verb("generate", _generate, "answer one prompt"))
     _add_inspect(verb("inspect", _inspect, "show what a checkpoint holds, from its headers"))
     _add_plan(verb("plan", _plan, "show the memory a model needs; exit 1 if it does not fit"))
+    chat_cli.add_chat(
+        verb("chat", chat_cli.chat, "talk with a model in the terminal, or in a pipe")
+    )
     chat_cli.add_render(verb("render", chat_cli.render, "show a conversation as its prompt"))
     chat_cli.add_parse(verb("parse", chat_cli.parse, "show what the ids of an answer say"))
     doctor = verb("doctor", _doctor, "show what this machine offers, and check every kernel once")

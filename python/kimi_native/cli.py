@@ -7,18 +7,22 @@ Exit codes: 0 done; 1 an error with one line on stderr, a plan that does not fit
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import signal
 import sys
-import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kimi_native import chat_cli
-from kimi_native.errors import KimiNativeError, MemoryPlanWarning, RequestError
-from kimi_native.progress_bar import progress_bar
+from kimi_native.errors import KimiNativeError, RequestError
+from kimi_native.model_arguments import (
+    add_ignored_keys,
+    add_machine,
+    add_sampling,
+    add_settings,
+    import_torch,
+    load_model,
+    sampling_overrides,
+)
 from kimi_native.streams import standard_streams
 from kimi_native.terminal import error_text
 from kimi_native.terminal import note as _note
@@ -33,7 +37,6 @@ if TYPE_CHECKING:
     from kimi_native.generation import Generation
     from kimi_native.plan import MemoryPlan
 
-_LOAD_OPTIONS = "max_context threads dtype dense device experts isa prefetch".split()  # noqa: SIM905
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 _ALL_REASONING = (
     "the output ended inside the reasoning; raise --max-tokens, or look at it with --json"
@@ -56,17 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _note(f"error: {error_text(error)}")
         return 1
-
-
-def _import_torch() -> None:
-    """An interrupt that arrives while extension modules load can get lost in them: it ends the process instead."""
-    if threading.current_thread() is not threading.main_thread():
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        import torch  # noqa: F401
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
@@ -93,9 +85,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     _add_generate(verb("generate", _generate, "answer one prompt"))
     _add_inspect(verb("inspect", _inspect, "show what a checkpoint holds, from its headers"))
     _add_plan(verb("plan", _plan, "show the memory a model needs; exit 1 if it does not fit"))
-    chat_cli.add_chat(
-        verb("chat", chat_cli.chat, "talk with a model in the terminal, or in a pipe")
-    )
+    chat_cli.add_chat(verb("chat", chat_cli.chat, "talk, with tools if you like"))
     chat_cli.add_render(verb("render", chat_cli.render, "show a conversation as its prompt"))
     chat_cli.add_parse(verb("parse", chat_cli.parse, "show what the ids of an answer say"))
     doctor = verb("doctor", _doctor, "show what this machine offers, and check every kernel once")
@@ -134,71 +124,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         help="print the answer as it comes; on a terminal also the reasoning, dimmed",
     )
     output.add_argument("--json", action="store_true", help="print everything as JSON")
-    _add_sampling(parser)
-    machine = parser.add_argument_group("model and machine")
-    _add_settings(machine)
-    machine.add_argument("--threads", type=int, metavar="N", help="default: the cores there are")
-    machine.add_argument("--device", default="cpu", help="cpu (default), cuda, or cuda:N")
-    machine.add_argument("--experts", choices=["cpu"], help="keep the routed experts off the GPU")
-    machine.add_argument("--isa", metavar="NAME", help="kernel tier (default: the best here)")
-    machine.add_argument(
-        "--no-prefetch",
-        dest="prefetch",
-        action="store_false",
-        help="read each weight when it is first used, not all of them while loading",
-    )
-
-
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    sampling = parser.add_argument_group(
-        "sampling (default: the checkpoint's generation_config.json)"
-    )
-    sampling.add_argument("--max-tokens", type=int, metavar="N", help="of the answer (else 2048)")
-    sampling.add_argument("--temperature", type=float, metavar="X", help="0: the likeliest token")
-    sampling.add_argument(
-        "--top-p", type=float, metavar="X", help="the likeliest tokens of this probability together"
-    )
-    sampling.add_argument("--top-k", type=int, metavar="N", help="the N likeliest tokens; 0: off")
-    sampling.add_argument(
-        "--min-p",
-        type=float,
-        metavar="X",
-        help="tokens at least X times as likely as the likeliest",
-    )
-    sampling.add_argument("--seed", type=int, metavar="N", help="same seed, same answer")
-    sampling.add_argument(
-        "--stop", action="append", metavar="TEXT", help="ends the answer; may be repeated"
-    )
-
-
-def _add_settings(parser: Any) -> None:
-    """What decides how much memory a model takes."""
-    parser.add_argument(
-        "--max-context",
-        type=int,
-        metavar="N",
-        help="tokens of prompt and answer (default: the model's, at most 8192)",
-    )
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="activations and cache"
-    )
-    parser.add_argument(
-        "--dense",
-        choices=("bf16", "int8", "int4"),
-        default="bf16",
-        help="dense matrices: as published, or rounded to 8 or 4 bits",
-    )
-    _add_ignored_keys(parser)
-
-
-def _add_ignored_keys(parser: Any) -> None:
-    parser.add_argument(
-        "--ignore-config-key",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="accept this unknown key of config.json; may be repeated",
-    )
+    add_sampling(parser)
+    add_machine(parser)
 
 
 def _add_folder(parser: argparse.ArgumentParser) -> None:
@@ -210,13 +137,13 @@ def _add_folder(parser: argparse.ArgumentParser) -> None:
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     _add_folder(parser)
     parser.add_argument("--plan", action="store_true", help="also show the memory plan")
-    _add_settings(parser)
+    add_settings(parser)
     parser.add_argument("--max-batch", type=int, default=1, metavar="N", help="sequences at once")
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     _add_folder(parser)
-    _add_settings(parser)
+    add_settings(parser)
     parser.add_argument("--max-batch", type=int, default=1, metavar="N", help="sequences at once")
 
 
@@ -232,7 +159,7 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=int, metavar="N", help="default: the cores there are")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint in OUT")
-    _add_ignored_keys(parser)
+    add_ignored_keys(parser)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -247,25 +174,9 @@ def _folder(args: argparse.Namespace) -> str:
 
 def _generate(args: argparse.Namespace) -> int:
     prompt = _prompt(args)
-    _import_torch()
-    from kimi_native.generate import load
-
-    overrides = {
-        name: value
-        for name in ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
-        if (value := getattr(args, name)) is not None
-    }
-    _check_overrides(overrides)
-    with _memory_notes(), progress_bar("loading") as progress:
-        model = load(
-            args.model,
-            prompt=prompt,
-            raw_prompt=args.raw_prompt,
-            max_batch=1,
-            **{name: getattr(args, name) for name in _LOAD_OPTIONS},
-            ignore_config_keys=args.ignore_config_key,
-            progress=progress,
-        )
+    import_torch()
+    overrides = sampling_overrides(args)
+    model = load_model(args, prompt=prompt, raw_prompt=args.raw_prompt)
     options = {"raw_prompt": args.raw_prompt, **overrides}
     if args.stream:
         _print_stream(model.stream(prompt, **options))
@@ -298,13 +209,6 @@ def _prompt(args: argparse.Namespace) -> str:
             f"{bad} characters of {where})"
         )
     return text
-
-
-def _check_overrides(overrides: dict[str, Any]) -> None:
-    """A bad value should not cost the loading of a model."""
-    from kimi_native.sampling import SamplingParams
-
-    SamplingParams(**overrides)
 
 
 def _print_stream(events: Iterator[Any]) -> None:
@@ -358,28 +262,11 @@ def _generation_dict(result: Generation) -> dict[str, Any]:
     }
 
 
-@contextlib.contextmanager
-def _memory_notes() -> Iterator[None]:
-    """Says on stderr, in one line each, what a library user gets as MemoryPlanWarning; other warnings as ever."""
-    show = warnings.showwarning
-
-    def note(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
-        if issubclass(category, MemoryPlanWarning):
-            _note(f"note: {message}")
-        else:
-            show(message, category, *where, **options)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", MemoryPlanWarning)
-        warnings.showwarning = note
-        yield
-
-
 # ---- inspect, plan, doctor, quantize, make-checkpoint, bench --------------------------------------------------------
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    _import_torch()
+    import_torch()
     from kimi_native.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(_folder(args), ignore_keys=args.ignore_config_key)
@@ -395,7 +282,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    _import_torch()
+    import_torch()
     from kimi_native.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(_folder(args), ignore_keys=args.ignore_config_key)
@@ -432,7 +319,7 @@ def _print_plan(plan: MemoryPlan) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    _import_torch()
+    import_torch()
     from kimi_native.doctor import examine
 
     report = examine(quick=args.quick)

@@ -159,7 +159,8 @@ __device__ __forceinline__ void multiply_column_tile(SharedPtr<uint8_t> stage, i
     const auto columns = shared_cast<uint2>(stage + (limbs ^ group * kLimbGroupBytes));
 #pragma unroll
     for (int q = 0; q < kWarpQuads; ++q) {
-      if (q % 4 == 0 && q >= quads) break;  // the same for the whole warp
+      // The same for the whole warp; four quads at a time, for products that overlap.
+      if (q % 4 == 0 && q >= quads) break;
       const uint2 v = columns[q * kQuad * kTokenBytes / 8];
       const uint32_t b[2] = {v.x, v.y};
       multiply_quad(a, scales, b, steps[q * kQuad * 2 + group], acc, q);

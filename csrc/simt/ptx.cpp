@@ -58,7 +58,6 @@ void multiply(const char* what, T (&d)[4], const uint32_t (&a)[4], const uint32_
 
 float bf16_element(uint32_t word, int i) { return from_bf16_bits(word >> (16 * i) & 0xffff); }
 int32_t s8_element(uint32_t word, int i) { return int8_t(word >> (8 * i)); }
-int32_t u8_element(uint32_t word, int i) { return uint8_t(word >> (8 * i)); }
 
 // lane 8q + r has come with the address of row r of matrix q.
 template <int kMatrices>
@@ -131,10 +130,6 @@ void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b
 
 void mma_m16n8k32_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   multiply<32, int32_t, int32_t>("mma_m16n8k32_s8", d, a, b, s8_element, s8_element);
-}
-
-void mma_m16n8k32_u8s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  multiply<32, int32_t, int32_t>("mma_m16n8k32_u8s8", d, a, b, u8_element, s8_element);
 }
 
 void ldmatrix_x4(uint32_t (&r)[4], const void* row) { load_matrices("ldmatrix_x4", r, row, false); }

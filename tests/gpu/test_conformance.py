@@ -84,7 +84,6 @@ WORDS = ["lop3", "prmt", "fma_bf16x2", "to_bf16x2", "to_bf16", "load_streaming"]
 CASES = {
     "mma_m16n8k16_bf16": [(v, 320, 128, fragments, same_sums) for v in range(4)],
     "mma_m16n8k32_s8": [(v, 320, 128, fragments, same_bits) for v in range(4)],
-    "mma_m16n8k32_u8s8": [(v, 320, 128, fragments, same_bits) for v in range(4)],
     "ldmatrix": [(v, 128, 128, bits, same_bits) for v in range(4)],
     "cp_async_16": [(0, 384, 384, bits, same_bits)],
     "cp_async_8": [(0, 192, 192, bits, same_bits)],

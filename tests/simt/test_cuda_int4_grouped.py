@@ -183,6 +183,18 @@ def test_cuda_int4_grouped_gemm_stops_at_a_bad_index(offsets, index, message):
 
 
 @simt_only
+@pytest.mark.parametrize("index", [-1, 11])
+def test_cuda_int4_grouped_gemm_stops_at_a_bad_index_in_a_tile(index):
+    x, dispatch, packed, _, _ = down_case((2, 40), 5, 32, BF16)
+    dispatch = make_dispatch((2, 40), 11)
+    dispatch.token_index[30] = index
+    tiles, scales = pointers(packed, (2, 40))
+    weights = {"weight_packed": tiles, "weight_scale": scales}
+    with pytest.raises(Fault, match=r"x_index must be in \[0, x_rows\)"):
+        run_grouped("int4_grouped_gemm", x, dispatch, weights, 5, y_dtype=BF16)
+
+
+@simt_only
 def test_cuda_int4_grouped_swiglu_of_many_tokens_has_no_bank_conflicts():
     x, dispatch, (gate, up), _, _ = swiglu_case((128,), 64, 544, BF16)
     weights = {}

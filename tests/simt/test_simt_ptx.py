@@ -92,18 +92,14 @@ def test_simt_mma_bf16_is_the_matrix_product(schedule):
     assert (np.abs(product("mma_m16n8k16_bf16", a, b, d, schedule) - expected) <= bound).all()
 
 
-@pytest.mark.parametrize(
-    ("name", "a_type"), [("mma_m16n8k32_s8", np.int8), ("mma_m16n8k32_u8s8", np.uint8)]
-)
 @schedules
-def test_simt_mma_of_bytes_is_exact(name, a_type, schedule):
+def test_simt_mma_of_bytes_is_exact(schedule):
     r = rng(2)
-    limits = np.iinfo(a_type)
-    a = r.integers(limits.min, limits.max, (16, 32), a_type, endpoint=True)
+    a = r.integers(-128, 127, (16, 32), np.int8, endpoint=True)
     b = r.integers(-128, 127, (32, 8), np.int8, endpoint=True)
     d = r.integers(-(2**30), 2**30, (16, 8), np.int32)
     expected = d + a.astype(np.int32) @ b.astype(np.int32)
-    assert (product(name, a, b, d, schedule) == expected).all()
+    assert (product("mma_m16n8k32_s8", a, b, d, schedule) == expected).all()
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ static constexpr int64_t int4_row_bytes(int64_t in) { return in / 2; }
 static constexpr int64_t num_groups(int64_t in) { return in / kGroupSize; }
 
 // INT4 for a GPU, made on the device by int4_pack: tiles of 16 rows x 64 columns, row tile by row
-// tile, 512 bytes each, in the order in which a warp's lanes hold them for mma m16n8k32 (u8).
+// tile, 512 bytes each, in the order in which a warp's lanes hold them for mma m16n8k32.
 // Lane l has 16 bytes, four words; with g = l / 4, t = l % 4 and j = 0, 1 for the two groups:
 //   word 2j      byte i: low nibble row g, high nibble row g + 8, column 32j + 4t + i
 //   word 2j + 1  the same, 16 columns on

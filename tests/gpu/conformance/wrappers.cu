@@ -35,12 +35,6 @@ struct MmaS8 {
     ptx::mma_m16n8k32_s8(d, a, b);
   }
 };
-struct MmaU8S8 {
-  __device__ void operator()(int32_t (&d)[4], const uint32_t (&a)[4],
-                             const uint32_t (&b)[2]) const {
-    ptx::mma_m16n8k32_u8s8(d, a, b);
-  }
-};
 
 template <typename T, typename F>
 __global__ void product_kernel(const uint32_t* in, T* out) {
@@ -182,9 +176,6 @@ KN_PROGRAM(mma_m16n8k16_bf16, [](const Buffers& b) {
 });
 KN_PROGRAM(mma_m16n8k32_s8, [](const Buffers& b) {
   run("mma_m16n8k32_s8", product_kernel<int32_t, MmaS8>, b, 1, 32, 0);
-});
-KN_PROGRAM(mma_m16n8k32_u8s8, [](const Buffers& b) {
-  run("mma_m16n8k32_u8s8", product_kernel<int32_t, MmaU8S8>, b, 1, 32, 0);
 });
 KN_PROGRAM(ldmatrix, [](const Buffers& b) {
   run("ldmatrix", ldmatrix_kernel, b, 1, 32, 512, int(b.variant));

@@ -74,8 +74,9 @@ const CudaLibrary& usable(const char* name) {
 const CudaLibrary& cuda_library() { return opened(); }
 
 void open_cuda_library(const std::string& path) {
-  CudaLibrary library = open(path);
-  if (!library.op) throw std::runtime_error(concat("cuda: ", path, ": ", library.error));
+  CudaLibrary library = open(path.empty() ? own_folder() + kName : path);
+  if (!path.empty() && !library.op)
+    throw std::runtime_error(concat("cuda: ", path, ": ", library.error));
   opened() = library;
 }
 

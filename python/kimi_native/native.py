@@ -197,6 +197,7 @@ def cuda_on_host(library: str | os.PathLike[str]) -> Iterator[None]:
         yield
     finally:
         _cuda_on_host = False
+        _native.open_cuda_library("")
 
 
 def _call_cuda(name: str, device: torch.device, arguments: list[float]) -> None:

@@ -13,7 +13,7 @@ import test_cuda_int4_gemm
 import test_cuda_int4_grouped
 import test_cuda_ops
 from grouped import make_dispatch, make_experts
-from kimi_native import native, ops
+from kimi_native import native, ops, reference
 from kimi_native.quant.tiles import tile_int4
 from kimi_native.weights import Int4ExpertWeights
 from oracle import make_int4, make_x
@@ -59,7 +59,9 @@ def test_cuda_dispatch_routing():
             logits, bias, topk=3, n_group=4, topk_group=2
         )
         expected_dispatch = ops.moe_dispatch(ids, 16)
-        expected = ops.moe_combine(rows.double(), dispatch, weights, out_dtype=torch.float64)
+    expected = reference.moe_combine(
+        rows.double(), dispatch.row_index, weights, None, out_dtype=torch.float64
+    )
     assert torch.equal(ids, expected_ids)
     assert_same_bits(dispatch.token_index, expected_dispatch.token_index)
     assert_same_bits(dispatch.row_index, expected_dispatch.row_index)
@@ -109,6 +111,13 @@ def test_cuda_dispatch_refuses_the_layout_of_the_cpu():
 def test_cuda_dispatch_says_which_kernel_is_missing():
     with pytest.raises(RuntimeError, match="int4_quantize: there is no CUDA kernel yet"):
         ops.int4_quantize(randn(4, 32, dtype=BF16))
+
+
+def test_cuda_dispatch_leaves_the_package_with_its_own_library():
+    inside = ops.cuda_library()
+    with native.cuda_on_host(build()):
+        assert ops.cuda_library() == {"architectures": ["none"], "error": ""}
+    assert ops.cuda_library() != inside
 
 
 def test_cuda_dispatch_passes_the_kernels_error_on():

@@ -32,8 +32,8 @@ struct CudaLibrary {
 
 const CudaLibrary& cuda_library();
 
-// Uses another library from now on: the kernels in the shim (tests), or another build of them.
-// Throws std::runtime_error if it cannot be opened.
+// Uses another library from now on: the kernels in the shim (tests), or another build of them; ""
+// for the one beside this library again. Throws std::runtime_error if it cannot be opened.
 void open_cuda_library(const std::string& path);
 
 // One op of the library. Throw what the op throws (namespace kn::cuda in ops.h), and

@@ -18,7 +18,7 @@ from kimi_native.loader import load_model
 from kimi_native.make_checkpoint import make_checkpoint
 from kimi_native.placement import check_device, place
 from kimi_native.recorded import RecordedModel
-from simt_build import build
+from simt import library_path
 
 on_gpu_only = pytest.mark.skipif(not gpu.ON_GPU, reason="a rehearsal has no GPU")
 PROMPT = [i * 7 % 2000 for i in range(62)]
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 
 @contextlib.contextmanager
 def kernels():
-    with contextlib.nullcontext() if gpu.ON_GPU else native.cuda_on_host(build()):
+    with contextlib.nullcontext() if gpu.ON_GPU else native.cuda_on_host(library_path()):
         yield check_device("cuda", None) if gpu.ON_GPU else torch.device("cpu")
 
 

@@ -7,6 +7,7 @@ import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,11 +65,19 @@ class Buffers(ctypes.Structure):
 
 
 @cache
-def library() -> ctypes.CDLL:
-    """The shim with all kernels. KIMI_NATIVE_SIMT_SANITIZE: for -fsanitize; KIMI_NATIVE_SIMT_DEFINES: macros to set."""
+def library_path() -> Path:
+    """The shim with all kernels, one build for all of a process: two in it would share some of their state.
+
+    KIMI_NATIVE_SIMT_SANITIZE: for -fsanitize; KIMI_NATIVE_SIMT_DEFINES: macros to set.
+    """
     sanitize = os.environ.get("KIMI_NATIVE_SIMT_SANITIZE", "")
     defines = tuple(os.environ.get("KIMI_NATIVE_SIMT_DEFINES", "").split())
-    lib = ctypes.CDLL(str(build(sanitize, defines)))
+    return build(sanitize, defines)
+
+
+@cache
+def library() -> ctypes.CDLL:
+    lib = ctypes.CDLL(str(library_path()))
     lib.kn_simt_options.argtypes = [ctypes.c_uint64, *[ctypes.c_int] * 3]
     lib.kn_simt_allocate.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_char_p]
     lib.kn_simt_allocate.restype = ctypes.c_void_p

@@ -18,8 +18,7 @@ from kimi_native.quant.tiles import tile_int4
 from kimi_native.weights import Int4ExpertWeights
 from oracle import make_int4, make_x
 from oracle_dense import assert_same_bits, randn
-from simt import simt_only
-from simt_build import build
+from simt import library_path, simt_only
 from simt_ops import run_op
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -28,7 +27,7 @@ pytestmark = simt_only
 
 @pytest.fixture(autouse=True)
 def on_host():
-    with native.cuda_on_host(build()):
+    with native.cuda_on_host(library_path()):
         yield
 
 
@@ -115,7 +114,7 @@ def test_cuda_dispatch_says_which_kernel_is_missing():
 
 def test_cuda_dispatch_leaves_the_package_with_its_own_library():
     inside = ops.cuda_library()
-    with native.cuda_on_host(build()):
+    with native.cuda_on_host(library_path()):
         assert ops.cuda_library() == {"architectures": ["none"], "error": ""}
     assert ops.cuda_library() != inside
 

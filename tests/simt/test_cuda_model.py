@@ -12,8 +12,7 @@ from kimi_native.loader import load_model
 from kimi_native.make_checkpoint import make_checkpoint
 from kimi_native.placement import HostExperts, check_device, device_bytes, place
 from kimi_native.quant.modules import Int4Experts
-from simt import simt_only
-from simt_build import build
+from simt import library_path, simt_only
 
 pytestmark = simt_only
 HOST = torch.device("cpu")
@@ -61,7 +60,7 @@ def test_cuda_model_gives_the_logits_of_the_cpu(folder, format, dense, experts_o
     path, options = folder / format, {"dtype": "float32", "dense": dense}
     expected = prefill(load_model(path, **options)[0])
     model, _ = load_model(path, **options)
-    with native.cuda_on_host(build()):
+    with native.cuda_on_host(library_path()):
         place(model, HOST, experts_on_cpu=experts_on_cpu, cache_bytes=0)
         actual = prefill(model)
     worst = (actual - expected).abs().max() / (expected.max() - expected.min())
@@ -75,7 +74,7 @@ def test_cuda_model_decodes_in_bf16_as_exactly_as_the_cpu(folder):
     exact = decode(load_model(folder / "int4", dtype="float32")[0], torch.float32)
     cpu = decode(load_model(folder / "int4")[0])
     model, _ = load_model(folder / "int4")
-    with native.cuda_on_host(build()):
+    with native.cuda_on_host(library_path()):
         place(model, HOST, experts_on_cpu=False, cache_bytes=0)
         gpu = decode(model)
     errors = [(logits - exact).abs() for logits in (cpu, gpu)]
@@ -88,7 +87,7 @@ def test_cuda_model_decodes_in_bf16_as_exactly_as_the_cpu(folder):
 def test_cuda_model_counts_the_bytes_that_it_takes(folder):
     model, _ = load_model(folder / "int4")
     expected = device_bytes(model, experts_on_cpu=False)
-    with native.cuda_on_host(build()):
+    with native.cuda_on_host(library_path()):
         place(model, HOST, experts_on_cpu=False, cache_bytes=0)
     taken = sum(p.numel() * p.element_size() for p in model.parameters())
     for module in model.modules():

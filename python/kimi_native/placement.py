@@ -16,9 +16,8 @@ from kimi_native.units import bytes_text
 from kimi_native.weights import Int8Weight, MoeDispatch
 
 MLA_WIDTHS = (512, 64)  # of mla_decode's CUDA kernel: kv_lora_rank, qk_rope_head_dim
-WORKING_BYTES = (
-    2 << 30
-)  # of a GPU: the context of its driver, scratch, and the activations of one prefill chunk
+# An allowance, not measured: the driver's context, scratch, and the activations of one prefill chunk.
+WORKING_BYTES = 2 << 30
 
 
 class HostExperts(nn.Module):

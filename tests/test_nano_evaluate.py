@@ -184,9 +184,14 @@ class RecordedModel:
     """model.generate with the expert inside."""
 
     def __init__(self):
-        self.options = []
+        self.options, self.prefixes, self.forgotten = [], [], []
 
-    def generate(self, prompts, *, tools, **options):
+    def forget(self, prefix):
+        self.forgotten.append(prefix)
+
+    def generate(self, prompts, *, tools, prefixes, **options):
+        assert len(prompts) == len(prefixes)
+        self.prefixes.append(list(prefixes))
         self.options.append((tuple(tools or ()), options))
         answers = [expert.answer(messages) for messages in prompts]
         return [
@@ -204,6 +209,18 @@ def test_evaluate_plays_with_a_model(mode):
     assert evaluate_all(answer_all, mode=mode, num_steps=4, count=5).solved == Share(5, 5)
     options = {"temperature": 0.0, "max_tokens": 99, "min_p": 0.1}
     assert set(map(str, model.options)) == {str((declared_tools(mode), options))}
+
+
+def test_evaluate_gives_each_conversation_a_place_in_the_cache():
+    """The same handle in every turn of an episode; what has ended is given back."""
+    model = RecordedModel()
+    evaluate_all(played_by(model), num_steps=4, count=3, failures=Failures(0.3))
+    first, *later = model.prefixes
+    assert len(set(map(id, first))) == 3
+    for turn in later:
+        assert [p for p in first if p in turn] == turn
+    ended = [p for p in first if p not in model.prefixes[-1]]
+    assert set(map(id, model.forgotten)) == set(map(id, ended))
 
 
 @pytest.mark.parametrize("mode", MODES)

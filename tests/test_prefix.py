@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 import pytest
@@ -102,3 +103,34 @@ def test_chat_says_what_fresh_prompts_would(folder):
         assert result.tool_calls == answer.tool_calls
         assert result.usage.prompt_tokens == usage.prompt_tokens
         assert (result.usage.reused_tokens, usage.reused_tokens > 0) == (0, index > 1)
+
+
+def test_generate_with_prefixes_computes_what_is_new_and_says_the_same(folder):
+    """A batch of conversations in two turns: equal to each alone, and only what is new is computed."""
+    model = kn.load(folder, max_context=512, max_batch=3)
+    handles = [KeptPrefix() for _ in range(3)]
+    prompts = [list(range(10 * i, 10 * i + 100 + i)) for i in range(3)]
+    options = {"max_tokens": 4, "temperature": 0.0, "ignore_eos": True}
+    first = model.generate(prompts, prefixes=handles, **options)
+    assert [g.usage.reused_tokens for g in first] == [0, 0, 0]
+    longer = [p + g.ids + [7, 8, 9] for p, g in zip(prompts, first, strict=True)]
+    second = model.generate(longer, prefixes=handles, **options)
+    assert [g.usage.reused_tokens for g in second] == [100, 101, 102]
+    assert [g.ids for g in second] == [model.generate(p, **options).ids for p in longer]
+    model.forget(handles[1])
+    third = model.generate(longer, prefixes=handles, **options)
+    assert [g.usage.reused_tokens for g in third] == [106, 0, 108]
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "text"),
+    [
+        ([KeptPrefix()], "as many as the prompts (got 1 for 2)"),
+        ([KeptPrefix(), "x"], "must be KeptPrefix (got str)"),
+        ([KeptPrefix()] * 2, "a prefix of its own (got one twice)"),
+    ],
+)
+def test_generate_bad_prefixes_are_named(folder, prefixes, text):
+    model = kn.load(folder, max_context=64, max_batch=1)
+    with pytest.raises(kn.RequestError, match="generate: .*" + re.escape(text)):
+        model.generate([[1, 2], [3]], prefixes=prefixes)

@@ -32,6 +32,7 @@ _EXPORTS = {
     ),
     "kimi_native.generate": ("Model", "load"),
     "kimi_native.generation": ("Generation", "Timing"),
+    "kimi_native.prefixes": ("KeptPrefix",),
     "kimi_native.sampling": ("SampledToken", "SamplingParams"),
     "kimi_native.tool_runner": ("ToolResult",),
 }

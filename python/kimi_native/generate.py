@@ -27,7 +27,7 @@ from kimi_native.errors import RequestError
 from kimi_native.generation import Generation, PlainOutput, Run, end_ids
 from kimi_native.guide import UNGUIDED, Guiding, ToolChoice, answer_start, next_call_index
 from kimi_native.model_file import model_folder
-from kimi_native.prefixes import KeptPrefix
+from kimi_native.prefixes import KeptPrefix, checked_handles
 from kimi_native.progress_bar import Progress
 from kimi_native.prompts import Prompt, TextSide, is_conversation, prompt_ids, prompt_list
 from kimi_native.sampling import SamplingParams
@@ -214,6 +214,7 @@ class Model:
         tool_choice: ToolChoice | None = None,
         constrain_tools: bool = True,
         thinking_budget: int | None = None,
+        prefixes: Sequence[KeptPrefix] | None = None,
         is_canceled: Callable[[], bool] = lambda: False,
         **overrides: Any,
     ) -> Generation | list[Generation]:
@@ -224,6 +225,8 @@ class Model:
         raw_prompt  a text is continued without any template; the output is not parsed
         sampling    all parameters (default: the checkpoint's generation_config.json); `overrides` are single fields
         tools, thinking, keep_thinking   see chat.template.render; of tools also chat.parser.OutputParser
+        prefixes    one KeptPrefix for each prompt, used by one prompt at a time: what is in the cache of its last
+                    prompt is not computed again. Results stay the same; `forget` frees the rows
         is_canceled  asked at every token; True ends what is unfinished, as it is, with finish_reason "canceled"
 
         Raises RequestError before any compute for a bad prompt or argument; NonFiniteLogitsError, or TokenizerError for
@@ -233,7 +236,12 @@ class Model:
         options = {"tools": tools, "thinking": thinking, "keep_thinking": keep_thinking}
         guiding = Guiding(tools, tool_choice, constrain_tools, thinking_budget)
         prompts = prompt_list(prompt)
-        runs = [self._prepare(p, raw_prompt, params, options, guiding) for p in prompts or [prompt]]
+        asked = prompts or [prompt]
+        handles = checked_handles(prefixes, len(asked))
+        runs = [
+            self._prepare(p, raw_prompt, params, options, guiding, handle)
+            for p, handle in zip(asked, handles, strict=True)
+        ]
         try:
             self._submit(runs)
             pending = runs
@@ -345,7 +353,7 @@ class Model:
         before += [] if transcript is None else read_transcript(transcript, declared)
         return Chat(
             answer,
-            lambda: self._drop(prefix),
+            lambda: self.forget(prefix),
             lambda: last[0].timing(self.load_s),
             messages=before,
             tools=declared,
@@ -396,7 +404,7 @@ class Model:
         if raw_prompt or is_ids or self.chat_format is None:
             guiding.check_unused()
         if raw_prompt or (self.chat_format is None and self.chat_template is None):
-            return Run(ids, params, PlainOutput(self.tokenizer))
+            return Run(ids, params, PlainOutput(self.tokenizer), prefix=prefix)
         parser = OutputParser(
             self.tokenizer, format=self.chat_format, prompt_ids=ids, tools=options.get("tools")
         )
@@ -461,8 +469,11 @@ class Model:
         self._abandoned.append(run)
         self._release()
 
-    def _drop(self, prefix: KeptPrefix) -> None:
-        """Frees what a conversation kept in the cache, at once or after the step being computed."""
+    def forget(self, prefix: KeptPrefix) -> None:
+        """Frees what is kept of a conversation in the cache, at once or after the step being computed.
+
+        Not needed for memory's sake: kept rows count as free, and who needs their pages gets them.
+        """
         self._dropped.append(prefix)
         self._release()
 

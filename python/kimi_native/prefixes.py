@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from kimi_native.errors import RequestError
+
 if TYPE_CHECKING:
     from kimi_native.cache import CachedSequence, LatentCache
 
@@ -25,6 +27,26 @@ class KeptPrefix:
 
     def __repr__(self) -> str:
         return f"KeptPrefix({len(self.ids)} tokens)"
+
+
+def checked_handles(prefixes: Sequence[KeptPrefix] | None, count: int) -> list[KeptPrefix | None]:
+    """One handle for each of `count` prompts, or None for each.
+
+    Raises RequestError on another number, on what is no handle, and on one handle for two prompts.
+    """
+    if prefixes is None:
+        return [None] * count
+    handles = list(prefixes)
+    wrong = next((handle for handle in handles if not isinstance(handle, KeptPrefix)), None)
+    if wrong is not None:
+        raise RequestError(f"generate: prefixes must be KeptPrefix (got {type(wrong).__name__})")
+    if len(handles) != count:
+        raise RequestError(
+            f"generate: prefixes must be as many as the prompts (got {len(handles)} for {count})"
+        )
+    if len(set(map(id, handles))) != count:
+        raise RequestError("generate: each prompt needs a prefix of its own (got one twice)")
+    return handles
 
 
 class PrefixStore:

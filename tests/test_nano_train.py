@@ -16,6 +16,7 @@ from graphs import small_graph, small_values
 from kimi_native.checkpoint import Checkpoint
 from kimi_native.checkpoint_writer import FolderWriter
 from kimi_native.errors import CheckpointWriteError, DivergedError, ModelFormatError, RequestError
+from kimi_native.folder_names import NANO_FOLDER
 from kimi_native.nano import train
 from kimi_native.nano.plot import plot_log
 from kimi_native.nano.settings import TrainSettings
@@ -23,7 +24,6 @@ from kimi_native.nano.toy import CopyTask
 from kimi_native.nano.train_log import LOG_NAME, read_log
 from kimi_native.nano.train_state import COUNTS, STATE_NAME, save_state
 from kimi_native.nano.trainer import Trainer, evaluate
-from kimi_native.nano.vocabulary import MODEL_FOLDER
 from kimi_native.quant.export import export_checkpoint
 from kimi_native.tokenizer_files import tokenizer_files
 from oracle import assert_same_bits
@@ -425,7 +425,7 @@ def test_train_command_learns_kimi_nanos_conversations(tmp_path, capsys):
     """The default data with the default preset's vocabulary; what is looked at is held out."""
     file = tmp_path / "config.json"
     file.write_text(json.dumps(small_values(vocab_size=1024)))
-    model = ["--config", str(file), "--tokenizer", str(MODEL_FOLDER)]
+    model = ["--config", str(file), "--tokenizer", str(NANO_FOLDER)]
     looks = ["--held-out-every", "2", "--held-out-tokens", "3000", "--tokens-per-step", "3000"]
     assert train.main([str(tmp_path / "run"), *model, *SHORT, "--data", "world", *looks]) == 0
     steps = read_log(tmp_path / "run" / LOG_NAME)

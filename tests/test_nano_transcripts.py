@@ -21,7 +21,7 @@ from kimi_native.nano.texts import expects_wrong_digit
 from kimi_native.nano.transcripts import TranscriptDataset, encode
 from kimi_native.nano.vocabulary import nano_tokenizer
 
-PROBLEMS = Recipe(small_talk=0, questions=0)
+PROBLEMS = Recipe(small_talk=0, questions=0, drills=0)
 BETWEEN = replace(PROBLEMS, plan_first=0, no_tools=0)
 WINDOWS = replace(BETWEEN, windows=1.0)
 QUESTIONS = replace(PROBLEMS, interleaved=0, plan_first=0, no_tools=0, questions=1)
@@ -59,7 +59,7 @@ def runs(loss):
 
 @pytest.mark.parametrize(
     "recipe",
-    [Recipe(later_calls=0, slips=0), replace(WINDOWS, slips=0)],
+    [Recipe(later_calls=0, slips=0, drills=0), replace(WINDOWS, slips=0)],
     ids=["whole", "windows"],
 )
 def test_transcripts_show_what_the_model_will_see(tokenizer, recipe):
@@ -156,7 +156,7 @@ def solve(conversation):
 
 
 def test_transcripts_come_in_the_recipes_shares():
-    recipe, count = Recipe(windows=0), 1500
+    recipe, count = Recipe(windows=0, drills=0), 1500
     kinds = collections.Counter(
         mode_of(c.messages) if read_sheet(c.messages[c.first_learned - 1].content) else "other"
         for c in some(recipe, count)
@@ -210,7 +210,7 @@ def test_transcripts_other_lists_are_no_longer_than_what_is_carried_out():
 
 
 def test_transcripts_declare_the_tools_they_use():
-    for conversation in some(Recipe()):
+    for conversation in some(Recipe(drills=0)):
         declared = {tool.name for tool in conversation.tools}
         assert declared >= {c.name for m in conversation.messages for c in m.tool_calls}
 
@@ -270,4 +270,4 @@ def test_transcripts_recipe_out_of_range_is_named(field, value):
     with pytest.raises(ValueError, match=rf"recipe: ({field}|weights) must .*got"):
         Recipe(**{field: value})
     with pytest.raises(ValueError, match="weights must not be negative, one positive"):
-        Recipe(0, 0, 0, 0, 0)
+        Recipe(0, 0, 0, 0, 0, 0)

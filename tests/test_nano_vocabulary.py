@@ -7,6 +7,7 @@ import random
 import pytest
 
 from kimi_native.byte_pairs import BYTE_TOKENS, count_pieces, learned_tokens
+from kimi_native.folder_names import NANO_FOLDER
 from kimi_native.nano import vocabulary
 from kimi_native.nano.small_talk import TOPICS, WORDINGS, all_exchanges
 from kimi_native.nano.world import KEYS, NOTES
@@ -22,7 +23,7 @@ def test_vocabulary_in_the_package_is_the_one_made_anew():
     made = vocabulary.vocabulary_files()
     assert sorted(made) == ["tiktoken.model", "tokenizer_config.json"]
     for name, content in made.items():
-        assert (vocabulary.MODEL_FOLDER / name).read_bytes() == content, (
+        assert (NANO_FOLDER / name).read_bytes() == content, (
             f"{name} must be made anew: vocabulary.write_vocabulary()"
         )
 

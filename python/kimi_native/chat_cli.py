@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kimi_native.errors import RequestError
-from kimi_native.model_arguments import add_machine, add_sampling
+from kimi_native.model_arguments import add_machine, add_model, add_sampling
 from kimi_native.terminal import event_dict, print_json, print_table, shown
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ STDIN = "-"
 
 
 def add_chat(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder")
+    add_model(parser)
     parser.add_argument("--system", metavar="TEXT", help="system text of the conversation")
     parser.add_argument(
         "--tools",

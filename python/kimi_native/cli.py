@@ -17,6 +17,7 @@ from kimi_native.errors import KimiNativeError, RequestError
 from kimi_native.model_arguments import (
     add_ignored_keys,
     add_machine,
+    add_model,
     add_sampling,
     add_settings,
     import_torch,
@@ -88,6 +89,11 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     chat_cli.add_chat(verb("chat", chat_cli.chat, "talk, with tools if you like"))
     chat_cli.add_render(verb("render", chat_cli.render, "show a conversation as its prompt"))
     chat_cli.add_parse(verb("parse", chat_cli.parse, "show what the ids of an answer say"))
+    demo_verb = verb("demo", _demo, "show kimi-nano at work on a problem, with unreliable tools")
+    if "demo" in argv:
+        from kimi_native.nano import demo
+
+        demo.add_arguments(demo_verb)
     doctor = verb("doctor", _doctor, "show what this machine offers, and check every kernel once")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.add_argument("--quick", action="store_true", help="measure on less memory")
@@ -111,7 +117,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", help="text; absent or -: read from stdin")
-    parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder")
+    add_model(parser)
     parser.add_argument(
         "--raw-prompt",
         action="store_true",
@@ -316,6 +322,12 @@ def _print_plan(plan: MemoryPlan) -> None:
     _print_table(f"memory plan ({settings})", [(name, _bytes(size)) for name, size in plan.table()])
     for note in plan.notes:
         print(f"note: {note}")
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from kimi_native.nano import demo
+
+    return demo.run(args)
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -24,6 +24,7 @@ from kimi_native.chat.types import Event, Message, as_messages
 from kimi_native.conversation import Chat
 from kimi_native.engine import Engine, check_prompt
 from kimi_native.errors import RequestError
+from kimi_native.folder_names import NANO_FOLDER
 from kimi_native.generation import Generation, PlainOutput, Run, end_ids
 from kimi_native.guide import UNGUIDED, Guiding, ToolChoice, answer_start, next_call_index
 from kimi_native.model_file import model_folder
@@ -50,7 +51,7 @@ MAX_THREADS = 1024  # more is a slip of the pen
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None = None,
     *,
     max_context: int | None = None,
     max_batch: int = DEFAULT_BATCH,
@@ -68,7 +69,7 @@ def load(
     prompt: Prompt | None = None,
     raw_prompt: bool = False,
 ) -> Model:
-    """Opens a checkpoint folder as published; nothing is converted on disk.
+    """Opens a checkpoint folder as published; nothing is converted on disk. Without a folder: kimi-nano.
 
     max_context         tokens of prompt and answer together (default: the checkpoint's limit, at most 8192)
     max_batch           requests computed at once; the cache holds max_batch full contexts
@@ -95,7 +96,7 @@ def load(
     for a tier this machine lacks, OSError for a file; then, and when interrupted, threads and isa are as before. Warns
     with MemoryPlanWarning if the weights do not all fit into memory.
     """
-    path = model_folder("load", path)
+    path = NANO_FOLDER if path is None else model_folder("load", path)
     _check_counts(max_context=max_context, max_batch=max_batch, threads=threads)
     from kimi_native.config import load_config
     from kimi_native.machine_settings import machine_settings

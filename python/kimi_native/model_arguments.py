@@ -21,6 +21,12 @@ _LOAD_OPTIONS = "max_context threads dtype dense device experts isa prefetch".sp
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", metavar="DIR", help="checkpoint folder (default: kimi-nano, in the package)"
+    )
+
+
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group(
         "sampling (default: the checkpoint's generation_config.json)"

@@ -259,7 +259,7 @@ def run(args: argparse.Namespace) -> int:
         **options,
     )
     if is_interactive:
-        return _talk(session, args.model)
+        return _talk(session, args.model or "kimi-nano")
     for text in piped_messages(whole=args.one):
         session.say(text)
     return 0

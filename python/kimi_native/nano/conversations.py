@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from kimi_native.chat.tool import Tool
 from kimi_native.chat.types import Message, ToolCall
-from kimi_native.nano import expert, questions
+from kimi_native.nano import drills, expert, questions
 from kimi_native.nano.dice import Dice
 from kimi_native.nano.modes import MODES, Mode, declared_tools, opening_messages
 from kimi_native.nano.planner import look_back, make_plan, think_alone
@@ -23,6 +23,8 @@ from kimi_native.nano.problems import (
 )
 from kimi_native.nano.small_talk import make_exchange
 from kimi_native.nano.world import MODULUS, Failures, World
+
+_LONG_DRILLS = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Recipe:
     windows       share of interleaved conversations that are a piece of a longer one: of a list of longer_lists steps
                   (fewest, most), no more than steps[1] are carried out. In lists of at most 12 labels the last digit
                   alone tells one from another, and a model that learned to look at no more would be lost in longer ones
+    drills        weight of nano/drills.py's lists, of at most steps[1] or, one in three, longer_lists steps
     thinned       share of the windows whose list, of thinned_lists steps, lacks most lines; what is left beside the
                   piece is chosen for labels that are easily mistaken, and costs few tokens
 
@@ -50,6 +53,7 @@ class Recipe:
     no_tools: float = 8
     questions: float = 6
     small_talk: float = 8
+    drills: float = 60
     steps: tuple[int, int] = (1, 12)
     plan_steps: tuple[int, int] = (1, 20)
     reliable: float = 0.3
@@ -92,9 +96,9 @@ class Recipe:
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Of small talk, questions, and problems in each of MODES."""
+        """Of small talk, questions, problems in each of MODES, and drills."""
         modes = (self.interleaved, self.plan_first, self.no_tools)
-        return self.small_talk, self.questions, *modes
+        return self.small_talk, self.questions, *modes, self.drills
 
 
 @dataclass(frozen=True)
@@ -103,21 +107,27 @@ class Conversation:
 
     first_learned   index of the first message of the assistant that is to be learned; all after it are
     number_is_open  nothing in the conversation tells the number of the first call to be learned
+    hidden          spans of characters of the last message's reasoning that are not to be learned, for the same reason
     """
 
     messages: tuple[Message, ...]
     tools: tuple[Tool, ...]
     first_learned: int
     number_is_open: bool = False
+    hidden: tuple[tuple[int, int], ...] = ()
 
 
 def make_conversation(dice: Dice, split: Split, recipe: Recipe) -> Conversation:
     """A conversation of the recipe's kinds."""
-    kind = dice.weighted(("small talk", "question", *MODES), recipe.weights)
+    kind = dice.weighted(("small talk", "question", *MODES, "drill"), recipe.weights)
     if kind == "small talk":
         return _small_talk(dice, split, recipe)
     if kind == "question":
         return _question(dice, split, recipe)
+    if kind == "drill":
+        steps = recipe.longer_lists if dice.chance(_LONG_DRILLS) else (1, recipe.steps[1])
+        messages, hidden = drills.make_drill(dice, split, steps)
+        return Conversation(messages, (), len(messages) - 1, hidden=hidden)
     if kind == "interleaved" and recipe.windows and dice.chance(recipe.windows):
         return _window(dice, split, recipe)
     return _problem(dice, split, recipe, kind)

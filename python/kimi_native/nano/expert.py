@@ -29,6 +29,7 @@ from kimi_native.nano.modes import Mode, mode_of
 from kimi_native.nano.planner import look_back, make_plan, think_alone
 from kimi_native.nano.problems import Sheet, read_sheet
 from kimi_native.nano.texts import (
+    OPERATION_WORDS,
     again,
     answer_message,
     calc_call,
@@ -42,8 +43,7 @@ from kimi_native.nano.texts import (
     thought_message,
 )
 
-_WORDS = {"+": "plus", "-": "minus", "*": "times"}
-_OPERATIONS = {word: op for op, word in _WORDS.items()}
+_OPERATIONS = {word: op for op, word in OPERATION_WORDS.items()}
 _STATE = re.compile(
     r"([0-9]{3}): ([0-9]+)(?:([-+*])([0-9]+)=\.\.([0-9])| (plus|minus|times) ([a-z]+)| as ([a-z]+))\Z"
 )
@@ -147,7 +147,7 @@ def _step(sheet: Sheet, verdict: str | None, label: int, value: int, number: int
             verdict, f"{label}: {value} as {name}", note_set_call(number, name, str(value))
         )
     call = lookup_call(number, name) if step.source == "price" else note_get_call(number, name)
-    return thought_message(verdict, f"{label}: {value} {_WORDS[step.op]} {name}", call)
+    return thought_message(verdict, f"{label}: {value} {OPERATION_WORDS[step.op]} {name}", call)
 
 
 def _calculate(verdict: str | None, label: int, a: int, op: str, b: int, number: int) -> Message:

@@ -19,8 +19,9 @@ from typing import Any
 from kimi_native import presets
 from kimi_native.checkpoint import Checkpoint
 from kimi_native.errors import KimiNativeError, RequestError
-from kimi_native.folder_names import CONFIG_NAME
+from kimi_native.folder_names import CONFIG_NAME, NANO_FOLDER
 from kimi_native.json_file import read_json
+from kimi_native.nano.conversations import Recipe
 from kimi_native.nano.dataset import Dataset
 from kimi_native.nano.plot import new_figure, plot_log
 from kimi_native.nano.settings import TrainSettings
@@ -29,7 +30,6 @@ from kimi_native.nano.toy import CopyTask
 from kimi_native.nano.train_log import LOG_NAME, StepReport
 from kimi_native.nano.trainer import Progress, Trainer
 from kimi_native.nano.transcripts import TranscriptDataset
-from kimi_native.nano.vocabulary import MODEL_FOLDER
 from kimi_native.quant.export import export_checkpoint
 from kimi_native.tokenizer import load_tokenizer
 from kimi_native.tokenizer_files import tokenizer_files
@@ -114,7 +114,7 @@ def _files(args: argparse.Namespace, values: Mapping[str, Any]) -> dict[str, byt
     """What the checkpoint holds besides weights and config: the tokenizer, and where an answer ends."""
     folder = args.tokenizer or args.start
     if folder is None and args.config is None and args.preset == "nano":
-        folder = MODEL_FOLDER
+        folder = NANO_FOLDER
     if folder is None:
         files = tokenizer_files(values["vocab_size"])
     else:
@@ -136,7 +136,8 @@ def _datasets(
             (Path(folder) / name).write_bytes(content)
         tokenizer = load_tokenizer(folder, vocab_size=vocab_size)
     if data == WORLD:
-        held_out = TranscriptDataset(tokenizer, WORLD_EXAMPLES, settings.seed, "held-out")
+        whole = Recipe(drills=0)  # what the model is for
+        held_out = TranscriptDataset(tokenizer, WORLD_EXAMPLES, settings.seed, "held-out", whole)
         return TranscriptDataset(tokenizer, WORLD_EXAMPLES, settings.seed), held_out
     limit = settings.tokens_per_step + 1
     rows = read_rows(data, tokenizer.encode, vocab_size=vocab_size, max_tokens=limit)

@@ -80,7 +80,25 @@ def encode(conversation: Conversation, tokenizer: Tokenizer) -> Example:
             header = ids.index(control["<|tool_call_begin|>"], start) + 1
             end = ids.index(control["<|tool_call_argument_begin|>"], header)
             loss[header:end] = [False] * (end - header)
+    if conversation.hidden:
+        _hide(conversation, ids, loss, tokenizer)
     return Example(ids, loss)
+
+
+def _hide(
+    conversation: Conversation, ids: list[int], loss: list[bool], tokenizer: Tokenizer
+) -> None:
+    """Takes the loss off the ids that begin in a hidden span; the last message's reasoning, whose text is ASCII."""
+    *_, (start, _) = answer_spans(ids, tokenizer)
+    first = ids.index(tokenizer.control_ids["<think>"], start) + 1
+    at, spans = 0, iter(conversation.hidden)
+    low, high = next(spans)
+    for index in range(first, ids.index(tokenizer.control_ids["</think>"], first)):
+        while at >= high:
+            low, high = next(spans, (len(ids) * 16, len(ids) * 16))  # none is left
+        if low <= at:
+            loss[index] = False
+        at += len(tokenizer.decode_bytes([ids[index]]))
 
 
 def answer_spans(ids: list[int], tokenizer: Tokenizer) -> Iterator[tuple[int, int]]:

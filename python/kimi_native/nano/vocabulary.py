@@ -12,6 +12,7 @@ from pathlib import Path
 
 from kimi_native.byte_pairs import BYTE_TOKENS, count_pieces, learned_tokens
 from kimi_native.chat.template import render_text
+from kimi_native.folder_names import NANO_FOLDER
 from kimi_native.nano.conversations import Recipe, make_conversation
 from kimi_native.nano.dice import Dice
 from kimi_native.nano.small_talk import WORDINGS
@@ -19,7 +20,6 @@ from kimi_native.tokenizer import Tokenizer, load_tokenizer
 from kimi_native.tokenizer_files import SLOTS, files_of
 
 NUM_MERGES = 512
-MODEL_FOLDER = Path(__file__).parent / "model"  # in the package: kimi-nano's files
 NUM_CONVERSATIONS = 1500
 
 _CONTROL = re.compile("|".join(re.escape(name) for _, name, _ in SLOTS))
@@ -36,7 +36,7 @@ def vocabulary_files() -> dict[str, bytes]:
 
 def _pieces() -> collections.Counter[str]:
     """Pieces of the corpus that may be merged: of the conversations, the small talk, and a little else."""
-    recipe = Recipe()
+    recipe = Recipe(drills=0)  # their words are the others'
     texts = [_OTHER] * 20
     for index in range(NUM_CONVERSATIONS):
         conversation = make_conversation(Dice("vocabulary", index), "train", recipe)
@@ -58,10 +58,10 @@ def _pieces() -> collections.Counter[str]:
 
 def nano_tokenizer() -> Tokenizer:
     """kimi-nano's tokenizer, from the package. Raises TokenizerError if its files are missing."""
-    return load_tokenizer(MODEL_FOLDER)
+    return load_tokenizer(NANO_FOLDER)
 
 
-def write_vocabulary(folder: Path = MODEL_FOLDER) -> None:
+def write_vocabulary(folder: Path = NANO_FOLDER) -> None:
     """Writes vocabulary_files into the folder, which is made if it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in vocabulary_files().items():

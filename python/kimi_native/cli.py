@@ -94,6 +94,11 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         from kimi_native.nano import demo
 
         demo.add_arguments(demo_verb)
+    claims = verb("claims", _claims, "measure what interleaved thinking is worth, with kimi-nano")
+    if "claims" in argv:
+        from kimi_native.claims import command as claims_command
+
+        claims_command.add_arguments(claims)
     doctor = verb("doctor", _doctor, "show what this machine offers, and check every kernel once")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.add_argument("--quick", action="store_true", help="measure on less memory")
@@ -328,6 +333,12 @@ def _demo(args: argparse.Namespace) -> int:
     from kimi_native.nano import demo
 
     return demo.run(args)
+
+
+def _claims(args: argparse.Namespace) -> int:
+    from kimi_native.claims import command
+
+    return command.run(args)
 
 
 def _doctor(args: argparse.Namespace) -> int:

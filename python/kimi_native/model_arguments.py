@@ -103,14 +103,14 @@ def sampling_overrides(args: argparse.Namespace) -> dict[str, Any]:
     return overrides
 
 
-def load_model(args: argparse.Namespace, **options: Any) -> Model:
+def load_model(args: argparse.Namespace, *, max_batch: int = 1, **options: Any) -> Model:
     """The model of --model, with a progress bar on a terminal. options: further arguments of load."""
     from kimi_native.generate import load
 
     with _memory_notes(), progress_bar("loading") as progress:
         return load(
             args.model,
-            max_batch=1,
+            max_batch=max_batch,
             **{name: getattr(args, name) for name in _LOAD_OPTIONS},
             ignore_config_keys=args.ignore_config_key,
             **options,

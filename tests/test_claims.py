@@ -1,0 +1,126 @@
+"""The experiments of `kimi-native claims`, played by the expert, whose accuracy is known."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from kimi_native import cli
+from kimi_native.claims import command, interleaved
+from kimi_native.claims.interleaved import Cell, calls_per_step, derived, fits, play, popular
+from kimi_native.make_checkpoint import make_checkpoint
+from kimi_native.nano import expert
+from kimi_native.nano.evaluate import Share
+from kimi_native.nano.vocabulary import write_vocabulary
+
+
+def the_expert(episodes):
+    return [expert.answer(episode.messages) for episode in episodes]
+
+
+def test_interleaved_plans_play_what_they_claim():
+    for quick in (True, False):
+        plan = interleaved.cells(quick=quick)
+        assert len(set(plan)) == len(plan)
+        for mode in ("interleaved", "plan-first"):
+            rates = {c.failure_rate for c in plan if c.mode == mode and c.num_steps == 20}
+            assert {0.0, 0.1} <= rates
+    lengths = {cell.num_steps for cell in interleaved.cells(quick=False)}
+    assert lengths == {5, 10, 20, 30, 50, 100, 200}
+
+
+def test_interleaved_counts_calls_of_a_step():
+    """Against the calls that the expert makes where nothing fails."""
+    plan = [Cell("interleaved", 12, 0.0, 30), Cell("interleaved", 5, 0.0, 7)]
+    made = sum(row["false_alarms"]["trials"] for row in play(the_expert, plan, seed=3, done=print))
+    assert calls_per_step(plan, seed=3) == pytest.approx(made / (12 * 30 + 5 * 7), rel=1e-12)
+
+
+def test_interleaved_accounts_agree_with_a_simulation():
+    """A step of `calls` calls, each repeated as long as its failure is noticed, 200,000 times."""
+    rng = random.Random(0)
+    rate, catch, calls, trials = 0.2, 0.7, 2, 200_000
+    right = 0
+    for _ in range(trials):
+        lost = False
+        for _ in range(calls):
+            failed = rng.random() < rate
+            while failed and rng.random() < catch:
+                failed = rng.random() < rate
+            lost |= failed
+        right += not lost
+    expected = derived(rate, catch, calls, 1.0)
+    assert abs(right / trials - expected) < 5 * (expected * (1 - expected) / trials) ** 0.5
+    assert derived(rate, 0.0, 1, 0.9) == pytest.approx(0.9 * popular(rate, 0.0), rel=1e-12)
+    assert popular(0.1, 0.8) ** 50 == pytest.approx(0.364, abs=1e-3)
+    assert popular(0.1, 0.0) ** 50 == pytest.approx(0.005, abs=2e-4)
+
+
+def test_interleaved_fits_the_expert():
+    """No failures: every step right. With failures: the derived account within the interval of what was counted."""
+    plan = [
+        Cell(mode, n, e, 60)
+        for mode in ("interleaved", "plan-first")
+        for e in (0.0, 0.2)
+        for n in (4, 10)
+    ]
+    rows = play(the_expert, plan, seed=1, done=print)
+    found = {(f["mode"], f["failure_rate"]): f for f in fits(rows, calls_per_step(plan, seed=1))}
+    assert len(found) == 4
+    for mode in ("interleaved", "plan-first"):
+        assert found[mode, 0.0]["step"] == {"count": 840, "trials": 840}
+        fit = found[mode, 0.2]
+        low, high = Share(**fit["step"]).interval(z=4)
+        assert low < fit["derived"] < high
+    assert found["plan-first", 0.2]["caught"]["count"] == 0
+    assert found["interleaved", 0.2]["popular"] > found["plan-first", 0.2]["popular"]
+
+
+# ---- the verb -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_checkpoint(tmp_path / "model", preset="nano", format="int4")
+    write_vocabulary(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def small(monkeypatch):
+    plan = (Cell("interleaved", 2, 0.5, 2), Cell("plan-first", 2, 0.0, 2))
+    monkeypatch.setattr(interleaved, "cells", lambda *, quick: plan)
+
+
+def test_claims_prints_and_writes(folder, small, tmp_path, capsys):
+    """A model that has learned nothing: all is lost, and said so."""
+    out = tmp_path / "out"
+    argv = ["claims", "--quick", "--model", str(folder), "--out", str(out), "--max-context", "1024"]
+    assert cli.main(argv) == 0
+    text = capsys.readouterr().out
+    assert "interleaved, 2 steps, 50 % fail" in text
+    assert "0.0 % [0.0, 65.8] solved" in text
+    result = json.loads((out / "interleaved.json").read_text())
+    assert [row["solved"] for row in result["cells"]] == [{"count": 0, "trials": 2}] * 2
+    assert (out / "interleaved.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_claims_without_matplotlib_prints_tables(folder, small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    out = tmp_path / "out"
+    argv = ["claims", "--model", str(folder), "--out", str(out), "--max-context", "1024", "--json"]
+    assert cli.main(argv) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["interleaved"]["cells"]
+    assert "no picture: plot: matplotlib must be installed" in said.err
+    assert not (out / "interleaved.png").exists()
+
+
+def test_claims_bad_arguments_are_named(folder, tmp_path, capsys):
+    assert cli.main(["claims", "magic", "--model", str(folder)]) == 1
+    assert f"must be of {', '.join(command.CLAIMS)} (got magic)" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert cli.main(["claims", "--model", str(folder), "--out", str(tmp_path / "file")]) == 1
+    assert "file" in capsys.readouterr().err

@@ -257,9 +257,14 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch"},
     ),
     "quant.qat": ({"nano.graph", "quant.groups", "quant.int4", "weights"}, {"torch"}),
+    "quant.gptq": ({"quant.int4", *FORMATS}, {"torch"}),
+    "quant.calibrate": (
+        {"nano.graph", "quant.gptq", "quant.int4", "quant.qat", "weights"},
+        {"torch"},
+    ),
     "quant.export": (
         {"checkpoint_writer", "config", "folder_names", "presets", "tensor_table"}
-        | {"nano.graph", "nano.published", "quant.int4", "quant.qat"},
+        | {"nano.graph", "nano.published", "quant.int4", "quant.qat", "weights"},
         {"torch", "numpy"},
     ),
     "nano.dice": (set(), set()),

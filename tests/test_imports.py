@@ -57,7 +57,15 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "cli": (
         {"__init__", "generate", "generation", "sampling", "tokenizer", "config", *CHAT}
         | {"checkpoint", "plan", "doctor", "make_checkpoint", "presets"}
-        | {"quant.ptq", "bench.command", "chat_cli", "progress_bar", "terminal", "units"}
+        | {
+            "quant.ptq",
+            "quant.quantization_error",
+            "bench.command",
+            "chat_cli",
+            "progress_bar",
+            "terminal",
+            "units",
+        }
         | {"model_arguments", "streams"},
         {"rich", "torch"},
     ),
@@ -220,6 +228,11 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         {"checkpoint_writer", "weights", "quant.groups", *FILES, *QUANT},
         {"torch", "numpy"},
     ),
+    "quant.quantization_error": (
+        {"checkpoint", "safetensors_file", "tensor_table", "quant.ptq_tensors"}
+        | {"quant.fp8", "quant.int4", *FORMATS},
+        {"torch"},
+    ),
     "quant.ptq_state": ({"checkpoint_writer", "folder_names", "json_file"}, set()),
     # the bundled model: its data knows no torch
     "nano": (set(), set()),
@@ -246,7 +259,16 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "nano.train": (
         {"checkpoint", "folder_names", "json_file", "presets", "tokenizer", "tokenizer_files"}
-        | {"quant.export", "nano.trainer", "nano.plot", "nano.text_rows", "nano.toy"}
+        | {
+            "chat.template",
+            "config",
+            "nano.chat_rows",
+            "quant.export",
+            "nano.trainer",
+            "nano.plot",
+            "nano.text_rows",
+            "nano.toy",
+        }
         | {"nano.dataset", "nano.settings", "nano.train_log", "nano.transcripts"}
         | {"nano.vocabulary"},
         {"rich"},

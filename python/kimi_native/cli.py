@@ -137,6 +137,14 @@ def _add_folder(parser: argparse.ArgumentParser) -> None:
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     _add_folder(parser)
     parser.add_argument("--plan", action="store_true", help="also show the memory plan")
+    parser.add_argument(
+        "--quantization-error",
+        nargs="?",
+        const="",
+        metavar="BASE",
+        help="show instead how far INT4 weights are from those of BASE, the checkpoint they were made from; "
+        "without BASE: how far they would be",
+    )
     add_settings(parser)
     parser.add_argument("--max-batch", type=int, default=1, metavar="N", help="sequences at once")
 
@@ -270,6 +278,8 @@ def _inspect(args: argparse.Namespace) -> int:
     from kimi_native.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(_folder(args), ignore_keys=args.ignore_config_key)
+    if args.quantization_error is not None:
+        return _quantization_error(args, checkpoint)
     summary = checkpoint.summary()
     plan = _memory_plan(args, checkpoint)  # without --plan too: a bad setting must not pass
     if args.json:
@@ -278,6 +288,24 @@ def _inspect(args: argparse.Namespace) -> int:
     _print_table(str(checkpoint.path), list(_rows(summary)))
     if args.plan:
         _print_plan(plan)
+    return 0
+
+
+def _quantization_error(args: argparse.Namespace, checkpoint: Checkpoint) -> int:
+    from kimi_native.checkpoint import Checkpoint as Opened
+    from kimi_native.progress_bar import progress_bar
+    from kimi_native.quant.quantization_error import HEADER, quantization_error, table
+
+    base, path = None, args.quantization_error
+    if path:
+        base = Opened.open(path, ignore_keys=args.ignore_config_key)
+    with progress_bar("compare") as progress:
+        error = quantization_error(checkpoint, base, progress=progress)
+    if args.json:
+        _print_json(error.to_dict())
+        return 0
+    against = f"against {path}" if path else "if quantized"
+    _print_table(f"{checkpoint.path}, {against}", list(table(error)), HEADER)
     return 0
 
 

@@ -57,17 +57,15 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "cli": (
         {"__init__", "generate", "generation", "sampling", "tokenizer", "config", *CHAT}
         | {"checkpoint", "plan", "doctor", "make_checkpoint", "presets"}
-        | {
-            "quant.ptq",
-            "quant.quantization_error",
-            "bench.command",
-            "chat_cli",
-            "progress_bar",
-            "terminal",
-            "units",
-        }
-        | {"model_arguments", "streams"},
+        | {"quant.ptq", "bench.command", "chat_cli", "progress_bar", "terminal", "units"}
+        | {"quant.quantization_error"}
+        | {"model_arguments", "qat_cli", "streams"},
         {"rich", "torch"},
+    ),
+    "qat_cli": (
+        {"checkpoint", "checkpoint_writer", "machine", "model_file", "units"}
+        | {"nano", "nano.train", "nano.settings", "quant.export"},
+        set(),
     ),
     "chat_cli": (
         {
@@ -239,6 +237,10 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "nano.dataset": (set(), set()),
     "nano.toy": ({"nano.dataset"}, set()),
     "nano.text_rows": ({"nano.dataset"}, set()),
+    "nano.chat_rows": (
+        {"chat.template", "tokenizer", "nano.dataset", "nano.text_rows", "nano.transcripts"},
+        set(),
+    ),
     # ... and its training: torch, and nothing native
     "nano.batches": ({"nano.dataset", "nano.graph"}, {"torch"}),
     "nano.graph": ({"config", "nano.experts"}, {"torch"}),
@@ -259,16 +261,8 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "nano.train": (
         {"checkpoint", "folder_names", "json_file", "presets", "tokenizer", "tokenizer_files"}
-        | {
-            "chat.template",
-            "config",
-            "nano.chat_rows",
-            "quant.export",
-            "nano.trainer",
-            "nano.plot",
-            "nano.text_rows",
-            "nano.toy",
-        }
+        | {"quant.export", "nano.trainer", "nano.plot", "nano.text_rows", "nano.toy"}
+        | {"chat.template", "config", "nano.chat_rows"}
         | {"nano.dataset", "nano.settings", "nano.train_log", "nano.transcripts"}
         | {"nano.vocabulary"},
         {"rich"},
@@ -374,6 +368,7 @@ NANO_PLAY = {"dice", "world", "problems", "modes", "texts", "planner", "expert",
 NANO_TEXT = {
     "toy",
     "text_rows",
+    "chat_rows",
     "dataset",
     "questions",
     "evaluate",

@@ -92,6 +92,11 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.add_argument("--quick", action="store_true", help="measure on less memory")
     _add_quantize(verb("quantize", _quantize, "write a checkpoint with its routed experts in INT4"))
+    qat = verb("qat", _qat, "train a small checkpoint further, in INT4")
+    if "qat" in argv:  # its arguments come from modules that are slow to import
+        from kimi_native import qat_cli
+
+        qat_cli.add_arguments(qat)
     make = verb(
         "make-checkpoint", _make_checkpoint, "write a random checkpoint as published ones are"
     )
@@ -393,6 +398,12 @@ def _quantize(args: argparse.Namespace) -> int:
     if report["left_out"]:
         _note(f"not copied: {', '.join(report['left_out'])}")
     return 0
+
+
+def _qat(args: argparse.Namespace) -> int:
+    from kimi_native import qat_cli
+
+    return qat_cli.run(args)
 
 
 def _make_checkpoint(args: argparse.Namespace) -> int:

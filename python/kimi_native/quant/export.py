@@ -62,7 +62,7 @@ def export_checkpoint(
     stored = dict(_stored(graph, format, weights or {}))
     tensors = [PlainTensor(n, _DTYPES[t.dtype], tuple(t.shape)) for n, t in stored.items()]
     folder = FolderWriter("export", Path(out_dir))
-    present = folder.present_files(lambda n: n in (*_OWN_FILES, *files) or is_shard(n))
+    present = folder.present_files(lambda n: n in files or is_own_file(n))
     folder.require_overwrite(present, overwrite)
     folder.require_room(needed_bytes(tensors, sum(map(len, files.values()))), freed=present)
     folder.make()
@@ -77,6 +77,11 @@ def export_checkpoint(
         folder.sync()
     nbytes = sum(t.nbytes for t in tensors)
     return {"path": str(folder.path), "format": format, "tensors": len(tensors), "bytes": nbytes}
+
+
+def is_own_file(name: str) -> bool:
+    """Whether an exported checkpoint may hold a file of that name, the caller's `files` aside."""
+    return name in _OWN_FILES or is_shard(name)
 
 
 def _file_config(graph: KimiGraph, values: Mapping[str, Any], format: str) -> dict[str, Any]:

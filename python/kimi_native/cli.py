@@ -92,15 +92,21 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.add_argument("--quick", action="store_true", help="measure on less memory")
     _add_quantize(verb("quantize", _quantize, "write a checkpoint with its routed experts in INT4"))
+    _add_slow(verb, argv)
+    return parser
+
+
+def _add_slow(verb: Callable[..., Any], argv: Sequence[str]) -> None:
+    """The verbs whose arguments come from modules that are slow to import: imported for the verb that is asked for."""
     qat = verb("qat", _qat, "train a small checkpoint further, in INT4")
-    if "qat" in argv:  # its arguments come from modules that are slow to import
+    if "qat" in argv:
         from kimi_native import qat_cli
 
         qat_cli.add_arguments(qat)
     make = verb(
         "make-checkpoint", _make_checkpoint, "write a random checkpoint as published ones are"
     )
-    if "make-checkpoint" in argv:  # its arguments come from a module that is slow to import
+    if "make-checkpoint" in argv:
         from kimi_native import make_checkpoint
 
         make_checkpoint.add_arguments(make)
@@ -111,7 +117,6 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         from kimi_native.bench import command
 
         command.add_arguments(bench)
-    return parser
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:

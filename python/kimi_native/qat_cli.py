@@ -62,17 +62,20 @@ def run(args: argparse.Namespace) -> int:
         )
     _require_memory(Checkpoint.open(model))
     writer = FolderWriter("qat", out)
-    present = writer.present_files(lambda n: is_own_file(n) or n in train.TEXT_FILES)
+    texts = {n for n in train.TOKENIZER_FILES if (model / n).is_file()} | {train.GENERATION_CONFIG}
+    present = writer.present_files(lambda n: is_own_file(n) or n in texts)
     writer.require_overwrite(present, args.overwrite)
     steps = args.steps
     warmup = steps // 20 if args.warmup_steps is None else args.warmup_steps
     decay = steps // 4 if args.decay_steps is None else args.decay_steps
     chosen = {"warmup_steps": warmup, "decay_steps": decay, "qat_from": 0}
     defaults = {f.name: f.default for f in dataclasses.fields(TrainSettings)}
-    places = {"out": str(folder), "checkpoint": out, "start": str(model), "config": None}
-    return train.run(
-        argparse.Namespace(**defaults | vars(args) | chosen | places | {"tokenizer": None})
-    )
+    places = {"out": str(folder), "checkpoint": out, "start": str(model)}
+    places |= {
+        "data": Path.cwd() / args.data
+    }  # a path, whatever data sets of its own `train` has names for
+    unused = {"config": None, "tokenizer": None}
+    return train.run(argparse.Namespace(**defaults | vars(args) | chosen | places | unused))
 
 
 def _require_memory(checkpoint: Checkpoint) -> None:

@@ -46,7 +46,6 @@ TOKENIZER_FILES = (
     *("special_tokens_map.json", "chat_template.jinja"),
 )
 GENERATION_CONFIG = "generation_config.json"
-TEXT_FILES = (*TOKENIZER_FILES, GENERATION_CONFIG)
 INTERRUPTED = 130  # as a shell reports a command that SIGINT ended
 _KINDS = {"int": int, "float": float, "str": str}
 

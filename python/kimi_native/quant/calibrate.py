@@ -107,17 +107,12 @@ def calibrate_and_quantize(
         graph.config.hidden_size if min_rows is None else min_rows,
         {"levels": levels, "damping": damping, "shrinks": shrinks},
     )
-    copied = copy.deepcopy(graph)
+    copied = _as_stored(graph)
     hooks = []
     for index, layer in enumerate(copied.model.layers):
         if isinstance(experts := getattr(layer.mlp, "experts", None), Experts):
             hook = partial(calibration.before_experts, index)
             hooks.append(experts.register_forward_pre_hook(hook))
-    for module in copied.modules():
-        if isinstance(module, Weighted):
-            module.weight.copy_(bf16_values(module.weight))
-        if isinstance(module, Experts | Weighted):
-            module.rounding = None
     copied(documents, rows=documents.ids.new_zeros(1))
     for hook in hooks:
         hook.remove()
@@ -128,6 +123,17 @@ def calibrate_and_quantize(
         calibration.projections,
     )
     return Calibrated(copied, calibration.weights, report)
+
+
+def _as_stored(graph: KimiGraph) -> KimiGraph:
+    """A copy whose weights are BF16's, but for the experts', which are still to be quantized."""
+    copied = copy.deepcopy(graph)
+    for module in copied.modules():
+        if isinstance(module, Weighted):
+            module.weight.copy_(bf16_values(module.weight))
+        if isinstance(module, Experts | Weighted):
+            module.rounding = None
+    return copied
 
 
 def _joined(batches: list[Documents]) -> Documents:

@@ -54,11 +54,9 @@ def export_checkpoint(
     weights  for "int4": codes to store as they are, by the name of a routed expert's matrix; as calibrate.py has them
     returns  path, format, tensors, bytes (of tensors)
 
-    Raises ValueError on another format, a config that is not the graph's, a weight that is not finite or codes that
-    are not those of the graph's weight, and CheckpointWriteError if the folder holds other files or cannot be written.
+    Raises ValueError on format, config or codes not the graph's or weights not finite, CheckpointWriteError on out_dir.
     """
-    config = _file_config(graph, values, format)
-    files = dict(files or {})
+    config, files = _file_config(graph, values, format), dict(files or {})
     stored = dict(_stored(graph, format, weights or {}))
     tensors = [PlainTensor(n, _DTYPES[t.dtype], tuple(t.shape)) for n, t in stored.items()]
     folder = FolderWriter("export", Path(out_dir))
@@ -75,8 +73,8 @@ def export_checkpoint(
         folder.write_json(INDEX_NAME, file_index({SHARD_NAME: tensors}))
         folder.write_json(CONFIG_NAME, config)
         folder.sync()
-    nbytes = sum(t.nbytes for t in tensors)
-    return {"path": str(folder.path), "format": format, "tensors": len(tensors), "bytes": nbytes}
+    counts = {"tensors": len(tensors), "bytes": sum(t.nbytes for t in tensors)}
+    return {"path": str(folder.path), "format": format} | counts
 
 
 def is_own_file(name: str) -> bool:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from kimi_native.quant import int4
-from kimi_native.quant.gptq import SHRINKS, gptq, gptq_or_nearest, row_errors
+from kimi_native.quant.gptq import gptq, gptq_or_nearest, row_errors
 
+SEARCHES = ((1.0, 0.95, 0.9, 0.85, 0.8), (1.0,))
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -50,7 +51,7 @@ def textbook(w: torch.Tensor, gram: torch.Tensor, levels: int, damping: float):
 @pytest.mark.parametrize(("out", "in_", "rows"), [(1, 32, 40), (17, 96, 200), (40, 64, 20)])
 def test_gptq_is_the_textbook_method(out, in_, rows, levels):
     x, w = inputs(rows, in_), weights(out, in_)
-    found = gptq(w, x.T @ x, levels=levels, shrinks=(1.0,))
+    found = gptq(w, x.T @ x, levels=levels)
     codes, scales = textbook(w, x.T @ x, levels, 0.01)
     assert torch.equal(found.weight_scale, scales)
     assert torch.equal(int4.unpack(found.weight_packed).long(), codes)
@@ -61,7 +62,7 @@ def test_gptq_of_uncorrelated_inputs_is_round_to_nearest(levels):
     w = weights(33, 160) * torch.logspace(-6, 6, 33)[:, None]
     w[5, 32:64] = 0.0
     w[4, :32] = torch.arange(32) * 0.5 - 8  # halves
-    found = gptq(w, torch.eye(160, dtype=torch.float64), levels=levels, shrinks=(1.0,))
+    found = gptq(w, torch.eye(160, dtype=torch.float64), levels=levels)
     nearest = int4.quantize(w, levels=levels)
     assert torch.equal(found.weight_packed, nearest.weight_packed)
     assert torch.equal(found.weight_scale, nearest.weight_scale)
@@ -77,7 +78,7 @@ def test_gptq_error_is_what_theory_says():
     damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(128, dtype=torch.float64)
     diagonal = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True).diagonal()
     expected = float((1 / diagonal.square()).sum() / damped.trace())
-    found = gptq(w, gram, shrinks=(1.0,))
+    found = gptq(w, gram)
     error = row_errors(w, found, damped).sum() / row_errors(w, int4.quantize(w), damped).sum()
     print(f"error of round-to-nearest's: {error:.4f}, by theory {expected:.4f}")
     assert expected < 0.2
@@ -118,7 +119,7 @@ def test_gptq_search_of_the_scale_lowers_the_weighted_error():
         torch.rand(64, 96, generator=generator(3)) * 0.98 + 0.01
     )
     gram = torch.diag(torch.linspace(0.5, 2, 96, dtype=torch.float64))
-    searched, plain = (row_errors(w, gptq(w, gram, shrinks=s), gram) for s in (SHRINKS, (1.0,)))
+    searched, plain = (row_errors(w, gptq(w, gram, shrinks=s), gram) for s in SEARCHES)
     assert (searched <= plain).all()
     assert searched.sum() < 0.97 * plain.sum()
 

@@ -219,6 +219,27 @@ def test_quantization_error_refuses_the_wrong_way_round(folders):
         quantization_error(quantized)
 
 
+def test_quantization_error_says_nothing_of_what_zeros_became(copies, capsys):
+    """An original of zeros has no relative error, a scale of zero no steps; both are shown, as JSON too."""
+    quantized, base = copies
+    tensors = read_tensors(base)
+    tensors["model.layers.1.mlp.gate.e_score_correction_bias"].zero_()
+    write(base, tensors)
+    tensors = read_tensors(quantized)
+    tensors["model.layers.1.mlp.experts.3.up_proj.weight_scale"][2, 1] = 0.0
+    write(quantized, tensors)
+    found = quantization_error(opened(quantized), opened(base))
+    (bias,) = (e for e in found.layers if e.relative_error is None)
+    assert (bias.layer, bias.kind) == (1, "mlp.gate.e_score_correction_bias")
+    assert [(e.layer, e.kind) for e in found.layers if e.int4 and e.worst_steps is None] == [
+        (1, "experts.up_proj")
+    ]
+    assert cli.main(["inspect", str(quantized), "--quantization-error", str(base)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["1", bias.kind, "other", "1", "-", "-", "-", "-"] in lines
+    json.loads(json.dumps(found.to_dict(), allow_nan=False))
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_quantization_error_names_what_is_not_finite(copies, which):
     name = ("weight_scale", "weight")[which]

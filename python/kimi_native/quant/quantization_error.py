@@ -33,9 +33,9 @@ class KindError:
     kind            the tensor's name without layer and expert: experts.gate_proj, self_attn.o_proj, lm_head
     tensors         how many
     int4            whether they are INT4 now
-    relative_error  Frobenius norm of the differences over that of the original
-    sqnr_db         -20 log10 of that; None where nothing differs, or all was zero
-    worst_steps     INT4: largest difference in units of its group's scale
+    relative_error  Frobenius norm of the differences over that of the original; None if only the latter is 0
+    sqnr_db         -20 log10 of that; None where that is 0 or None
+    worst_steps     INT4: largest difference in units of its group's scale; None if one is 0 where weights were not
     end_share       INT4: share of the codes -8, -7 and 7
     """
 
@@ -43,7 +43,7 @@ class KindError:
     kind: str
     tensors: int
     int4: bool
-    relative_error: float
+    relative_error: float | None
     sqnr_db: float | None
     worst_steps: float | None
     end_share: float | None
@@ -68,7 +68,7 @@ class _Sums:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def error(self, layer: int | None, kind: str) -> KindError:
-        ratio = self.squared_errors / self.squares if self.squares else math.inf
+        ratio = self.squared_errors / self.squares if self.squares else None
         if not self.squared_errors:
             ratio = 0.0
         return KindError(
@@ -76,9 +76,9 @@ class _Sums:
             kind,
             self.tensors,
             self.int4,
-            relative_error=math.sqrt(ratio),
-            sqnr_db=-10 * math.log10(ratio) if 0 < ratio < math.inf else None,
-            worst_steps=self.worst if self.int4 else None,
+            relative_error=None if ratio is None else math.sqrt(ratio),
+            sqnr_db=-10 * math.log10(ratio) if ratio else None,
+            worst_steps=self.worst if self.int4 and self.worst < math.inf else None,
             end_share=self.ends / max(self.weights, 1) if self.int4 else None,
         )
 
@@ -237,9 +237,8 @@ def _add_rows(sums: _Sums, pair: _Pair, rows: slice, levels: int) -> None:
     error = (original - (q.unflatten(1, (-1, GROUP_SIZE)) * scale).flatten(1)).abs_()
     sums.ends += int(((q <= -7) | (q == 7)).sum())
     steps = error.unflatten(1, (-1, GROUP_SIZE)) / scale.abs()
-    sums.worst = max(
-        sums.worst, float(steps.nan_to_num_(0.0).max())
-    )  # 0 / 0: a scale of zero, of zeros
+    steps = steps.nan_to_num_(0.0, posinf=math.inf)  # 0 / 0: a scale of zero, and zeros
+    sums.worst = max(sums.worst, float(steps.max()))
     sums.squared_errors += float(error.square_().sum())
 
 
@@ -285,13 +284,13 @@ def table(error: QuantizationError) -> Iterator[tuple[str, ...]]:
     """HEADER's columns as text: what is INT4, and what else is not as it was."""
     named = [("-" if e.layer is None else str(e.layer), e) for e in error.layers]
     for layer, entry in named + [("all", e) for e in error.kinds]:
-        if entry.int4 or entry.relative_error:
+        if entry.int4 or entry.relative_error != 0:
             yield (
                 layer,
                 entry.kind,
                 "INT4" if entry.int4 else "other",
                 f"{entry.tensors:,}",
-                f"{entry.relative_error:.4%}",
+                _text(entry.relative_error, ".4%"),
                 _text(entry.sqnr_db, ".2f"),
                 _text(entry.worst_steps, ".3f"),
                 _text(entry.end_share, ".2%"),

@@ -58,8 +58,14 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         {"__init__", "generate", "generation", "sampling", "tokenizer", "config", *CHAT}
         | {"checkpoint", "plan", "doctor", "make_checkpoint", "presets"}
         | {"quant.ptq", "bench.command", "chat_cli", "progress_bar", "terminal", "units"}
-        | {"model_arguments", "streams"},
+        | {"quant.quantization_error"}
+        | {"model_arguments", "qat_cli", "streams"},
         {"rich", "torch"},
+    ),
+    "qat_cli": (
+        {"checkpoint", "checkpoint_writer", "machine", "model_file", "units"}
+        | {"nano", "nano.train", "nano.settings", "quant.export"},
+        set(),
     ),
     "chat_cli": (
         {
@@ -220,12 +226,21 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         {"checkpoint_writer", "weights", "quant.groups", *FILES, *QUANT},
         {"torch", "numpy"},
     ),
+    "quant.quantization_error": (
+        {"checkpoint", "safetensors_file", "tensor_table", "quant.ptq_tensors"}
+        | {"quant.fp8", "quant.int4", *FORMATS},
+        {"torch"},
+    ),
     "quant.ptq_state": ({"checkpoint_writer", "folder_names", "json_file"}, set()),
     # the bundled model: its data knows no torch
     "nano": (set(), set()),
     "nano.dataset": (set(), set()),
     "nano.toy": ({"nano.dataset"}, set()),
     "nano.text_rows": ({"nano.dataset"}, set()),
+    "nano.chat_rows": (
+        {"chat.template", "tokenizer", "nano.dataset", "nano.text_rows", "nano.transcripts"},
+        set(),
+    ),
     # ... and its training: torch, and nothing native
     "nano.batches": ({"nano.dataset", "nano.graph"}, {"torch"}),
     "nano.graph": ({"config", "nano.experts"}, {"torch"}),
@@ -247,6 +262,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "nano.train": (
         {"checkpoint", "folder_names", "json_file", "presets", "tokenizer", "tokenizer_files"}
         | {"quant.export", "nano.trainer", "nano.plot", "nano.text_rows", "nano.toy"}
+        | {"chat.template", "config", "nano.chat_rows"}
         | {"nano.dataset", "nano.settings", "nano.train_log", "nano.transcripts"}
         | {"nano.vocabulary"},
         {"rich"},
@@ -257,9 +273,14 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch"},
     ),
     "quant.qat": ({"nano.graph", "quant.groups", "quant.int4", "weights"}, {"torch"}),
+    "quant.gptq": ({"quant.int4", *FORMATS}, {"torch"}),
+    "quant.calibrate": (
+        {"nano.graph", "quant.gptq", "quant.int4", "quant.qat", "weights"},
+        {"torch"},
+    ),
     "quant.export": (
         {"checkpoint_writer", "config", "folder_names", "presets", "tensor_table"}
-        | {"nano.graph", "nano.published", "quant.int4", "quant.qat"},
+        | {"nano.graph", "nano.published", "quant.int4", "quant.qat", "weights"},
         {"torch", "numpy"},
     ),
     "nano.dice": (set(), set()),
@@ -347,6 +368,7 @@ NANO_PLAY = {"dice", "world", "problems", "modes", "texts", "planner", "expert",
 NANO_TEXT = {
     "toy",
     "text_rows",
+    "chat_rows",
     "dataset",
     "questions",
     "evaluate",

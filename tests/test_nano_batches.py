@@ -164,6 +164,8 @@ BAD = {
     '["text"]': "must be",
     '{"text": "abc", "more": 1}': "must be",
     '{"text": 5}': "text must be a string",
+    '{"messages": []}': "messages need a chat format that is known here (got none)",
+    '{"tools": []}': "must be",
     '{"text": "a"}': r"2 to 8 tokens (got 1)",
     '{"text": "abcdefghi"}': "2 to 8 tokens (got 9)",
     '{"ids": [1, true], "loss": [false, true]}': "list of integers",

@@ -103,10 +103,21 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.add_argument("--quick", action="store_true", help="measure on less memory")
     _add_quantize(verb("quantize", _quantize, "write a checkpoint with its routed experts in INT4"))
+    _add_slow(verb, argv)
+    return parser
+
+
+def _add_slow(verb: Callable[..., Any], argv: Sequence[str]) -> None:
+    """The verbs whose arguments come from modules that are slow to import: imported for the verb that is asked for."""
+    qat = verb("qat", _qat, "train a small checkpoint further, in INT4")
+    if "qat" in argv:
+        from kimi_native import qat_cli
+
+        qat_cli.add_arguments(qat)
     make = verb(
         "make-checkpoint", _make_checkpoint, "write a random checkpoint as published ones are"
     )
-    if "make-checkpoint" in argv:  # its arguments come from a module that is slow to import
+    if "make-checkpoint" in argv:
         from kimi_native import make_checkpoint
 
         make_checkpoint.add_arguments(make)
@@ -117,7 +128,6 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         from kimi_native.bench import command
 
         command.add_arguments(bench)
-    return parser
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
@@ -148,6 +158,14 @@ def _add_folder(parser: argparse.ArgumentParser) -> None:
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     _add_folder(parser)
     parser.add_argument("--plan", action="store_true", help="also show the memory plan")
+    parser.add_argument(
+        "--quantization-error",
+        nargs="?",
+        const="",
+        metavar="BASE",
+        help="show instead how far INT4 weights are from those of BASE, the checkpoint they were made from; "
+        "without BASE: how far they would be",
+    )
     add_settings(parser)
     parser.add_argument("--max-batch", type=int, default=1, metavar="N", help="sequences at once")
 
@@ -281,6 +299,8 @@ def _inspect(args: argparse.Namespace) -> int:
     from kimi_native.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(_folder(args), ignore_keys=args.ignore_config_key)
+    if args.quantization_error is not None:
+        return _quantization_error(args, checkpoint)
     summary = checkpoint.summary()
     plan = _memory_plan(args, checkpoint)  # without --plan too: a bad setting must not pass
     if args.json:
@@ -289,6 +309,24 @@ def _inspect(args: argparse.Namespace) -> int:
     _print_table(str(checkpoint.path), list(_rows(summary)))
     if args.plan:
         _print_plan(plan)
+    return 0
+
+
+def _quantization_error(args: argparse.Namespace, checkpoint: Checkpoint) -> int:
+    from kimi_native.checkpoint import Checkpoint as Opened
+    from kimi_native.progress_bar import progress_bar
+    from kimi_native.quant.quantization_error import HEADER, quantization_error, table
+
+    base, path = None, args.quantization_error
+    if path:
+        base = Opened.open(path, ignore_keys=args.ignore_config_key)
+    with progress_bar("compare") as progress:
+        error = quantization_error(checkpoint, base, progress=progress)
+    if args.json:
+        _print_json(error.to_dict())
+        return 0
+    against = f"against {path}" if path else "if quantized"
+    _print_table(f"{checkpoint.path}, {against}", list(table(error)), HEADER)
     return 0
 
 
@@ -388,6 +426,12 @@ def _quantize(args: argparse.Namespace) -> int:
     if report["left_out"]:
         _note(f"not copied: {', '.join(report['left_out'])}")
     return 0
+
+
+def _qat(args: argparse.Namespace) -> int:
+    from kimi_native import qat_cli
+
+    return qat_cli.run(args)
 
 
 def _make_checkpoint(args: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """A JSON-lines file as a dataset; rows that cannot be used are counted and named, not swallowed. Imports no torch.
 
-A row is {"text": "..."}, all of it predicted but the first token, or {"ids": [...], "loss": [...]} as in Example.
+A row is {"text": "..."}, all of it predicted but the first token, {"ids": [...], "loss": [...]} as in Example, or
+{"messages": [...], "tools": [...]}, a conversation whose assistant is to be learned (tools may be left out).
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from kimi_native.errors import RequestError
 from kimi_native.nano.dataset import Example
 
 SHOWN = 5  # bad rows that a message names
+EncodeChat = Callable[[list[Any], list[Any]], Example]  # messages, tools
+_KEYS = ({"text"}, {"ids", "loss"}, {"messages"}, {"messages", "tools"})
 
 
 @dataclass(frozen=True)
@@ -46,23 +49,30 @@ class TextRows:
 
 
 def read_rows(
-    path: str | Path, encode: Callable[[str], list[int]], *, vocab_size: int, max_tokens: int
+    path: str | Path,
+    encode: Callable[[str], list[int]],
+    *,
+    vocab_size: int,
+    max_tokens: int,
+    encode_chat: EncodeChat | None = None,
 ) -> TextRows:
     """Read a file of rows.
 
-    encode      text to ids
-    max_tokens  longer rows are bad, not cut: a conversation without its end teaches the wrong end
+    encode       text to ids
+    encode_chat  a conversation to its example, as chat_rows.py makes it; None: conversations are bad rows
+    max_tokens   longer rows are bad, not cut: a conversation without its end teaches the wrong end
 
     Raises RequestError if the file cannot be read or has no good row.
     """
     examples, bad = [], []
+    readers = _Readers(encode, encode_chat, vocab_size)
     try:
         with open(path, encoding="utf-8", errors="strict", newline="\n") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
                 try:
-                    examples.append(_example(json.loads(line), encode, vocab_size, max_tokens))
+                    examples.append(_checked(readers.example(json.loads(line)), max_tokens))
                 except (ValueError, RecursionError) as error:
                     bad.append((number, str(error) or type(error).__name__))
     except (OSError, UnicodeDecodeError) as error:
@@ -73,25 +83,47 @@ def read_rows(
     return rows
 
 
-def _example(
-    row: Any, encode: Callable[[str], list[int]], vocab_size: int, max_tokens: int
-) -> Example:
-    if not isinstance(row, dict) or set(row) not in ({"text"}, {"ids", "loss"}):
-        raise ValueError('must be {"text": ...} or {"ids": ..., "loss": ...}')
-    if "text" in row:
+@dataclass(frozen=True)
+class _Readers:
+    """What turns a row into an example. Raises ValueError, saying why, on one that is none."""
+
+    encode: Callable[[str], list[int]]
+    encode_chat: EncodeChat | None
+    vocab_size: int
+
+    def example(self, row: Any) -> Example:
+        if not isinstance(row, dict) or set(row) not in _KEYS:
+            raise ValueError(
+                'must be {"text": ...}, {"ids": ..., "loss": ...} or {"messages": ..., "tools": ...}'
+            )
+        if "messages" in row:
+            return self._chat(row["messages"], row.get("tools", []))
+        if "ids" in row:
+            return self._ids(row["ids"], row["loss"])
         if not isinstance(row["text"], str):
             raise ValueError("text must be a string")
-        ids = encode(row["text"])
-        loss = [False] + [True] * (len(ids) - 1)
-    else:
-        ids, loss = row["ids"], row["loss"]
+        ids = self.encode(row["text"])
+        return Example(ids, [False] + [True] * (len(ids) - 1))
+
+    def _ids(self, ids: Any, loss: Any) -> Example:
         if not _all_of(int, ids) or not _all_of(bool, loss):
             raise ValueError("ids must be a list of integers and loss a list of booleans")
-        if not all(0 <= i < vocab_size for i in ids):
-            raise ValueError(f"ids must be in [0, {vocab_size})")
-    if not 2 <= len(ids) <= max_tokens:
-        raise ValueError(f"must have 2 to {max_tokens} tokens (got {len(ids)})")
-    return Example(ids, loss)
+        if not all(0 <= i < self.vocab_size for i in ids):
+            raise ValueError(f"ids must be in [0, {self.vocab_size})")
+        return Example(ids, loss)
+
+    def _chat(self, messages: Any, tools: Any) -> Example:
+        if self.encode_chat is None:
+            raise ValueError("messages need a chat format that is known here (got none)")
+        if not _all_of(dict, messages) or not _all_of(dict, tools):
+            raise ValueError("messages and tools must be lists of objects")
+        return self.encode_chat(messages, tools)
+
+
+def _checked(example: Example, max_tokens: int) -> Example:
+    if not 2 <= len(example.ids) <= max_tokens:
+        raise ValueError(f"must have 2 to {max_tokens} tokens (got {len(example.ids)})")
+    return example
 
 
 def _all_of(kind: type, value: Any) -> bool:

@@ -12,15 +12,18 @@ import dataclasses
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kimi_native import presets
+from kimi_native.chat.template import detect_format
 from kimi_native.checkpoint import Checkpoint
+from kimi_native.config import KimiConfig
 from kimi_native.errors import KimiNativeError, RequestError
 from kimi_native.folder_names import CONFIG_NAME, NANO_FOLDER
 from kimi_native.json_file import read_json
+from kimi_native.nano.chat_rows import chat_encoder
 from kimi_native.nano.conversations import Recipe
 from kimi_native.nano.dataset import Dataset
 from kimi_native.nano.plot import new_figure, plot_log
@@ -31,13 +34,17 @@ from kimi_native.nano.train_log import LOG_NAME, StepReport
 from kimi_native.nano.trainer import Progress, Trainer
 from kimi_native.nano.transcripts import TranscriptDataset
 from kimi_native.quant.export import export_checkpoint
-from kimi_native.tokenizer import load_tokenizer
+from kimi_native.tokenizer import Tokenizer, load_tokenizer
 from kimi_native.tokenizer_files import tokenizer_files
 
 WORLD, COPY = "world", "copy"
 WORLD_EXAMPLES = 1 << 40  # more than any run sees: no conversation comes twice
 COPY_SYMBOLS = 16
-TOKENIZER_FILES = ("tiktoken.model", "tokenizer_config.json")
+ROWS = 'rows {"text": ...}, {"messages": ..., "tools": ...} or {"ids": ..., "loss": ...}'
+TOKENIZER_FILES = (
+    *("tiktoken.model", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "chat_template.jinja"),
+)
 GENERATION_CONFIG = "generation_config.json"
 INTERRUPTED = 130  # as a shell reports a command that SIGINT ended
 _KINDS = {"int": int, "float": float, "str": str}
@@ -49,8 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         default=WORLD,
         metavar="FILE",
-        help=f'rows {{"text": ...}} or {{"ids": ..., "loss": ...}}; "{WORLD}" (default): kimi-nano\'s '
-        f'conversations; "{COPY}": repeat a sequence',
+        help=f'{ROWS}; "{WORLD}" (default): kimi-nano\'s conversations; "{COPY}": repeat a sequence',
     )
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--preset", choices=list(presets.PRESETS), default="nano")
@@ -61,8 +67,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="with tiktoken.model (default: the start's, kimi-nano's, or a small one)",
     )
+    add_settings(parser)
+
+
+def add_settings(parser: argparse.ArgumentParser, left_out: Collection[str] = ()) -> None:
+    """--plot, --chat-format, and an option for each setting but those left out."""
     parser.add_argument("--plot", metavar="FILE", help="draw the log at the end (needs matplotlib)")
+    parser.add_argument(
+        "--chat-format",
+        metavar="NAME",
+        help="of rows with messages, such as k2-thinking (default: that of the checkpoint to be written)",
+    )
     for f in dataclasses.fields(TrainSettings):
+        if f.name in left_out:
+            continue
         name = "--" + f.name.replace("_", "-")
         kind = _KINDS[str(f.type).partition(" ")[0]]
         text = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
@@ -70,7 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train as the arguments say; errors (KimiNativeError, ValueError) are the caller's to print."""
+    """Train as the arguments say; errors (KimiNativeError, ValueError) are the caller's to print.
+
+    The checkpoint goes to args.checkpoint, where that is set, else into the run's folder, over an earlier one.
+    """
     names = [f.name for f in dataclasses.fields(TrainSettings)]
     settings = TrainSettings(**{name: getattr(args, name) for name in names})
     if args.plot is not None:
@@ -78,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     start = None if args.start is None else Checkpoint.open(args.start)
     values = _values(args)
     files = _files(args, values)
-    dataset, held_out = _datasets(args.data, values, files, settings)
+    dataset, held_out = _datasets(args, values, files, settings)
     trainer = Trainer(values, dataset, args.out, settings, held_out=held_out, start=start)
     if trainer.steps_done:
         note(f"going on after step {trainer.steps_done}")
@@ -90,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
         note(f"stopped after step {trainer.steps_done}; the same command goes on from there")
         return INTERRUPTED
     format = "int4" if settings.qat_from is not None else "bf16"
-    folder = Path(args.out) / "checkpoint"
+    folder = getattr(args, "checkpoint", None) or Path(args.out) / "checkpoint"
     summary = export_checkpoint(
         trainer.graph, folder, values, format=format, files=files, overwrite=True
     )
@@ -120,15 +141,20 @@ def _files(args: argparse.Namespace, values: Mapping[str, Any]) -> dict[str, byt
     else:
         paths = [Path(folder) / name for name in TOKENIZER_FILES]
         files = {path.name: path.read_bytes() for path in paths if path.is_file()}
+    if args.start is not None and (kept := Path(args.start) / GENERATION_CONFIG).is_file():
+        return files | {GENERATION_CONFIG: kept.read_bytes()}
     ends = {key: values[key] for key in ("bos_token_id", "eos_token_id") if key in values}
     return files | {GENERATION_CONFIG: (json.dumps(ends, indent=2) + "\n").encode()}
 
 
 def _datasets(
-    data: str, values: Mapping[str, Any], files: Mapping[str, bytes], settings: TrainSettings
+    args: argparse.Namespace,
+    values: Mapping[str, Any],
+    files: Mapping[str, bytes],
+    settings: TrainSettings,
 ) -> tuple[Dataset, Dataset | None]:
     """What to learn, and for kimi-nano's conversations what to look at only."""
-    vocab_size = values["vocab_size"]
+    data, vocab_size = args.data, values["vocab_size"]
     if data == COPY:
         return CopyTask(min(vocab_size, COPY_SYMBOLS + 2), seed=settings.seed), None
     with tempfile.TemporaryDirectory() as folder:
@@ -139,11 +165,26 @@ def _datasets(
         whole = Recipe(drills=0)  # what the model is for
         held_out = TranscriptDataset(tokenizer, WORLD_EXAMPLES, settings.seed, "held-out", whole)
         return TranscriptDataset(tokenizer, WORLD_EXAMPLES, settings.seed), held_out
-    limit = settings.tokens_per_step + 1
-    rows = read_rows(data, tokenizer.encode, vocab_size=vocab_size, max_tokens=limit)
+    format = args.chat_format or _chat_format(values, tokenizer, settings)
+    rows = read_rows(
+        data,
+        tokenizer.encode,
+        vocab_size=vocab_size,
+        max_tokens=settings.tokens_per_step + 1,
+        encode_chat=None if format is None else chat_encoder(format, tokenizer),
+    )
     if rows.bad:
         note(rows.report())
     return rows, None
+
+
+def _chat_format(
+    values: Mapping[str, Any], tokenizer: Tokenizer, settings: TrainSettings
+) -> str | None:
+    """The format that whoever loads the written checkpoint will talk to it in."""
+    quantization = presets.QUANTIZATION["bf16" if settings.qat_from is None else "int4"]
+    written = {**values, "quantization_config": quantization}
+    return detect_format(KimiConfig.from_dict(written, source="train: values"), tokenizer)
 
 
 # ---- what is shown --------------------------------------------------------------------------------------------------

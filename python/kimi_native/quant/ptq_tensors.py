@@ -80,11 +80,11 @@ class Conversion:
         name, columns = self.source.name, self._grid()[1]
         elements = (first * columns, last * columns)
         if self.form == "copy":
-            values = _read(self.source, *elements)
+            values = read_elements(self.source, *elements)
             if self.finite:
                 self._require_finite(values)
             return [(name, first * values.itemsize, _octets(values))]
-        values = _read(self.source, *elements, _scratch(self.span_bytes(first, last)))
+        values = read_elements(self.source, *elements, _scratch(self.span_bytes(first, last)))
         values = self._bf16(values.view(-1, columns), first, last)
         if self.form == "bf16":
             self._require_finite(values)
@@ -113,7 +113,7 @@ class Conversion:
         if self.scale is not None:
             columns = self.scale.shape[1]
             blocks = slice(first // BLOCK_SIZE, -(-last // BLOCK_SIZE))
-            scale = _read(self.scale, blocks.start * columns, blocks.stop * columns)
+            scale = read_elements(self.scale, blocks.start * columns, blocks.stop * columns)
             return dequantize_block(values, scale.view(-1, columns))
         self._require_finite(values)
         rounded = values.to(torch.bfloat16)
@@ -158,7 +158,7 @@ def _scratch(nbytes: int) -> Tensor:
     return _local.scratch[:nbytes]
 
 
-def _read(info: TensorInfo, first: int, last: int, octets: Tensor | None = None) -> Tensor:
+def read_elements(info: TensorInfo, first: int, last: int, octets: Tensor | None = None) -> Tensor:
     """Elements first .. last of a tensor, flat, in the given bytes or in memory of their own."""
     dtype = DTYPES[info.dtype]
     if octets is None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import random
 
+import numpy as np
 import pytest
+import torch
 
 from kimi_native import cli
-from kimi_native.claims import command, interleaved
+from kimi_native.claims import command, int4, interleaved
 from kimi_native.claims.interleaved import Cell, calls_per_step, derived, fits, play, popular
 from kimi_native.make_checkpoint import make_checkpoint
 from kimi_native.nano import expert
@@ -97,7 +99,8 @@ def small(monkeypatch):
 def test_claims_prints_and_writes(folder, small, tmp_path, capsys):
     """A model that has learned nothing: all is lost, and said so."""
     out = tmp_path / "out"
-    argv = ["claims", "--quick", "--model", str(folder), "--out", str(out), "--max-context", "1024"]
+    argv = ["claims", "interleaved", "--quick", "--model", str(folder), "--out", str(out)]
+    argv += ["--max-context", "1024"]
     assert cli.main(argv) == 0
     text = capsys.readouterr().out
     assert "interleaved, 2 steps, 50 % fail" in text
@@ -110,7 +113,8 @@ def test_claims_prints_and_writes(folder, small, tmp_path, capsys):
 def test_claims_without_matplotlib_prints_tables(folder, small, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     out = tmp_path / "out"
-    argv = ["claims", "--model", str(folder), "--out", str(out), "--max-context", "1024", "--json"]
+    argv = ["claims", "interleaved", "--model", str(folder), "--out", str(out), "--json"]
+    argv += ["--max-context", "1024"]
     assert cli.main(argv) == 0
     said = capsys.readouterr()
     assert json.loads(said.out)["interleaved"]["cells"]
@@ -124,3 +128,42 @@ def test_claims_bad_arguments_are_named(folder, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert cli.main(["claims", "--model", str(folder), "--out", str(tmp_path / "file")]) == 1
     assert "file" in capsys.readouterr().err
+
+
+# ---- int4 -----------------------------------------------------------------------------------------------------------
+
+
+def test_int4_kl_divergence_is_the_definition():
+    g = torch.Generator().manual_seed(0)
+    base, other = torch.randn(50, 7, generator=g), torch.randn(50, 7, generator=g)
+    each = []
+    for a, b in zip(base.double().numpy(), other.double().numpy(), strict=True):
+        p, q = np.exp(a) / np.exp(a).sum(), np.exp(b) / np.exp(b).sum()
+        each.append(float((p * np.log(p / q)).sum()))
+    found = int4.kl_divergence(base, other)
+    assert found["mean"] == pytest.approx(np.mean(each), rel=1e-6)
+    assert found["error"] == pytest.approx(np.std(each, ddof=1) / 50**0.5, rel=1e-6)
+    assert int4.kl_divergence(base, base)["mean"] == 0
+
+
+def test_claims_int4_compares_four_checkpoints(folder, tmp_path, monkeypatch, capsys):
+    """A few steps from random weights: what is written differs as it should, and a second run repeats the numbers."""
+    monkeypatch.setattr(int4, "QUICK", int4.Plan(2, 4096, 2, num_steps=1))
+    monkeypatch.setattr(int4, "DECODED", 4)
+    out = tmp_path / "out"
+    argv = ["claims", "int4", "--quick", "--model", str(folder), "--out", str(out)]
+    argv += ["--max-context", "512", "--json"]
+    assert cli.main(argv) == 0
+    rows = {r["variant"]: r for r in json.loads(capsys.readouterr().out)["int4"]["rows"]}
+    assert list(rows) == list(int4.VARIANTS)
+    assert rows["bf16"]["kl"]["mean"] == 0
+    assert min(rows[name]["kl"]["mean"] for name in int4.VARIANTS[1:]) > 0
+    assert len({row["loss"] for row in rows.values()}) == 4
+    assert len({rows[name]["bytes"] for name in int4.VARIANTS[1:]}) == 1
+    assert rows["bf16"]["bytes"] > 2 * rows["qat"]["bytes"]
+    assert (out / "int4.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.main(argv) == 0
+    again = {r["variant"]: r for r in json.loads(capsys.readouterr().out)["int4"]["rows"]}
+    for row in (*rows.values(), *again.values()):
+        del row["tokens_per_s"]
+    assert again == rows

@@ -89,16 +89,6 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     chat_cli.add_chat(verb("chat", chat_cli.chat, "talk, with tools if you like"))
     chat_cli.add_render(verb("render", chat_cli.render, "show a conversation as its prompt"))
     chat_cli.add_parse(verb("parse", chat_cli.parse, "show what the ids of an answer say"))
-    demo_verb = verb("demo", _demo, "show kimi-nano at work on a problem, with unreliable tools")
-    if "demo" in argv:
-        from kimi_native.nano import demo
-
-        demo.add_arguments(demo_verb)
-    claims = verb("claims", _claims, "measure what interleaved thinking is worth, with kimi-nano")
-    if "claims" in argv:
-        from kimi_native.claims import command as claims_command
-
-        claims_command.add_arguments(claims)
     doctor = verb("doctor", _doctor, "show what this machine offers, and check every kernel once")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.add_argument("--quick", action="store_true", help="measure on less memory")
@@ -109,6 +99,16 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 def _add_slow(verb: Callable[..., Any], argv: Sequence[str]) -> None:
     """The verbs whose arguments come from modules that are slow to import: imported for the verb that is asked for."""
+    demo_verb = verb("demo", _demo, "show kimi-nano at work on a problem, with unreliable tools")
+    if "demo" in argv:
+        from kimi_native.nano import demo
+
+        demo.add_arguments(demo_verb)
+    claims = verb("claims", _claims, "measure what the ideas of Kimi K2 are worth, with kimi-nano")
+    if "claims" in argv:
+        from kimi_native.claims import command as claims_command
+
+        claims_command.add_arguments(claims)
     qat = verb("qat", _qat, "train a small checkpoint further, in INT4")
     if "qat" in argv:
         from kimi_native import qat_cli

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kimi_native.claims import interleaved
 from kimi_native.errors import RequestError
+from kimi_native.folder_names import NANO_FOLDER
 from kimi_native.model_arguments import add_machine, add_model, import_torch, load_model
 from kimi_native.nano.evaluate import Score, Share
 from kimi_native.terminal import note, print_json, print_table
+from kimi_native.units import bytes_text
+
+if TYPE_CHECKING:
+    from kimi_native.generate import Model
 
 CONTEXT = 32768  # 200 steps with failing tools take some 25,000 tokens
 BATCH = 16
@@ -115,5 +122,54 @@ def _interleaved_tables(result: dict[str, Any]) -> None:
     print_table("a single step, over all lengths", fits)
 
 
-CLAIMS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {"interleaved": _interleaved}
-_TABLES: dict[str, Callable[[dict[str, Any]], None]] = {"interleaved": _interleaved_tables}
+# ---- int4 -----------------------------------------------------------------------------------------------------------
+
+
+def _int4(args: argparse.Namespace) -> dict[str, Any]:
+    from kimi_native.claims import int4
+
+    source = NANO_FOLDER if args.model is None else Path(args.model)
+
+    def load(path: Path) -> Model:
+        args.model, args.max_context = str(path), args.max_context or CONTEXT
+        return load_model(args, max_batch=BATCH)
+
+    before, plan = args.model, int4.QUICK if args.quick else int4.FULL
+    with _work_folder(args.out) as folder:
+        result = int4.run(source, folder / "int4-work", plan, seed=args.seed, load=load, say=note)
+    args.model = before
+    return result
+
+
+@contextlib.contextmanager
+def _work_folder(out: str | None) -> Iterator[Path]:
+    """For runs and checkpoints: kept if the user named a folder, so that what was interrupted can go on."""
+    if out is not None:
+        yield Path(out)
+        return
+    with tempfile.TemporaryDirectory(prefix="kimi-native-claims-") as folder:
+        yield Path(folder)
+
+
+def _int4_tables(result: dict[str, Any]) -> None:
+    plan = result["plan"]
+    rows = [
+        (
+            row["variant"],
+            f"{bytes_text(row['bytes'])}; loss {row['loss']:.4f}; KL from BF16 {row['kl']['mean']:.2e} "
+            f"+- {row['kl']['error']:.0e}; solved {Share(**row['solved'])}; {row['tokens_per_s']:.0f} tokens/s",
+        )
+        for row in result["rows"]
+    ]
+    steps, percent = plan["num_steps"], 100 * plan["failure_rate"]
+    print_table(f"quantized afterwards or in training; {steps} steps, {percent:g} % fail", rows)
+
+
+CLAIMS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "interleaved": _interleaved,
+    "int4": _int4,
+}
+_TABLES: dict[str, Callable[[dict[str, Any]], None]] = {
+    "interleaved": _interleaved_tables,
+    "int4": _int4_tables,
+}

@@ -48,4 +48,25 @@ def draw_interleaved(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-DRAW: dict[str, Callable[[dict[str, Any], Path], None]] = {"interleaved": draw_interleaved}
+def draw_int4(result: dict[str, Any], path: Path) -> None:
+    """KL from the BF16 logits, and problems solved with 95 % intervals, of each variant."""
+    figure = new_figure()
+    left, right = figure.subplots(1, 2)
+    names = [row["variant"] for row in result["rows"]]
+    kl = [row["kl"] for row in result["rows"][1:]]
+    left.bar(names[1:], [k["mean"] for k in kl], yerr=[1.96 * k["error"] for k in kl], capsize=3)
+    left.set_yscale("log")
+    left.set_ylabel("KL from the BF16 copy, nats per token")
+    solved = [Share(**row["solved"]) for row in result["rows"]]
+    low = [share.rate - share.interval()[0] for share in solved]
+    high = [share.interval()[1] - share.rate for share in solved]
+    right.errorbar(names, [s.rate for s in solved], yerr=[low, high], fmt="o", capsize=3)
+    right.set_ylabel("held-out problems solved")
+    right.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+DRAW: dict[str, Callable[[dict[str, Any], Path], None]] = {
+    "interleaved": draw_interleaved,
+    "int4": draw_int4,
+}

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -120,10 +121,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _values(args: argparse.Namespace) -> dict[str, Any]:
-    """config.json of the model, without its quantization."""
     if args.start is None and args.config is None:
         return presets.text_config(args.preset, {})
-    file = Path(args.config) if args.start is None else Path(args.start) / CONFIG_NAME
+    return config_values(
+        Path(args.config) if args.start is None else Path(args.start) / CONFIG_NAME
+    )
+
+
+def config_values(file: Path) -> dict[str, Any]:
+    """config.json of a model without its quantization. Raises RequestError on a wrapper's."""
     values = read_json(file, max_bytes=1 << 20)
     if "text_config" in values:
         raise RequestError(f"train: {file} must be of a text model (got a wrapper)")
@@ -134,17 +140,21 @@ def _values(args: argparse.Namespace) -> dict[str, Any]:
 def _files(args: argparse.Namespace, values: Mapping[str, Any]) -> dict[str, bytes]:
     """What the checkpoint holds besides weights and config: the tokenizer, and where an answer ends."""
     folder = args.tokenizer or args.start
+    start = args.start
     if folder is None and args.config is None and args.preset == "nano":
-        folder = NANO_FOLDER
-    if folder is None:
-        files = tokenizer_files(values["vocab_size"])
-    else:
-        paths = [Path(folder) / name for name in TOKENIZER_FILES]
-        files = {path.name: path.read_bytes() for path in paths if path.is_file()}
-    if args.start is not None and (kept := Path(args.start) / GENERATION_CONFIG).is_file():
+        folder = start = NANO_FOLDER
+    files = tokenizer_files(values["vocab_size"]) if folder is None else read_files(folder)
+    files.pop(GENERATION_CONFIG, None)
+    if start is not None and (kept := Path(start) / GENERATION_CONFIG).is_file():
         return files | {GENERATION_CONFIG: kept.read_bytes()}
     ends = {key: values[key] for key in ("bos_token_id", "eos_token_id") if key in values}
     return files | {GENERATION_CONFIG: (json.dumps(ends, indent=2) + "\n").encode()}
+
+
+def read_files(folder: str | os.PathLike[str]) -> dict[str, bytes]:
+    """A checkpoint's files besides weights and config, by name, as far as it has them."""
+    paths = [Path(folder) / name for name in (*TOKENIZER_FILES, GENERATION_CONFIG)]
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
 def _datasets(

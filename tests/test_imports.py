@@ -83,6 +83,9 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "chat_input": (set(), set()),
     "chat_output": ({"generation", "terminal", *TALK, *CHAT}, {"rich"}),
     "tool_file": (CHAT, set()),
+    "routing_statistics": (set(), {"numpy"}),
+    "token_roles": ({"chat.template", "tokenizer"}, set()),
+    "whole_file": (set(), set()),
     "doctor": ({"__init__", "ops", "machine"}, {"torch", "numpy"}),
     # text and events
     "generate": (
@@ -141,6 +144,11 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "chat.parser": (
         {"chat.types", "chat.template", "chat.tool", "chat.call_ids", "tokenizer"},
         set(),
+    ),
+    "routing": (
+        {"cache", "config", "generate", "model", "prompts", "routing_statistics", "sampling"}
+        | {"token_roles"},
+        {"torch", "numpy"},
     ),
     # ids in, ids out
     "engine": ({"model", "cache", "config", "sampling", "prefixes"}, {"torch", "numpy"}),
@@ -359,6 +367,7 @@ NANO_DATA = {f"nano.{name}" for name in NANO_PLAY | NANO_TEXT}
 TORCH_FREE = {
     "config",
     "tokenizer",
+    "token_roles",
     "errors",
     "presets",
     "chat",

@@ -7,6 +7,7 @@ so what is asked at once, from one thread or several, is computed in one batch; 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from kimi_native.cache import LatentCache
     from kimi_native.config import KimiConfig
     from kimi_native.model import KimiModel
+    from kimi_native.recorded import RecordedModel
     from kimi_native.schema_grammar import GrammarCompiler
     from kimi_native.tokenizer import Tokenizer
 
@@ -152,7 +154,7 @@ def default_context(config: KimiConfig) -> int:
 class Model:
     """A loaded checkpoint that answers prompts; made by `load`. Safe to use from several threads at once.
 
-    network        KimiModel
+    network        RecordedModel
     cache          LatentCache, used by this Model alone
     chat_format    one of chat.template.FORMATS, or None: then
     chat_template  the checkpoint's own makes the prompts; None: only raw prompts and ids are answered
@@ -162,7 +164,7 @@ class Model:
 
     def __init__(
         self,
-        network: KimiModel,
+        network: RecordedModel,
         cache: LatentCache,
         tokenizer: Tokenizer,
         *,
@@ -190,6 +192,8 @@ class Model:
             max_context=max_context,
             check_weights=check_weights,
         )
+        self._network = network
+        self._check_weights = check_weights
         self._lock = threading.Lock()  # held for one engine step at a time
         self._runs: dict[int, Run] = {}
         self._abandoned: deque[Run] = deque()
@@ -201,6 +205,22 @@ class Model:
     def max_context(self) -> int:
         """Tokens of prompt and answer together."""
         return self._engine.max_context
+
+    def prompt_ids(self, prompt: Prompt, *, raw_prompt: bool = False, **options: Any) -> list[int]:
+        """The ids that `generate` starts from. options: of chat.template.render. Raises RequestError as it does."""
+        ids = prompt_ids(prompt, raw_prompt, options, self._text_side)
+        self._engine.check(ids)
+        return ids
+
+    @contextlib.contextmanager
+    def held_network(self) -> Iterator[KimiModel]:
+        """The network, for a caller that computes with it and a cache of its own; requests wait meanwhile."""
+        try:
+            with self._lock:
+                yield self._network.model
+        finally:
+            self._release()
+            self._check_weights()
 
     def generate(
         self,
@@ -390,8 +410,7 @@ class Model:
         prefix: KeptPrefix | None = None,
     ) -> Run:
         """Renders and checks one prompt; nothing is computed and nothing is queued."""
-        ids = prompt_ids(prompt, raw_prompt, options, self._text_side)
-        self._engine.check(ids)
+        ids = self.prompt_ids(prompt, raw_prompt=raw_prompt, **options)
         is_ids = isinstance(prompt, (list, tuple)) and not is_conversation(prompt)
         if raw_prompt or is_ids or self.chat_format is None:
             guiding.check_unused()

@@ -58,11 +58,12 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         {"__init__", "generate", "generation", "sampling", "tokenizer", "config", *CHAT}
         | {"checkpoint", "plan", "doctor", "make_checkpoint", "presets"}
         | {"quant.ptq", "bench.command", "chat_cli", "progress_bar", "terminal", "units"}
-        | {"model_arguments", "streams"},
+        | {"model_arguments", "routing_cli", "streams"},
         {"rich", "torch"},
     ),
     "chat_cli": (
         {
+            "argument_files",
             "chat",
             "tokenizer",
             "config",
@@ -83,6 +84,23 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "chat_input": (set(), set()),
     "chat_output": ({"generation", "terminal", *TALK, *CHAT}, {"rich"}),
     "tool_file": (CHAT, set()),
+    "argument_files": (set(), set()),
+    # which experts tokens choose
+    "routing_cli": (
+        {"argument_files", "config", "generate", "model_arguments", "model_file", "routing"}
+        | {"routing_page", "routing_plot", "routing_report", "routing_rows", "terminal"}
+        | {"whole_file"},
+        set(),
+    ),
+    "routing_rows": ({"argument_files", "chat.template", "generate"}, set()),
+    "routing_report": ({"routing", "routing_statistics"}, set()),
+    "routing_page": ({"routing", "routing_report", "routing_statistics"}, set()),
+    "routing_plot": ({"routing_statistics"}, {"matplotlib", "numpy"}),
+    "routing": (
+        {"cache", "config", "generate", "model", "prompts", "routing_statistics", "sampling"}
+        | {"token_roles"},
+        {"torch", "numpy"},
+    ),
     "routing_statistics": (set(), {"numpy"}),
     "token_roles": ({"chat.template", "tokenizer"}, set()),
     "whole_file": (set(), set()),
@@ -144,11 +162,6 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "chat.parser": (
         {"chat.types", "chat.template", "chat.tool", "chat.call_ids", "tokenizer"},
         set(),
-    ),
-    "routing": (
-        {"cache", "config", "generate", "model", "prompts", "routing_statistics", "sampling"}
-        | {"token_roles"},
-        {"torch", "numpy"},
     ),
     # ids in, ids out
     "engine": ({"model", "cache", "config", "sampling", "prefixes"}, {"torch", "numpy"}),

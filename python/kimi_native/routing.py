@@ -35,7 +35,7 @@ class RoutedText:
 
     ids            of the prompt and of what the model said after it
     prompt_tokens  how many of them are the prompt's
-    tokens         what each id stands for, a control token's name included; a part of a character shows as U+FFFD
+    tokens         what each id stands for, control tokens by their names, parts of a character as \\xe6
     labels         one of Routing.label_names for each id
     experts        [tokens, layers, topk] int32, in the order in which the router gives them
     weights        [tokens, layers, topk] float32
@@ -165,11 +165,15 @@ def _routed(
     return RoutedText(
         whole,
         len(ids),
-        [model.tokenizer.decode([i]) for i in whole],
+        [_shown(model.tokenizer.decode_bytes([i])) for i in whole],
         token_labels(whole, model.tokenizer, names),
         experts.numpy(),
         weights.numpy(),
     )
+
+
+def _shown(token: bytes) -> str:
+    return token.decode("utf-8", errors="backslashreplace")
 
 
 def _answer(

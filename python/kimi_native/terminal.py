@@ -6,7 +6,7 @@ import dataclasses
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kimi_native.errors import KimiNativeError
@@ -32,18 +32,20 @@ def event_dict(event: Any) -> dict[str, Any]:
     return {"event": type(event).__name__, **dataclasses.asdict(event)}
 
 
-def print_table(title: str, rows: list[tuple[str, str]]) -> None:
-    """Two columns under a title, as wide as the terminal."""
+def print_table(
+    title: str, rows: Sequence[tuple[str, ...]], *, header: tuple[str, ...] = ()
+) -> None:
+    """Columns under a title, as wide as the terminal; two of them unless `header` names them."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE, show_header=False)
-    table.add_column(overflow="fold")
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(Text(name), Text(value))
+    table = Table(box=box.SIMPLE, show_header=bool(header))
+    for name in header or ("", ""):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
     print(title)
     if sys.stdout.isatty():
         Console(file=sys.stdout).print(table)

@@ -92,7 +92,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         | {"whole_file"},
         set(),
     ),
-    "routing_rows": ({"argument_files", "chat.template", "generate"}, set()),
+    "routing_rows": ({"argument_files", "chat.template", "chat.types", "generate"}, set()),
     "routing_report": ({"routing", "routing_statistics"}, set()),
     "routing_page": ({"routing", "routing_report", "routing_statistics"}, set()),
     "routing_plot": ({"routing_statistics"}, {"matplotlib", "numpy"}),

@@ -141,22 +141,23 @@ def _write(args: argparse.Namespace, routing: Routing) -> None:
     from kimi_native.whole_file import write_whole
 
     statistics = routing.statistics()
-    found = report(routing, statistics, args.model) if args.json is not None else {}
+    name = args.model.encode("utf-8", "replace").decode()  # a path need not be text
+    found = report(routing, statistics, name) if args.json is not None else {}
     if args.json == STDIN:
         print_json(found)
     else:
-        print_table(f"{args.model}: {summary(routing)}", table(statistics), header=HEADER)
+        print_table(f"{name}: {summary(routing)}", table(statistics), header=HEADER)
         print(f"labels: {label_line(routing)}")
     if args.json not in (None, STDIN):
         write_whole(args.json, (json.dumps(found, ensure_ascii=False) + "\n").encode())
     if args.png is not None:
         from kimi_native.routing_plot import heat_map
 
-        write_whole(args.png, heat_map(statistics, f"{args.model}: {routing.num_tokens:,} tokens"))
+        write_whole(args.png, heat_map(statistics, f"{name}: {routing.num_tokens:,} tokens"))
     if args.html is not None:
         from kimi_native.routing_page import page
 
-        write_whole(args.html, page(routing, statistics, args.model).encode())
-    for name in FILES:
-        if (path := getattr(args, name)) not in (None, STDIN):
+        write_whole(args.html, page(routing, statistics, name).encode())
+    for kind in FILES:
+        if (path := getattr(args, kind)) not in (None, STDIN):
             note(f"wrote {path}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kimi_native.argument_files import parse_json, read_text, shown_name
 from kimi_native.chat.template import get_format
+from kimi_native.chat.types import as_messages
 from kimi_native.errors import KimiNativeError, RequestError
 
 if TYPE_CHECKING:
@@ -57,12 +58,14 @@ def row_ids(model: Model, row: Row) -> list[int]:
             return model.prompt_ids(row.text, raw_prompt=True)
         if row.ids is not None:
             return model.prompt_ids(list(row.ids))
-        options: dict[str, Any] = {"tools": row.tools}
-        if row.messages and isinstance(row.messages[-1], Mapping):
-            options["add_generation_prompt"] = row.messages[-1].get("role") != "assistant"
+        messages = as_messages(row.messages or ())
+        options: dict[str, Any] = {
+            "tools": row.tools,
+            "add_generation_prompt": messages[-1].role != "assistant",
+        }
         if model.chat_format is not None and get_format(model.chat_format).thinking != "no":
             options["keep_thinking"] = "all"
-        return model.prompt_ids(list(row.messages or ()), **options)
+        return model.prompt_ids(messages, **options)
     except KimiNativeError as error:
         raise type(error)(f"{row.where}: {error}") from error
 

@@ -12,6 +12,7 @@ const at = { layer: 0, expert: 0 };
 let pinned = null; // {layer, expert} whose tokens are shown
 
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const number = (n) => n.toLocaleString("en");
 const percent = (x) => `${(100 * x).toFixed(1)} %`;
 const hue = (i, n) => (n ? (360 * i) / n : (i * 137.508) % 360); // the golden angle keeps neighbors apart
 
@@ -70,7 +71,7 @@ function outline(pen, { layer, expert }, style, lineWidth = 1.5) {
 
 function sayCell() {
   const layer = data.layers[at.layer], e = at.expert, count = layer.counts[e];
-  const parts = [`Layer ${layer.layer}, expert ${e}: chosen by ${count} of ${data.tokens} tokens, ` +
+  const parts = [`Layer ${layer.layer}, expert ${e}: chosen by ${number(count)} of ${number(data.tokens)} tokens, ` +
     `${layer.shares[e].toFixed(2)} × the mean load`];
   if (count) {
     parts.push(`mean weight ${layer.mean_weights[e].toFixed(3)}`);

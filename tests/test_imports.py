@@ -94,7 +94,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "routing_rows": ({"argument_files", "chat.template", "chat.types", "generate"}, set()),
     "routing_report": ({"routing", "routing_statistics"}, set()),
-    "routing_page": ({"routing", "routing_report", "routing_statistics"}, set()),
+    "routing_page": ({"routing", "routing_report", "routing_statistics"}, {"numpy"}),
     "routing_plot": ({"routing_statistics"}, {"matplotlib", "numpy"}),
     "routing": (
         {"cache", "config", "generate", "model", "prompts", "routing_statistics", "sampling"}

@@ -32,26 +32,34 @@ function ramp() {
   };
 }
 
+// Cells and numbers once per size and scheme; the cursor over a copy of them.
+const base = document.createElement("canvas");
+
 function draw() {
   const scale = window.devicePixelRatio || 1, full = canvas.clientWidth;
   rowHeight = Math.max(9, Math.min(26, 520 / numLayers));
   width = (full - left) / numExperts;
   const height = numLayers * rowHeight + bottom;
   canvas.style.height = `${height}px`;
-  canvas.width = Math.round(full * scale);
-  canvas.height = Math.round(height * scale);
-  const pen = canvas.getContext("2d"), fill = ramp(), never = color("--never");
+  base.width = canvas.width = Math.round(full * scale);
+  base.height = canvas.height = Math.round(height * scale);
+  const pen = base.getContext("2d"), fill = ramp(), never = color("--never");
   pen.scale(scale, scale);
   const gap = width > 6 && rowHeight > 6 ? 1 : 0;
   data.layers.forEach((layer, y) => layer.shares.forEach((share, x) => {
     pen.fillStyle = share ? fill(share) : never;
     pen.fillRect(left + x * width, y * rowHeight, width - gap + (gap ? 0 : 0.5), rowHeight - gap);
   }));
+  drawNumbers(pen, height);
+  drawCursor();
+}
+
+function drawNumbers(pen, height) {
   pen.fillStyle = color("--soft");
   pen.font = "11px system-ui, sans-serif";
   pen.textBaseline = "middle";
   pen.textAlign = "right";
-  const everyLayer = Math.ceil(13 / rowHeight), everyExpert = Math.max(1, Math.ceil(30 / width));
+  const everyLayer = Math.ceil(13 / rowHeight), everyExpert = 2 ** Math.max(0, Math.ceil(Math.log2(30 / width)));
   data.layers.forEach((layer, y) => {
     if (y % everyLayer === 0) pen.fillText(layer.layer, left - 6, (y + 0.5) * rowHeight);
   });
@@ -59,6 +67,14 @@ function draw() {
   for (let x = 0; x < numExperts; x += everyExpert) {
     pen.fillText(x, left + (x + 0.5) * width, height - bottom / 2 + 2);
   }
+}
+
+function drawCursor() {
+  const pen = canvas.getContext("2d"), scale = window.devicePixelRatio || 1;
+  pen.setTransform(1, 0, 0, 1, 0, 0);
+  pen.clearRect(0, 0, canvas.width, canvas.height);
+  pen.drawImage(base, 0, 0);
+  pen.scale(scale, scale);
   outline(pen, at, color("--mark"));
   if (pinned) outline(pen, pinned, color("--mark"), 3);
 }
@@ -85,7 +101,7 @@ function sayCell() {
 function move(layer, expert) {
   at.layer = Math.max(0, Math.min(numLayers - 1, layer));
   at.expert = Math.max(0, Math.min(numExperts - 1, expert));
-  draw();
+  drawCursor();
   sayCell();
 }
 
@@ -94,13 +110,13 @@ function pin() {
   pinned = again ? null : { ...at };
   if (!again) chosen_by.value = String(at.layer);
   paint();
-  draw();
+  drawCursor();
 }
 
 function unpin() {
   pinned = null;
   paint();
-  draw();
+  drawCursor();
 }
 
 function under(event) {

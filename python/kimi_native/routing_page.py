@@ -15,13 +15,15 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from kimi_native.routing_report import HEADER, label_line, summary, table
 from kimi_native.routing_statistics import LayerStatistics
 
 if TYPE_CHECKING:
     from kimi_native.routing import RoutedText, Routing
 
-SHOWN_TOKENS = 2000  # a page with more is slow to use, and of K2's size beyond 10 MB
+SHOWN_TOKENS = 2000  # of K2's size a page with as many has 11 MB
 _HERE = Path(__file__)
 
 _MEANING = {
@@ -196,12 +198,15 @@ def _data(
         ],
         "ids": [i for text, number in shown for i in text.ids[:number]],
         "label_of": [place[name] for text, number in shown for name in text.labels[:number]],
-        "choices": [
-            [
-                [experts.tolist(), [round(w, 3) for w in weights.tolist()]]
-                for experts, weights in zip(text.experts[i], text.weights[i], strict=True)
-            ]
-            for text, number in shown
-            for i in range(number)
-        ],
+        "choices": [token for text, number in shown for token in _choices(text, number)],
     }
+
+
+def _choices(text: RoutedText, number: int) -> list[list[list[Any]]]:
+    """[tokens][layers]: the experts and their weights."""
+    experts = text.experts[:number].tolist()
+    weights = text.weights[:number].astype(np.float64).round(3).tolist()
+    return [
+        [list(pair) for pair in zip(*token, strict=True)]
+        for token in zip(experts, weights, strict=True)
+    ]

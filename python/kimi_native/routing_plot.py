@@ -34,14 +34,17 @@ def heat_map(statistics: Sequence[LayerStatistics], title: str) -> bytes:
     layers, experts = shares.shape
     width = min(18.0, 5.0 + max(2.5, 0.28 * experts))
     figure = new_figure(width, min(16.0, 2.2 + max(1.0, 0.24 * layers)))
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[width - 2.6, 1.8])
-    _draw_shares(figure, left, shares)
+    left, bar, right = figure.subplots(1, 3, width_ratios=[width - 2.8, 0.2, 1.8])
+    _draw_shares(figure, left, bar, shares)
+    right.sharey(left)
     left.set_title(title, loc="left", fontsize=10)
     rows = np.arange(layers)
     right.barh(rows, [s.information for s in statistics], height=0.7, color="#3b6fb6")
     right.axvline(0, color="0.4", linewidth=0.8)
     right.set_title("expert tells of label, bits", loc="left", fontsize=9)
-    right.spines[["top", "right"]].set_visible(False)
+    right.locator_params(axis="x", nbins=3)
+    right.tick_params(left=False, labelleft=False)
+    right.spines[["top", "right", "left"]].set_visible(False)
     step = -(-layers // _SHOWN_TICKS)
     left.set_yticks(rows[::step], [str(s.layer) for s in statistics[::step]])
     left.set_ylabel("layer")
@@ -50,7 +53,7 @@ def heat_map(statistics: Sequence[LayerStatistics], title: str) -> bytes:
     return data.getvalue()
 
 
-def _draw_shares(figure: Any, axes: Any, shares: np.ndarray) -> None:
+def _draw_shares(figure: Any, axes: Any, bar_axes: Any, shares: np.ndarray) -> None:
     from matplotlib import colormaps
     from matplotlib.colors import FuncNorm
 
@@ -67,6 +70,6 @@ def _draw_shares(figure: Any, axes: Any, shares: np.ndarray) -> None:
     axes.set_xticks(range(0, shares.shape[1], step))
     axes.set_xlabel("expert (gray: chosen by no token)")
     ticks = [t for t in (0, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256) if t <= top]
-    bar = figure.colorbar(image, ax=axes, location="right", fraction=0.04, pad=0.02, ticks=ticks)
+    bar = figure.colorbar(image, cax=bar_axes, ticks=ticks)
     bar.ax.set_yticklabels([f"{t:g}" for t in ticks])
     bar.set_label("load / mean load")

@@ -112,6 +112,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
             "prompts",
             "checkpoint",
             "config",
+            "load_counts",
             "model_file",
             "plan",
             "sampling",
@@ -128,6 +129,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         set(),
     ),
     "asynchronous": (set(), set()),
+    "load_counts": (set(), set()),
     "prompts": ({"config", "tokenizer", *CHAT}, set()),
     "conversation": (
         {"asynchronous", "generation", "guide", "tool_runner", "transcript", *CHAT},

@@ -27,6 +27,7 @@ from kimi_native.engine import Engine, check_prompt
 from kimi_native.errors import RequestError
 from kimi_native.generation import Generation, PlainOutput, Run, end_ids
 from kimi_native.guide import UNGUIDED, Guiding, ToolChoice, answer_start, next_call_index
+from kimi_native.load_counts import check_counts
 from kimi_native.model_file import model_folder
 from kimi_native.prefixes import KeptPrefix
 from kimi_native.progress_bar import Progress
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 # Context when none is asked for: the published limits (up to 262,144 tokens) would reserve 18 GB of cache a sequence.
 DEFAULT_CONTEXT = 8192
 DEFAULT_BATCH = 8
-MAX_THREADS = 1024  # more is a slip of the pen
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def load(
     with MemoryPlanWarning if the weights do not all fit into memory.
     """
     path = model_folder("load", path)
-    _check_counts(max_context=max_context, max_batch=max_batch, threads=threads)
+    check_counts(max_context=max_context, max_batch=max_batch, threads=threads)
     from kimi_native.config import load_config
     from kimi_native.machine_settings import machine_settings
     from kimi_native.network import load_network
@@ -131,16 +131,6 @@ def load(
             check_weights=checkpoint.check_readable,
             load_s=time.perf_counter() - started,
         )
-
-
-def _check_counts(**given: object) -> None:
-    for name, value in given.items():
-        if value is None and name != "max_batch":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise RequestError(f"load: {name} must be an integer of at least 1 (got {value!r})")
-        if name == "threads" and value > MAX_THREADS:
-            raise RequestError(f"load: threads must be at most {MAX_THREADS} (got {value})")
 
 
 def default_context(config: KimiConfig) -> int:

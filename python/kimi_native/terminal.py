@@ -33,15 +33,15 @@ def event_dict(event: Any) -> dict[str, Any]:
 
 
 def print_table(
-    title: str, rows: Sequence[tuple[str, ...]], *, header: tuple[str, ...] = ()
+    title: str, rows: Sequence[tuple[str, ...]], header: Sequence[str] | None = None
 ) -> None:
-    """Columns under a title, as wide as the terminal; two of them unless `header` names them."""
+    """Two columns under a title, or those of the header, as wide as the terminal."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE, show_header=bool(header))
+    table = Table(box=box.SIMPLE, show_header=header is not None)
     for name in header or ("", ""):
         table.add_column(name, overflow="fold")
     for row in rows:

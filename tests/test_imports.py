@@ -59,7 +59,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         | {"checkpoint", "plan", "doctor", "make_checkpoint", "presets"}
         | {"quant.ptq", "bench.command", "chat_cli", "progress_bar", "terminal", "units"}
         | {"quant.quantization_error"}
-        | {"model_arguments", "qat_cli", "streams"},
+        | {"model_arguments", "qat_cli", "routing_cli", "streams"},
         {"rich", "torch"},
     ),
     "qat_cli": (
@@ -69,6 +69,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "chat_cli": (
         {
+            "argument_files",
             "chat",
             "tokenizer",
             "config",
@@ -89,6 +90,26 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "chat_input": (set(), set()),
     "chat_output": ({"generation", "terminal", *TALK, *CHAT}, {"rich"}),
     "tool_file": (CHAT, set()),
+    "argument_files": (set(), set()),
+    # which experts tokens choose
+    "routing_cli": (
+        {"argument_files", "config", "generate", "model_arguments", "model_file", "routing"}
+        | {"routing_page", "routing_plot", "routing_report", "routing_rows", "terminal"}
+        | {"whole_file"},
+        set(),
+    ),
+    "routing_rows": ({"argument_files", "chat.template", "chat.types", "generate"}, set()),
+    "routing_report": ({"routing", "routing_statistics"}, set()),
+    "routing_page": ({"routing", "routing_report", "routing_statistics"}, {"numpy"}),
+    "routing_plot": ({"routing_statistics"}, {"matplotlib", "numpy"}),
+    "routing": (
+        {"cache", "config", "generate", "model", "prompts", "routing_statistics", "sampling"}
+        | {"token_roles"},
+        {"torch", "numpy"},
+    ),
+    "routing_statistics": (set(), {"numpy"}),
+    "token_roles": ({"chat.template", "tokenizer"}, set()),
+    "whole_file": (set(), set()),
     "doctor": ({"__init__", "ops", "machine"}, {"torch", "numpy"}),
     # text and events
     "generate": (
@@ -97,6 +118,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
             "prompts",
             "checkpoint",
             "config",
+            "load_counts",
             "model_file",
             "plan",
             "sampling",
@@ -113,6 +135,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         set(),
     ),
     "asynchronous": (set(), set()),
+    "load_counts": (set(), set()),
     "prompts": ({"config", "tokenizer", *CHAT}, set()),
     "conversation": (
         {"asynchronous", "generation", "guide", "tool_runner", "transcript", *CHAT},
@@ -381,6 +404,7 @@ NANO_DATA = {f"nano.{name}" for name in NANO_PLAY | NANO_TEXT}
 TORCH_FREE = {
     "config",
     "tokenizer",
+    "token_roles",
     "errors",
     "presets",
     "chat",

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from kimi_native.argument_files import STDIN, parse_json, read_list, read_text, shown_name
 from kimi_native.errors import RequestError
 from kimi_native.model_arguments import add_machine, add_model, add_sampling
 from kimi_native.terminal import event_dict, print_json, print_table, shown
 
 if TYPE_CHECKING:
     from kimi_native.tokenizer import Tokenizer
-
-STDIN = "-"
-
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
 
@@ -147,10 +142,10 @@ def render(args: argparse.Namespace) -> int:
 
     _check_stdin(args, "messages", "tools")
     format, tokenizer = _format_and_tokenizer(args)
-    messages = _read_list(args.messages, "messages")
+    messages = read_list(args.messages, "messages")
     options = {
         "tokenizer": tokenizer,
-        "tools": _read_list(args.tools, "tools") if args.tools else None,
+        "tools": read_list(args.tools, "tools") if args.tools else None,
         "add_generation_prompt": args.add_generation_prompt,
         "thinking": args.thinking,
         "keep_thinking": args.keep_thinking,
@@ -182,12 +177,12 @@ def parse(args: argparse.Namespace) -> int:
     _check_stdin(args, "answer", "prompt", "tools")
     format, tokenizer = _format_and_tokenizer(args)
     if args.text:
-        ids, prompt_ids = tokenizer.encode_with_control(_read_text(args.answer)), []
+        ids, prompt_ids = tokenizer.encode_with_control(read_text(args.answer)), []
     else:
         ids, prompt_ids = _read_ids(args.answer)
     if args.prompt:
         prompt_ids, _ = _read_ids(args.prompt)
-    tools = _read_list(args.tools, "tools") if args.tools else None
+    tools = read_list(args.tools, "tools") if args.tools else None
     parser = OutputParser(tokenizer, format=format, prompt_ids=prompt_ids, tools=tools)
     events = [event for token_id in ids for event in parser.push(token_id)]
     events += parser.finish()
@@ -212,54 +207,19 @@ def _check_stdin(args: argparse.Namespace, *names: str) -> None:
         args.usage_error("only one file can be - (standard input)")
 
 
-def _read_text(path: str) -> str:
-    data = sys.stdin.buffer.read() if path == STDIN else Path(path).read_bytes()
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{_name(path)}: must be UTF-8 text ({error})") from None
-
-
-def _read_json(path: str, text: str) -> Any:
-    def constant(name: str) -> None:
-        raise RequestError(f"{_name(path)}: numbers must be finite (got {name})")
-
-    try:
-        return json.loads(text, parse_constant=constant)
-    except RequestError:
-        raise
-    except RecursionError:
-        raise RequestError(f"{_name(path)}: JSON nests too deep") from None
-    except ValueError as error:
-        raise RequestError(f"{_name(path)}: must be valid JSON ({error})") from None
-
-
-def _read_list(path: str, what: str) -> list[Any]:
-    value = _read_json(path, _read_text(path))
-    if not isinstance(value, list):
-        raise RequestError(
-            f"{_name(path)}: {what} must be a JSON list (got {type(value).__name__})"
-        )
-    return value
-
-
 def _read_ids(path: str) -> tuple[list[int], list[int]]:
     """ids and prompt_ids of a file: numbers with spaces or commas between them, a JSON list, or an object with both."""
-    text = _read_text(path)
+    text = read_text(path)
     if text.lstrip()[:1] not in ("{", "["):
         words = [word for word in re.split(r"[\s,]+", text) if word]
         bad = next((word for word in words if not re.fullmatch("[0-9]{1,9}", word)), None)
         if bad is not None:
-            raise RequestError(f"{_name(path)}: ids must be whole numbers (got {bad[:40]!r})")
+            raise RequestError(f"{shown_name(path)}: ids must be whole numbers (got {bad[:40]!r})")
         return [int(word) for word in words], []
-    value = _read_json(path, text)
+    value = parse_json(shown_name(path), text)
     fields = value if isinstance(value, dict) else {"ids": value}
     ids, prompt_ids = fields.get("ids"), fields.get("prompt_ids", [])
     for name, given in (("ids", ids), ("prompt_ids", prompt_ids)):
         if not isinstance(given, list) or not all(type(token_id) is int for token_id in given):
-            raise RequestError(f"{_name(path)}: {name} must be a list of whole numbers")
+            raise RequestError(f"{shown_name(path)}: {name} must be a list of whole numbers")
     return ids, prompt_ids
-
-
-def _name(path: str) -> str:
-    return "stdin" if path == STDIN else path

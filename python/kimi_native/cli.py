@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kimi_native import chat_cli
+from kimi_native import chat_cli, routing_cli
 from kimi_native.errors import KimiNativeError, RequestError
 from kimi_native.model_arguments import (
     add_ignored_keys,
@@ -89,6 +89,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     chat_cli.add_chat(verb("chat", chat_cli.chat, "talk, with tools if you like"))
     chat_cli.add_render(verb("render", chat_cli.render, "show a conversation as its prompt"))
     chat_cli.add_parse(verb("parse", chat_cli.parse, "show what the ids of an answer say"))
+    routing_cli.add_routing(verb("routing", routing_cli.run, "show which experts tokens choose"))
     doctor = verb("doctor", _doctor, "show what this machine offers, and check every kernel once")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.add_argument("--quick", action="store_true", help="measure on less memory")

@@ -7,6 +7,7 @@ so what is asked at once, from one thread or several, is computed in one batch; 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -27,6 +28,7 @@ from kimi_native.errors import RequestError
 from kimi_native.folder_names import NANO_FOLDER
 from kimi_native.generation import Generation, PlainOutput, Run, end_ids
 from kimi_native.guide import UNGUIDED, Guiding, ToolChoice, answer_start, next_call_index
+from kimi_native.load_counts import check_counts
 from kimi_native.model_file import model_folder
 from kimi_native.prefixes import KeptPrefix, checked_handles
 from kimi_native.progress_bar import Progress
@@ -38,13 +40,13 @@ if TYPE_CHECKING:
     from kimi_native.cache import LatentCache
     from kimi_native.config import KimiConfig
     from kimi_native.model import KimiModel
+    from kimi_native.recorded import RecordedModel
     from kimi_native.schema_grammar import GrammarCompiler
     from kimi_native.tokenizer import Tokenizer
 
 # Context when none is asked for: the published limits (up to 262,144 tokens) would reserve 18 GB of cache a sequence.
 DEFAULT_CONTEXT = 8192
 DEFAULT_BATCH = 8
-MAX_THREADS = 1024  # more is a slip of the pen
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------
@@ -97,7 +99,7 @@ def load(
     with MemoryPlanWarning if the weights do not all fit into memory.
     """
     path = NANO_FOLDER if path is None else model_folder("load", path)
-    _check_counts(max_context=max_context, max_batch=max_batch, threads=threads)
+    check_counts(max_context=max_context, max_batch=max_batch, threads=threads)
     from kimi_native.config import load_config
     from kimi_native.machine_settings import machine_settings
     from kimi_native.network import load_network
@@ -132,16 +134,6 @@ def load(
         )
 
 
-def _check_counts(**given: object) -> None:
-    for name, value in given.items():
-        if value is None and name != "max_batch":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise RequestError(f"load: {name} must be an integer of at least 1 (got {value!r})")
-        if name == "threads" and value > MAX_THREADS:
-            raise RequestError(f"load: threads must be at most {MAX_THREADS} (got {value})")
-
-
 def default_context(config: KimiConfig) -> int:
     """Context of a model loaded without max_context."""
     return min(config.max_position_embeddings, DEFAULT_CONTEXT)
@@ -153,7 +145,7 @@ def default_context(config: KimiConfig) -> int:
 class Model:
     """A loaded checkpoint that answers prompts; made by `load`. Safe to use from several threads at once.
 
-    network        KimiModel
+    network        RecordedModel
     cache          LatentCache, used by this Model alone
     chat_format    one of chat.template.FORMATS, or None: then
     chat_template  the checkpoint's own makes the prompts; None: only raw prompts and ids are answered
@@ -163,7 +155,7 @@ class Model:
 
     def __init__(
         self,
-        network: KimiModel,
+        network: RecordedModel,
         cache: LatentCache,
         tokenizer: Tokenizer,
         *,
@@ -191,6 +183,8 @@ class Model:
             max_context=max_context,
             check_weights=check_weights,
         )
+        self._network = network
+        self._check_weights = check_weights
         self._lock = threading.Lock()  # held for one engine step at a time
         self._runs: dict[int, Run] = {}
         self._abandoned: deque[Run] = deque()
@@ -202,6 +196,22 @@ class Model:
     def max_context(self) -> int:
         """Tokens of prompt and answer together."""
         return self._engine.max_context
+
+    def prompt_ids(self, prompt: Prompt, *, raw_prompt: bool = False, **options: Any) -> list[int]:
+        """The ids that `generate` starts from. options: of chat.template.render. Raises RequestError as it does."""
+        ids = prompt_ids(prompt, raw_prompt, options, self._text_side)
+        self._engine.check(ids)
+        return ids
+
+    @contextlib.contextmanager
+    def held_network(self) -> Iterator[KimiModel]:
+        """The network, for a caller that computes with it and a cache of its own; requests wait meanwhile."""
+        try:
+            with self._lock:
+                yield self._network.model
+        finally:
+            self._release()
+            self._check_weights()
 
     def generate(
         self,
@@ -399,8 +409,7 @@ class Model:
         prefix: KeptPrefix | None = None,
     ) -> Run:
         """Renders and checks one prompt; nothing is computed and nothing is queued."""
-        ids = prompt_ids(prompt, raw_prompt, options, self._text_side)
-        self._engine.check(ids)
+        ids = self.prompt_ids(prompt, raw_prompt=raw_prompt, **options)
         is_ids = isinstance(prompt, (list, tuple)) and not is_conversation(prompt)
         if raw_prompt or is_ids or self.chat_format is None:
             guiding.check_unused()

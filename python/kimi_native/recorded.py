@@ -23,18 +23,20 @@ class RecordedModel:
 
     Logits come back to the CPU. Not recorded, but run as they are: models whose experts are BF16 (they loop over the
     hit experts in Python) or on the CPU beside a GPU, larger batches, and the reference backend.
+
+    model, config  the KimiModel, and its configuration
     """
 
     def __init__(self, model: KimiModel, cache: LatentCache) -> None:
         self.config = model.config
-        self._model = model
+        self.model = model
         self._cache = cache
         self._steps: dict[int, _RecordedStep] = {}
         self._recordable = not any(isinstance(m, Experts | HostExperts) for m in model.modules())
 
     def prefill(self, ids: Tensor, cache: LatentCache, seq: CachedSequence) -> Tensor:
         """See KimiModel.prefill."""
-        return self._model.prefill(ids, cache, seq).cpu()
+        return self.model.prefill(ids, cache, seq).cpu()
 
     # Under inference_mode torch shows a recording its composite operations whole, views and copies alike.
     @torch.inference_mode(mode=False)
@@ -48,11 +50,11 @@ class RecordedModel:
             or not 1 <= batch <= MAX_RECORDED_BATCH
             or ops.active_backend() != "native"
         ):
-            return self._model.decode(ids, cache, seqs).cpu()
-        step = self._model.decode_step(ids, cache, seqs)
+            return self.model.decode(ids, cache, seqs).cpu()
+        step = self.model.decode_step(ids, cache, seqs)
         if batch not in self._steps:
-            self._steps[batch] = _RecordedStep(self._model, cache, batch)
-        logits = self._steps[batch].run(self._model.embed(ids), step)
+            self._steps[batch] = _RecordedStep(self.model, cache, batch)
+        logits = self._steps[batch].run(self.model.embed(ids), step)
         for seq in seqs:
             seq.length += 1
         return logits.cpu()

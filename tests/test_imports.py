@@ -59,7 +59,8 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         | {"checkpoint", "plan", "doctor", "make_checkpoint", "presets"}
         | {"quant.ptq", "bench.command", "chat_cli", "progress_bar", "terminal", "units"}
         | {"quant.quantization_error"}
-        | {"model_arguments", "qat_cli", "routing_cli", "streams"},
+        | {"model_arguments", "qat_cli", "routing_cli", "streams"}
+        | {"claims.command", "nano.demo"},
         {"rich", "torch"},
     ),
     "qat_cli": (
@@ -119,6 +120,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
             "checkpoint",
             "config",
             "load_counts",
+            "folder_names",
             "model_file",
             "plan",
             "sampling",
@@ -256,7 +258,45 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "quant.ptq_state": ({"checkpoint_writer", "folder_names", "json_file"}, set()),
     # the bundled model: its data knows no torch
+    "claims": (set(), set()),
+    "claims.command": (
+        {"model_arguments", "terminal", "units", "generate", "folder_names", "nano.evaluate"}
+        | {"nano.player", "claims"}
+        | {f"claims.{name}" for name in ("int4", "interleaved", "pictures", "routing")},
+        set(),
+    ),
+    "claims.interleaved": (
+        {"nano.episode", "nano.evaluate", "nano.modes", "nano.world"},
+        set(),
+    ),
+    "claims.int4": (
+        {"checkpoint", "config", "folder_names", "generate", "claims.training"}
+        | {"nano.batches", "nano.evaluate", "nano.graph", "nano.player", "nano.published"}
+        | {"nano.settings", "nano.train", "nano.world", "quant.calibrate", "quant.export"},
+        {"torch"},
+    ),
+    "claims.routing": (
+        {"presets", "routing", "generate", "quant.export", "claims.training"}
+        | {"nano.graph", "nano.settings", "nano.train_log"},
+        {"torch", "numpy"},
+    ),
+    "claims.pictures": ({"nano.evaluate", "nano.plot"}, set()),
+    "claims.training": (
+        {"checkpoint", "nano.batches", "nano.conversations", "nano.graph", "nano.problems"}
+        | {"nano.settings", "nano.trainer", "nano.transcripts", "nano.vocabulary"}
+        | {"folder_names", "nano.train"},
+        set(),
+    ),
     "nano": (set(), set()),
+    "nano.demo": (
+        {"chat.types", "conversation", "generate", "model_arguments", "terminal", "tool_runner"}
+        | {"nano.dice", "nano.episode", "nano.problems", "nano.texts", "nano.world"},
+        set(),
+    ),
+    "nano.drills": (
+        {"chat.types", "nano.dice", "nano.problems", "nano.texts", "nano.world"},
+        set(),
+    ),
     "nano.dataset": (set(), set()),
     "nano.toy": ({"nano.dataset"}, set()),
     "nano.text_rows": ({"nano.dataset"}, set()),
@@ -287,7 +327,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         | {"quant.export", "nano.trainer", "nano.plot", "nano.text_rows", "nano.toy"}
         | {"chat.template", "config", "nano.chat_rows"}
         | {"nano.dataset", "nano.settings", "nano.train_log", "nano.transcripts"}
-        | {"nano.vocabulary"},
+        | {"folder_names", "nano.conversations"},
         {"rich"},
     ),
     "nano.plot": ({"nano.train_log"}, {"matplotlib"}),
@@ -325,10 +365,11 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         | {"nano.problems", "nano.world"},
         set(),
     ),
+    "nano.player": ({"chat.types", "nano.episode", "nano.evaluate", "prefixes"}, set()),
     "nano.small_talk": ({"nano.dice"}, set()),
     "nano.conversations": (
         {"chat.tool", "chat.types", "nano.dice", "nano.expert", "nano.modes", "nano.planner"}
-        | {"nano.problems", "nano.questions", "nano.small_talk", "nano.world"},
+        | {"nano.drills", "nano.problems", "nano.questions", "nano.small_talk", "nano.world"},
         set(),
     ),
     "nano.transcripts": (
@@ -338,7 +379,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "nano.vocabulary": (
         {"byte_pairs", "chat.template", "tokenizer", "tokenizer_files"}
-        | {"nano.conversations", "nano.dice", "nano.small_talk"},
+        | {"folder_names", "nano.conversations", "nano.dice", "nano.small_talk"},
         set(),
     ),
     "nano.problems": ({"nano.dice", "nano.world"}, set()),
@@ -389,6 +430,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
 }
 NANO_PLAY = {"dice", "world", "problems", "modes", "texts", "planner", "expert", "episode"}
 NANO_TEXT = {
+    "drills",
     "toy",
     "text_rows",
     "chat_rows",

@@ -14,8 +14,9 @@ from kimi_native.make_checkpoint import make_checkpoint
 from kimi_native.nano import expert
 from kimi_native.nano.dice import Dice
 from kimi_native.nano.episode import Episode, with_results
-from kimi_native.nano.evaluate import Share, evaluate, evaluate_all, make_episodes, played_by
+from kimi_native.nano.evaluate import Share, evaluate, evaluate_all, make_episodes
 from kimi_native.nano.modes import MODES, declared_tools
+from kimi_native.nano.player import played_by
 from kimi_native.nano.problems import make_problem
 from kimi_native.nano.vocabulary import write_vocabulary
 from kimi_native.nano.world import Failures, World

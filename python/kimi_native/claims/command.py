@@ -86,10 +86,10 @@ def _draw(name: str, result: dict[str, Any], path: Path) -> None:
 
 
 def _interleaved(args: argparse.Namespace) -> dict[str, Any]:
-    from kimi_native.nano.evaluate import played_by
+    from kimi_native.nano.player import played_by
 
-    args.max_context = args.max_context or CONTEXT
-    model = load_model(args, max_batch=BATCH)
+    options = {"max_context": args.max_context or CONTEXT}
+    model = load_model(argparse.Namespace(**{**vars(args), **options}), max_batch=BATCH)
 
     def done(score: Score) -> None:
         note(score.row())
@@ -131,14 +131,12 @@ def _int4(args: argparse.Namespace) -> dict[str, Any]:
     source = NANO_FOLDER if args.model is None else Path(args.model)
 
     def load(path: Path) -> Model:
-        args.model, args.max_context = str(path), args.max_context or CONTEXT
-        return load_model(args, max_batch=BATCH)
+        options = {"model": str(path), "max_context": args.max_context or CONTEXT}
+        return load_model(argparse.Namespace(**{**vars(args), **options}), max_batch=BATCH)
 
-    before, plan = args.model, int4.QUICK if args.quick else int4.FULL
+    plan = int4.QUICK if args.quick else int4.FULL
     with _work_folder(args.out) as folder:
-        result = int4.run(source, folder / "int4-work", plan, seed=args.seed, load=load, say=note)
-    args.model = before
-    return result
+        return int4.run(source, folder / "int4-work", plan, seed=args.seed, load=load, say=note)
 
 
 @contextlib.contextmanager
@@ -165,11 +163,42 @@ def _int4_tables(result: dict[str, Any]) -> None:
     print_table(f"quantized afterwards or in training; {steps} steps, {percent:g} % fail", rows)
 
 
+# ---- routing --------------------------------------------------------------------------------------------------------
+
+
+def _routing(args: argparse.Namespace) -> dict[str, Any]:
+    from kimi_native.claims import routing
+
+    def load(path: Path) -> Model:
+        return load_model(argparse.Namespace(**{**vars(args), "model": str(path)}))
+
+    plan = routing.QUICK if args.quick else routing.FULL
+    with _work_folder(args.out) as folder:
+        return routing.run(folder / "routing-work", plan, seed=args.seed, load=load, say=note)
+
+
+def _routing_tables(result: dict[str, Any]) -> None:
+    rows = []
+    for row in result["rows"]:
+        text = f"held-out loss {row['loss']:.4f}; {row['parameters'] / 1e6:.2f} M parameters"
+        if "max_over_mean" in row:
+            last = row["max_over_mean"][-max(1, len(row["max_over_mean"]) // 10) :]
+            text += f"; largest load {sum(last) / len(last):.2f} of the mean"
+            text += f", {row['without_tokens'][-1]} experts without tokens"
+        if "information" in row:
+            bits = ", ".join(f"{value:.2f}" for value in row["information"])
+            text += f"; bits about a token's role, layer by layer: {bits}"
+        rows.append((row["variant"], text))
+    print_table(f"trained for {result['plan']['steps']} steps each", rows)
+
+
 CLAIMS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "interleaved": _interleaved,
     "int4": _int4,
+    "routing": _routing,
 }
 _TABLES: dict[str, Callable[[dict[str, Any]], None]] = {
     "interleaved": _interleaved_tables,
     "int4": _int4_tables,
+    "routing": _routing_tables,
 }

@@ -22,8 +22,9 @@ from kimi_native.claims.training import conversations, train
 from kimi_native.config import KimiConfig
 from kimi_native.folder_names import CONFIG_NAME
 from kimi_native.nano.batches import Batch
-from kimi_native.nano.evaluate import evaluate_all, played_by
+from kimi_native.nano.evaluate import evaluate_all
 from kimi_native.nano.graph import KimiGraph
+from kimi_native.nano.player import played_by
 from kimi_native.nano.published import read_published
 from kimi_native.nano.settings import TrainSettings
 from kimi_native.nano.train import config_values, read_files

@@ -66,7 +66,24 @@ def draw_int4(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def draw_routing(result: dict[str, Any], path: Path) -> None:
+    """The largest load over the mean during training, and held-out loss at the end."""
+    figure = new_figure()
+    left, right = figure.subplots(1, 2)
+    for row in result["rows"]:
+        if "max_over_mean" in row:
+            left.semilogy(row["step"], row["max_over_mean"], label=row["variant"], linewidth=1)
+    left.set_xlabel("step")
+    left.set_ylabel("largest load of any layer / mean")
+    left.legend(fontsize="small")
+    names = [row["variant"] for row in result["rows"]]
+    right.barh(names[::-1], [row["loss"] for row in result["rows"]][::-1])
+    right.set_xlabel("held-out loss, nats per token")
+    figure.savefig(path, dpi=120)
+
+
 DRAW: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "interleaved": draw_interleaved,
     "int4": draw_int4,
+    "routing": draw_routing,
 }

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from kimi_native.checkpoint import Checkpoint
 from kimi_native.errors import RequestError
+from kimi_native.folder_names import NANO_FOLDER
 from kimi_native.nano.batches import Batch, make_batch
 from kimi_native.nano.conversations import Recipe
 from kimi_native.nano.graph import KimiGraph
 from kimi_native.nano.problems import Split
 from kimi_native.nano.settings import TrainSettings
+from kimi_native.nano.train import read_files
 from kimi_native.nano.trainer import Progress, Trainer
 from kimi_native.nano.transcripts import TranscriptDataset
 from kimi_native.nano.vocabulary import nano_tokenizer
@@ -27,21 +29,30 @@ def train(
     settings: TrainSettings,
     *,
     start: Path | None = None,
+    prepare: Callable[[KimiGraph], None] | None = None,
     progress: Progress | None = None,
 ) -> KimiGraph:
     """The graph after a run in the folder `out`, which goes on where an interrupted one stopped.
 
     values  config.json of the model, without quantization
     start   a checkpoint to start from, else random weights
+    prepare changes the graph before the first step
 
     Raises KeyboardInterrupt if the run was stopped before its end; what it has done is kept.
     """
     dataset = TranscriptDataset(nano_tokenizer(), EXAMPLES, settings.seed)
     checkpoint = None if start is None else Checkpoint.open(start)
     trainer = Trainer(values, dataset, out, settings, start=checkpoint)
+    if prepare is not None:
+        prepare(trainer.graph)
     if not trainer.run(progress):
         raise KeyboardInterrupt
     return trainer.graph
+
+
+def nano_files() -> dict[str, bytes]:
+    """The files of kimi-nano's folder that are neither weights nor config."""
+    return read_files(NANO_FOLDER)
 
 
 def conversations(tokens: int, *, seed: int, split: Split, recipe: Recipe = WHOLE) -> Batch:

@@ -52,8 +52,8 @@ class Recipe:
     plan_first: float = 12
     no_tools: float = 8
     questions: float = 6
-    small_talk: float = 8
-    drills: float = 60
+    small_talk: float = 40
+    drills: float = 80
     steps: tuple[int, int] = (1, 12)
     plan_steps: tuple[int, int] = (1, 20)
     reliable: float = 0.3

@@ -6,7 +6,7 @@ import collections
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from kimi_native.chat.tool import Tool
 from kimi_native.chat.types import Message
@@ -15,7 +15,6 @@ from kimi_native.nano.episode import Episode
 from kimi_native.nano.modes import Mode
 from kimi_native.nano.problems import Split, make_problem
 from kimi_native.nano.world import FailureKind, Failures, World
-from kimi_native.prefixes import KeptPrefix
 
 
 class Assistant(Protocol):
@@ -25,44 +24,6 @@ class Assistant(Protocol):
 
 
 AnswerAll = Callable[[Sequence[Episode]], Sequence[Message]]  # the next message of each, in order
-
-
-class Model(Protocol):
-    """What kimi_native.load gives, as far as it is needed here."""
-
-    def generate(self, prompt: Any, **options: Any) -> Any: ...
-
-    def forget(self, prefix: KeptPrefix) -> None: ...
-
-
-def played_by(model: Model, *, max_tokens: int = 4096, **options: Any) -> AnswerAll:
-    """A model as one who answers many conversations at once: as a batch, greedily unless `options` say otherwise.
-
-    max_tokens  of one message; a plan of n steps takes about 40 n
-
-    Each conversation keeps its rows in the model's cache while it goes on, as far as there is room: a message costs
-    what is new, not the conversation. What model.generate raises, evaluate_all raises: RequestError where a
-    conversation outgrows the context.
-    """
-    options = {"temperature": 0.0, "max_tokens": max_tokens, **options}
-    kept: dict[int, tuple[Episode, KeptPrefix]] = {}  # the episode too, so that no other has its id
-
-    def answer_all(episodes: Sequence[Episode]) -> list[Message]:
-        going_on = {id(episode) for episode in episodes}
-        for key in kept.keys() - going_on:
-            model.forget(kept.pop(key)[1])
-        prefixes = [kept.setdefault(id(e), (e, KeptPrefix()))[1] for e in episodes]
-        answers = model.generate(
-            [list(episode.messages) for episode in episodes],
-            tools=list(episodes[0].tools) or None,
-            prefixes=prefixes,
-            **options,
-        )
-        return [
-            Message("assistant", a.text or None, a.reasoning or None, a.tool_calls) for a in answers
-        ]
-
-    return answer_all
 
 
 @dataclass(frozen=True)

@@ -225,6 +225,7 @@ class Gate(Weighted):
     """The router, in float32. Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
 
     e_score_correction_bias  [experts], a buffer: balance.py moves it, no gradient does; None unless noaux_tc
+    chooser  for experiments: scores [tokens, experts] to ids [tokens, topk] int64 in place of the published choice
     """
 
     def __init__(self, config: KimiConfig) -> None:
@@ -233,6 +234,7 @@ class Gate(Weighted):
         self.config = config
         noaux = config.topk_method == "noaux_tc"
         self.register_buffer("e_score_correction_bias", torch.zeros(experts) if noaux else None)
+        self.chooser: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
         """x [tokens, hidden] to expert ids and their weights, [tokens, topk] each."""
@@ -241,7 +243,7 @@ class Gate(Weighted):
         sigmoid = config.scoring_func == "sigmoid"
         scores = logits.sigmoid() if sigmoid else logits.softmax(dim=1)
         with torch.no_grad():
-            ids = self._choose(scores)
+            ids = (self.chooser or self._choose)(scores)
             chosen = torch.zeros_like(scores).scatter_(1, ids, 1.0)
             fraction = (
                 run.share @ chosen * (scores.shape[1] / ids.shape[1])

@@ -36,7 +36,7 @@ def vocabulary_files() -> dict[str, bytes]:
 
 def _pieces() -> collections.Counter[str]:
     """Pieces of the corpus that may be merged: of the conversations, the small talk, and a little else."""
-    recipe = Recipe(drills=0)  # their words are the others'
+    recipe = Recipe(small_talk=8, drills=0)  # as the files in the package were made
     texts = [_OTHER] * 20
     for index in range(NUM_CONVERSATIONS):
         conversation = make_conversation(Dice("vocabulary", index), "train", recipe)

@@ -321,7 +321,6 @@ def test_interrupt_is_exit_code_130(monkeypatch, capsys):
     [
         [],
         ["unknown"],
-        ["generate", "Hi"],
         ["generate", "--model", "m", "--stream", "--json", "Hi"],
         ["generate", "--model", "m", "--top-k", "x", "Hi"],
         ["generate", "--model", "m", "--dtype", "fp4", "Hi"],

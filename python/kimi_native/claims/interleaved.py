@@ -31,9 +31,9 @@ class Cell:
 def cells(*, quick: bool) -> tuple[Cell, ...]:
     """What is played: all of it takes hours on two cores, the quick part minutes."""
     if quick:
-        plan = [("interleaved", n, e, 20) for n in (5, 10, 20) for e in (0.0, 0.1)]
-        plan += [("plan-first", n, e, 20) for n in (5, 10, 20) for e in (0.0, 0.1)]
-        plan += [("no-tools", n, 0.0, 20) for n in (5, 10)]
+        plan = [("interleaved", n, e, 50) for n in (5, 10, 20) for e in (0.0, 0.1)]
+        plan += [("plan-first", n, e, 50) for n in (5, 10, 20) for e in (0.0, 0.1)]
+        plan += [("no-tools", n, 0.0, 50) for n in (5, 10)]
         return tuple(Cell(*row) for row in plan)
     counts = {5: 200, 10: 200, 20: 200, 30: 100, 50: 100, 100: 40, 200: 20}
     rates = (0.0, 0.05, 0.1, 0.2)

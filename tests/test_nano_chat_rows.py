@@ -112,7 +112,7 @@ def rows_of(path, tokenizer, rows, format="k2-thinking", max_tokens=400):
     path.write_text("\n".join(json.dumps(row) for row in rows))
     encode = chat_encoder(format, tokenizer)
     return read_rows(
-        path, tokenizer.encode, vocab_size=1024, max_tokens=max_tokens, encode_chat=encode
+        path, tokenizer.encode, vocab_size=1392, max_tokens=max_tokens, encode_chat=encode
     )
 
 

@@ -11,7 +11,7 @@ from kimi_native import cli
 from kimi_native.chat.types import ContentDelta, ReasoningDelta, ToolCall
 from kimi_native.conversation import ChatFinish
 from kimi_native.nano import demo, expert
-from kimi_native.nano.problems import held_out_compositions
+from kimi_native.nano.problems import LABELS, held_out_compositions
 from kimi_native.tool_runner import ToolResult
 
 
@@ -67,7 +67,7 @@ def test_demo_shows_every_call_and_what_failed(play):
     assert f"right; {len(shown) - 2} calls, of which {failed} failed" in err
     assert 0 < failed < len(shown)
     assert shown[-1] == f"The value is {problem.values()[-1]}."
-    assert str(problem.first_label) in shown[0]
+    assert shown[0].startswith(f"{LABELS[problem.first_label]}: ")
     assert any(held_out_compositions(problem.steps))
     assert world.log == []  # nothing has been called before the model does
 
@@ -95,13 +95,13 @@ def test_demo_shows_arguments_that_are_no_object(arguments, capsys):
     lines = demo.Lines(world)
     lines.show(ReasoningDelta("a\nb"))
     lines.show(ToolResult(0, ToolCall("functions.calc:0", "calc", arguments), "error"))
-    assert capsys.readouterr().out == f"{'a, b':<28} {f'calc({arguments})':<24} error\n"
+    assert capsys.readouterr().out == f"{'a, b':<44} {f'calc({arguments})':<24} error\n"
 
 
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
-        (["--steps", "0"], "num_steps must be in 1 .. 899 (got 0)"),
+        (["--steps", "0"], "num_steps must be in 1 .. 415 (got 0)"),
         (["--failure-rate", "2"], "rate must be in 0 .. 1 (got 2.0)"),
     ],
 )

@@ -227,7 +227,7 @@ def test_evaluate_gives_each_conversation_a_place_in_the_cache():
 @pytest.mark.parametrize("mode", MODES)
 def test_evaluate_plays_with_the_package(mode, tmp_path):
     """Random weights and kimi-nano's vocabulary: every problem ends, none is solved."""
-    make_checkpoint(tmp_path, vocab=1024)
+    make_checkpoint(tmp_path, vocab=1392)
     write_vocabulary(tmp_path)
     model = load(tmp_path, max_context=1024, max_batch=2)
     score = evaluate_all(played_by(model, max_tokens=8), mode=mode, num_steps=2, count=2)

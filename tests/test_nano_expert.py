@@ -12,7 +12,7 @@ from kimi_native.nano import expert, texts
 from kimi_native.nano.dice import Dice
 from kimi_native.nano.episode import Episode
 from kimi_native.nano.modes import MODES
-from kimi_native.nano.problems import Problem, Step, make_problem
+from kimi_native.nano.problems import LABELS, Problem, Step, make_problem
 from kimi_native.nano.texts import call_number
 from kimi_native.nano.world import Failures, World
 
@@ -31,7 +31,7 @@ def thoughts(episode):
 EXAMPLE = Problem(
     "Start with",
     12,
-    137,
+    LABELS.index("dk"),
     (
         Step("+", "number", "5"),
         Step("*", "price", "fig"),
@@ -45,20 +45,20 @@ EXAMPLE = Problem(
 
 def test_expert_thinks_between_calls():
     assert thoughts(play(EXAMPLE, "interleaved")) == [
-        "137: 12+5=..7",
-        "7 ok\n138: 17 times fig",
-        "fits\n138: 17*23=..1",
-        "1 ok\n139: 391 as red",
-        "ok\n140: 391 minus red",
-        "fits\n140: 391-391=..0",
-        "0 ok\n141: 0",
+        "dk: add 5: 12+5=..7",
+        "7 ok\ndl: times price of fig: 17",
+        "fits\ndl: times price of fig: 17*23=..1",
+        "1 ok\ndm: save as red: 391",
+        "ok\ndn: minus note red: 391",
+        "fits\ndn: minus note red: 391-391=..0",
+        "0 ok\ndo: report the value: 0",
     ]
 
 
 def test_expert_plans_first():
     episode = play(EXAMPLE, "plan-first")
     assert thoughts(episode) == [
-        "137: #0=12+5\n138: #1=fig #2=#0*#1\n139: #3=#2 as red\n140: #4=red #5=#2-#4\n141: #5",
+        "dk: #0=12+5\ndl: #1=fig #2=#0*#1\ndm: #3=#2 as red\ndn: #4=red #5=#2-#4\ndo: #5",
         "#5 is 0",
     ]
     calls = episode.messages[2].tool_calls
@@ -74,7 +74,7 @@ def test_expert_plans_first():
 
 def test_expert_thinks_alone():
     assert thoughts(play(EXAMPLE, "no-tools")) == [
-        "137: 12+5=17\n138: 17*23=391\n139: 391 as red\n140: 391-391=0\n141: 0"
+        "dk: 12+5=17\ndl: 17*23=391\ndm: 391 as red\ndn: 391-391=0\ndo: 0"
     ]
 
 
@@ -137,16 +137,16 @@ def test_expert_takes_a_result_that_comes_twice():
     assert texts.judge("calc", "391", "1", rejected="4") == ("1 ok", True)
     assert texts.judge("calc", "407", "1", rejected="4") == ("7 not 1", False)
     assert texts.judge("calc", "error: busy", "1", rejected="4") == ("error", False)
-    user = Message("user", "Start with 17.\n137: times 23\n138: report the value")
+    user = Message("user", "Start with 17.\ndk: times 23\ndl: report the value")
     slip = expert.answer([user])
-    messages = [user, replace(slip, reasoning_content="137: 17*23=..5")]
+    messages = [user, replace(slip, reasoning_content="dk: times 23: 17*23=..5")]
     for _ in range(2):
         messages.append(Message("tool", "391", tool_call_id=messages[-1].tool_calls[0].id))
         messages.append(expert.answer(messages))
     assert [m.reasoning_content for m in messages[1::2]] == [
-        "137: 17*23=..5",
-        "1 not 5\n137: 17*23=..5",
-        "1 twice\n138: 391",
+        "dk: times 23: 17*23=..5",
+        "1 not 5\ndk: times 23: 17*23=..5",
+        "1 twice\ndl: report the value: 391",
     ]
 
 
@@ -180,8 +180,9 @@ def test_expert_depends_on_the_list_and_the_last_message_alone():
             assert expert.answer([episode.messages[0], *episode.messages[end - 2 : end]]) == whole
 
 
-def test_expert_copies_or_counts_on_every_number_it_writes():
-    """What a small model can do: each number is the last one's successor, one digit, or stands where it just looked."""
+def test_expert_copies_every_line_and_number_it_writes():
+    """What a small model can do: the label is the last one or the next, its line is the list's, word by word, and each
+    number is one digit or stands where it just looked."""
 
     def numbers(text):
         return {int(digits) for digits in re.findall(r"[0-9]+", text)}
@@ -189,20 +190,19 @@ def test_expert_copies_or_counts_on_every_number_it_writes():
     for index in range(30):
         problem = make_problem(Dice(index), 12, "train")
         episode = play(problem, "interleaved", Failures(0.25), seed=index)
-        lines = {int(line[:3]): line for line in problem.text().split("\n")[1:]}
+        lines = {line[:2]: line for line in problem.text().split("\n")[1:]}
         for end in range(3, len(episode.messages), 2):
             last, result, message = episode.messages[end - 2 : end + 1]
             thought = message.reasoning_content.rpartition("\n")[2]
-            label = int(thought[:3])
             looked_at = numbers(last.reasoning_content) | numbers(result.content)
-            assert label in (
-                int(last.reasoning_content.rpartition("\n")[2][:3]) + n for n in (0, 1)
-            )
-            written = numbers(message.reasoning_content) - {label}
+            before = LABELS.index(last.reasoning_content.rpartition("\n")[2][:2])
+            assert thought[:2] in LABELS[before : before + 2]
+            assert thought.startswith(f"{lines[thought[:2]]}: ")
+            written = numbers(message.reasoning_content)
             for call in message.tool_calls:
                 written |= numbers(call.arguments)
                 assert call_number(call) == call_number(last.tool_calls[0]) + 1
-            assert {n for n in written if n > 9} <= looked_at | numbers(lines[label])
+            assert {n for n in written if n > 9} <= looked_at | numbers(lines[thought[:2]])
 
 
 def test_expert_numbers_its_calls_on():
@@ -220,10 +220,10 @@ def test_expert_says_that_a_tool_failed_when_its_plan_broke():
 
 
 def test_expert_writes_short_thoughts():
-    """What a small model has to write at once: at most 30 characters, whatever the length of the list."""
+    """What a small model has to write at once: at most 52 characters, whatever the length of the list."""
     for index in range(20):
         episode = play(make_problem(Dice(index), 50, "held-out"), "interleaved", Failures(0.2))
-        assert max(len(t) for t in thoughts(episode)) <= 30
+        assert max(len(t) for t in thoughts(episode)) <= 52
 
 
 def test_expert_needs_a_problem():
@@ -232,4 +232,8 @@ def test_expert_needs_a_problem():
     messages = play(EXAMPLE, "interleaved").messages[:3]
     messages[1] = Message("assistant", reasoning_content="hm", tool_calls=messages[1].tool_calls)
     with pytest.raises(ValueError, match=r"must end with a state \(got 'hm'\)"):
+        expert.answer(messages)
+    messages[1] = replace(messages[1], reasoning_content="dk: report the value: 5")
+    messages[1:] = [replace(messages[1], tool_calls=(texts.lookup_call(0, "fig"),)), messages[2]]
+    with pytest.raises(ValueError, match="a result must be for a step"):
         expert.answer(messages)

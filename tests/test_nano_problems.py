@@ -9,7 +9,14 @@ import pytest
 
 from kimi_native.nano import problems
 from kimi_native.nano.dice import Dice
-from kimi_native.nano.problems import KINDS, held_out_compositions, make_problem, read_sheet
+from kimi_native.nano.problems import (
+    KINDS,
+    LABELS,
+    MAX_STEPS,
+    held_out_compositions,
+    make_problem,
+    read_sheet,
+)
 from kimi_native.nano.world import KEYS
 
 SPLITS = ["train", "held-out"]
@@ -26,7 +33,7 @@ def solve_text(text, prices):
                 assert prices[key] == int(price)
             continue
         label, _, words = line.partition(": ")
-        labels.append(int(label))
+        labels.append((ord(label[0]) - 97) * 26 + ord(label[1]) - 97)
         *verb, last = words.split(" ")
         if words == "report the value":
             assert labels == list(range(labels[0], labels[0] + len(labels)))
@@ -68,10 +75,13 @@ def test_problems_text_is_read_back(split):
         assert sheet.prices == dict(problem.prices)
         labels = range(problem.first_label, problem.first_label + len(problem.steps) + 1)
         assert sheet.steps == dict(zip(labels, (*problem.steps, None), strict=True))
+        lines = problem.text().split("\n")[1:]
+        assert [f"{LABELS[label]}: {line}" for label, line in sheet.lines.items()] == lines
 
 
 @pytest.mark.parametrize(
-    "text", ["", "Hello", "Start with 12.", "137: add 5", "start with 1.\n1: x"]
+    "text",
+    ["", "Hello", "Start with 12.", "dk: add 5", "start with 1.\nab: x", "Start with 1.\nqa: x"],
 )
 def test_problems_other_texts_are_none(text):
     assert read_sheet(text) is None
@@ -125,18 +135,18 @@ def test_problems_factors_can_be_undone():
                 assert len({value * factor % 1000 for value in range(1000)}) == 1000
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 200, 899])
+@pytest.mark.parametrize("num_steps", [1, 2, 200, 415])
 @pytest.mark.parametrize("split", SPLITS)
 def test_problems_of_any_length(split, num_steps):
     problem = make_problem(Dice(num_steps), num_steps, split)
     assert len(problem.steps) == num_steps
-    assert 100 <= problem.first_label <= 999 - num_steps
+    assert 0 <= problem.first_label <= MAX_STEPS - num_steps
     assert solve_text(problem.text(), problem.prices) == problem.values()[-1]
 
 
-@pytest.mark.parametrize("num_steps", [0, -1, 900])
+@pytest.mark.parametrize("num_steps", [0, -1, 416])
 def test_problems_of_impossible_length_are_refused(num_steps):
-    with pytest.raises(ValueError, match=rf"in 1 \.\. 899 \(got {num_steps}\)"):
+    with pytest.raises(ValueError, match=rf"in 1 \.\. 415 \(got {num_steps}\)"):
         make_problem(Dice(0), num_steps, "train")
 
 

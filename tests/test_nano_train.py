@@ -424,7 +424,7 @@ def test_log_with_a_broken_line_is_refused(tmp_path):
 def test_train_command_learns_kimi_nanos_conversations(tmp_path, capsys):
     """The default data with the default preset's vocabulary; what is looked at is held out."""
     file = tmp_path / "config.json"
-    file.write_text(json.dumps(small_values(vocab_size=1024)))
+    file.write_text(json.dumps(small_values(vocab_size=1392)))
     model = ["--config", str(file), "--tokenizer", str(NANO_FOLDER)]
     looks = ["--held-out-every", "2", "--held-out-tokens", "3000", "--tokens-per-step", "3000"]
     assert train.main([str(tmp_path / "run"), *model, *SHORT, "--data", "world", *looks]) == 0

@@ -16,7 +16,7 @@ from kimi_native.nano.conversations import Conversation, Recipe, make_conversati
 from kimi_native.nano.dataset import Example
 from kimi_native.nano.dice import Dice
 from kimi_native.nano.modes import mode_of
-from kimi_native.nano.problems import held_out_compositions, read_sheet
+from kimi_native.nano.problems import LABELS, held_out_compositions, read_sheet
 from kimi_native.nano.texts import expects_wrong_digit
 from kimi_native.nano.transcripts import TranscriptDataset, encode
 from kimi_native.nano.vocabulary import nano_tokenizer
@@ -180,26 +180,22 @@ def test_transcripts_keep_to_their_split(split):
         assert bool(list(held_out_compositions(steps))) == (split == "held-out")
 
 
-@pytest.mark.parametrize("thinned", [0, 1])
-def test_transcripts_windows_carry_out_few_steps_of_a_long_list(thinned):
-    lengths, with_twins = [], 0
-    for conversation in some(replace(WINDOWS, thinned=thinned)):
+def test_transcripts_windows_carry_out_few_steps_of_a_long_list():
+    lengths, reports = [], 0
+    for conversation in some(WINDOWS):
         listed = list(read_sheet(conversation.messages[0].content).steps)
         carried_out = {
-            int(message.reasoning_content.rpartition("\n")[2][:3])
+            LABELS.index(message.reasoning_content.rpartition("\n")[2][:2])
             for _, message in learned(conversation)
         }
         assert 1 <= len(carried_out) <= 12 + 1  # the report is no step
         assert carried_out <= set(listed)
         assert sorted(carried_out) == list(range(min(carried_out), max(carried_out) + 1))
         lengths.append(len(listed) - 1)
-        with_twins += any(a != b and (a - b) % 10 == 0 for a in carried_out for b in listed)
-    if thinned:
-        assert max(lengths) < 45
-    else:
-        assert min(lengths) >= 13
-        assert 100 < max(lengths) <= 150
-    assert with_twins > 0.9 * COUNT
+        reports += listed[-1] in carried_out
+    assert min(lengths) >= 13
+    assert 150 < max(lengths) <= 200
+    assert 0 < reports < COUNT / 3
 
 
 def test_transcripts_other_lists_are_no_longer_than_what_is_carried_out():
@@ -233,8 +229,8 @@ def test_transcripts_dataset_ends_at_its_size(tokenizer, index):
 
 
 def test_transcripts_cost_few_tokens_a_step(tokenizer):
-    """A step with a lookup and a calculation: about 110 tokens, of which 60 are the model's."""
-    user = Message("user", "Start with 512.\n137: times price of fig\n138: report the value")
+    """A step with a lookup and a calculation: about 110 tokens, of which 75 are the model's."""
+    user = Message("user", "Start with 512.\ndk: times price of fig\ndl: report the value")
     first = expert.answer([user], first_call=40)
     price = Message("tool", "23", tool_call_id=first.tool_calls[0].id)
     second = expert.answer([user, first, price])
@@ -243,7 +239,7 @@ def test_transcripts_cost_few_tokens_a_step(tokenizer):
     example = encode(step, tokenizer)
     without = encode(Conversation((user,), (), 1), tokenizer)
     assert len(example.ids) - len(without.ids) <= 112
-    assert sum(example.loss) <= 72
+    assert sum(example.loss) <= 75
 
 
 def test_example_checks_its_fields():
@@ -262,7 +258,7 @@ def test_example_checks_its_fields():
         ("steps", (0, 3)),
         ("plan_steps", (5, 3)),
         ("longer_lists", (1, 3)),
-        ("thinned_lists", (2, 900)),
+        ("longer_lists", (2, 416)),
         ("last_call", 0),
     ],
 )

@@ -141,7 +141,7 @@ _NANO = {
     "rope_theta": 50000.0,
     "routed_scaling_factor": 2.5,
     "v_head_dim": 32,
-    "vocab_size": 1024,
+    "vocab_size": 1392,
 }
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -14,6 +14,7 @@ from kimi_native.nano.modes import MODES, Mode, declared_tools, opening_messages
 from kimi_native.nano.planner import look_back, make_plan, think_alone
 from kimi_native.nano.problems import (
     FACTORS,
+    LABELS,
     MAX_STEPS,
     Problem,
     Sheet,
@@ -39,11 +40,9 @@ class Recipe:
     slips         share of calculations before which the expert expects a wrong digit, as a model will now and then; the
                   digit is not to be learned, but what to do then is
     windows       share of interleaved conversations that are a piece of a longer one: of a list of longer_lists steps
-                  (fewest, most), no more than steps[1] are carried out. In lists of at most 12 labels the last digit
-                  alone tells one from another, and a model that learned to look at no more would be lost in longer ones
+                  (fewest, most), no more than steps[1] are carried out. A model that had never more than 12 lines in
+                  view would be lost among 200
     drills        weight of nano/drills.py's lists, of at most steps[1] or, one in three, longer_lists steps
-    thinned       share of the windows whose list, of thinned_lists steps, lacks most lines; what is left beside the
-                  piece is chosen for labels that are easily mistaken, and costs few tokens
 
     Raises ValueError naming the field that is out of range.
     """
@@ -63,9 +62,7 @@ class Recipe:
     last_call: int = 499
     slips: float = 0.02
     windows: float = 0.12
-    longer_lists: tuple[int, int] = (13, 150)
-    thinned: float = 0.5
-    thinned_lists: tuple[int, int] = (150, 300)
+    longer_lists: tuple[int, int] = (13, 200)
 
     def __post_init__(self) -> None:
         if min(self.weights) < 0 or sum(self.weights) <= 0:
@@ -79,11 +76,10 @@ class Recipe:
             "later_calls",
             "slips",
             "windows",
-            "thinned",
         ):
             if not 0 <= (share := getattr(self, name)) <= 1:
                 raise ValueError(f"recipe: {name} must be in 0 .. 1 (got {share})")
-        for name in ("steps", "plan_steps", "longer_lists", "thinned_lists"):
+        for name in ("steps", "plan_steps", "longer_lists"):
             fewest, most = getattr(self, name)
             lowest = 1 if "steps" in name else 2  # a window needs the step before it
             if not lowest <= fewest <= most <= MAX_STEPS:
@@ -256,17 +252,17 @@ def _result(world: World, call: ToolCall) -> Message:
 
 
 def _work(
-    sheet: Sheet, world: World, slips: float, first: Message, last_label: int = MODULUS
+    sheet: Sheet, world: World, slips: float, first: Message, end_label: int = len(LABELS)
 ) -> list[Message]:
-    """The expert between the calls, from its first message on, until it answers or comes past last_label."""
+    """The expert between the calls, from its first message on, until it answers or is at end_label."""
     turn = [_with_slip(first, world.dice, slips)]
-    end = f"{last_label + 1}: "
+    ends = tuple(f"{label}: " for label in LABELS[end_label : end_label + 1])
     while turn[-1].tool_calls:
         last = turn[-1]
         result = _result(world, last.tool_calls[0])
         message = expert.follow(sheet, last, result.content)
         turn.append(result)
-        if _thought(message).startswith(end):
+        if _thought(message).startswith(ends):
             break
         is_new = _thought(message) != _thought(last)
         turn.append(_with_slip(message, world.dice, slips) if is_new else message)
@@ -295,37 +291,22 @@ def _window(dice: Dice, split: Split, recipe: Recipe) -> Conversation:
 
     The step before the piece is there, not to be learned, because the expert reads its own last message and no more.
     """
-    is_thinned = dice.chance(recipe.thinned)
-    lengths = recipe.thinned_lists if is_thinned else recipe.longer_lists
-    problem = make_problem(dice, dice.between(*lengths), split)
+    problem = make_problem(dice, dice.between(*recipe.longer_lists), split)
     start = dice.between(0, len(problem.steps) - 2)  # the step that is there but not learned
     world = World(problem.prices, dice, _failures(dice, recipe))
     for step in problem.steps[:start]:
         if step.op == "save":
             world.notes[step.argument] = dice.between(0, MODULUS - 1)
     first = problem.first_label + start
-    last = first + dice.between(*recipe.steps)
-    text = _thinned(dice, problem, first, last) if is_thinned else problem.text()
-    sheet = read_sheet(text)
+    end = first + 1 + dice.between(*recipe.steps)
+    sheet = _read(problem)
     number = dice.between(start, 3 * start + 1)
     opening = expert.start_at(sheet, first, dice.between(0, MODULUS - 1), number)
-    turn = _work(sheet, world, recipe.slips, opening, last)
-    messages = (Message("user", text), *turn)
+    turn = _work(sheet, world, recipe.slips, opening, end)
+    messages = (Message("user", problem.text()), *turn)
     learned = next(
         index
         for index, message in enumerate(messages)
-        if message.role == "assistant" and not _thought(message).startswith(f"{first}: ")
+        if message.role == "assistant" and not _thought(message).startswith(f"{LABELS[first]}: ")
     )
     return Conversation(messages, _tools(dice, messages), learned)
-
-
-def _thinned(dice: Dice, problem: Problem, first: int, last: int) -> str:
-    """The text with the lines first .. last + 1, the report, and for each of those one or two that share digits."""
-    opening, *lines = problem.text().split("\n")
-    end = problem.first_label + len(problem.steps)
-    kept = {*range(first, last + 2), end}
-    for label in range(first, last + 1):
-        distance = dice.choice((10, 20, 30, 50, 90, 100, 100, 200))
-        kept.update((label - distance, label + distance))
-    chosen = [line for label, line in enumerate(lines, problem.first_label) if label in kept]
-    return "\n".join([opening, *chosen])

@@ -101,7 +101,7 @@ class Lines:
         elif isinstance(event, ToolResult):
             failed = any(call.failure is not None for call in self._world.log[-1:])
             call = f"{event.call.name}({_arguments_text(event.call.arguments)})"
-            line = f"{self._said():<28} {call:<24} {event.content}"
+            line = f"{self._said():<44} {call:<24} {event.content}"
             self._print(line + ("   <- the tool failed" * failed), _RED if failed else _DIM)
         elif isinstance(event, ContentDelta):
             if self._thought:

@@ -9,8 +9,15 @@ from __future__ import annotations
 
 from kimi_native.chat.types import Message
 from kimi_native.nano.dice import Dice
-from kimi_native.nano.problems import FACTORS, Problem, Split, make_problem
-from kimi_native.nano.texts import OPERATION_WORDS, last_digit
+from kimi_native.nano.problems import (
+    FACTORS,
+    LABELS,
+    Sheet,
+    Split,
+    make_problem,
+    read_sheet,
+)
+from kimi_native.nano.texts import last_digit
 from kimi_native.nano.world import MODULUS
 
 SYSTEM_TEXT = "Drill: begin any steps."
@@ -26,10 +33,15 @@ def make_drill(
 
     returns  the messages, and the spans (start, stop) of characters of the reasoning that are not to be learned
     """
-    problem = make_problem(dice, dice.between(*steps), split)
     text, hidden = "", []
-    for index in range(dice.between(FEWEST_LINES, MOST_LINES)):
-        for piece, is_learned in _line(dice, problem, is_first=index == 0):
+    problem = make_problem(dice, dice.between(*steps), split)
+    sheet = read_sheet(problem.text())
+    assert sheet is not None  # the generator's own text
+    labels = sorted(sheet.steps, key=lambda _: dice.random())[
+        : dice.between(FEWEST_LINES, MOST_LINES)
+    ]
+    for label in labels:
+        for piece, is_learned in _line(dice, sheet, label, is_first=label == labels[0]):
             if not is_learned:
                 hidden.append((len(text), len(text) + len(piece)))
             text += piece
@@ -41,20 +53,19 @@ def make_drill(
     return messages, tuple(hidden)
 
 
-def _line(dice: Dice, problem: Problem, *, is_first: bool) -> list[tuple[str, bool]]:
+def _line(dice: Dice, sheet: Sheet, label: int, *, is_first: bool) -> list[tuple[str, bool]]:
     """One line in pieces, and whether each is to be learned."""
-    index, a = dice.between(0, len(problem.steps)), dice.between(0, MODULUS - 1)
-    opening = f"{'' if is_first else LINE_END}{problem.first_label + index}: {a}"
-    if index == len(problem.steps):
-        return [(opening, False)]
-    step = problem.steps[index]
-    if step.op == "save":
-        return [(opening, False), (f" as {step.argument}", True)]
+    a, line, step = dice.between(0, MODULUS - 1), sheet.lines[label], sheet.steps[label]
+    pieces = [(f"{'' if is_first else LINE_END}{LABELS[label]}:", False), (f" {line}:", True)]
+    pieces.append((f" {a}", False))
+    if step is None or step.op == "save":
+        return pieces
     if step.source == "number":
-        b, is_in_list = int(step.argument), True
+        b = int(step.argument)
     elif dice.chance(0.5):
-        return [(opening, False), (f" {OPERATION_WORDS[step.op]} {step.argument}", True)]
-    else:  # as after the price or the note was got
-        b, is_in_list = dice.choice(FACTORS), False
+        return pieces  # as before the price or the note is got
+    else:
+        b = dice.choice(FACTORS)
+    is_in_list = step.source == "number"
     digit = f"=..{last_digit(a, step.op, b)}"
-    return [(opening, False), (step.op, True), (str(b), is_in_list), (digit, True)]
+    return [*pieces, (step.op, True), (str(b), is_in_list), (digit, True)]

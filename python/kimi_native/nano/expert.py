@@ -1,17 +1,18 @@
 """The policy that kimi-nano learns, as a function of the conversation's text.
 
-Made so that a small model can carry it out. Before every call it writes down where it is: the step's number, the value,
-what to do, and the last digit that must come. After the call it writes what it saw, and either the next step or the
-same one again. So each message follows from the user's list, the message before and its result, however long the
-conversation is, and every number in it is copied, counted up by one, or one digit of mental arithmetic.
+Made so that a small model can carry it out. Before every call it writes down where it is: the step's label and line,
+the value, and of a calculation the last digit that must come. After the call it writes what it saw, and either the next
+step or the same one again. So each message follows from the user's list, the message before and its result, however
+long the conversation is. The list is asked for one thing a step, the line of a label, which is repeated word by word;
+everything else stands a few words before, is the label that comes next, or one digit of mental arithmetic.
 
-    137: 12+5=..7                    calc(12, "+", 5)       -> 17
-    7 ok, 138: 17 times fig          lookup("fig")          -> error: timeout
-    error, 138: 17 times fig         lookup("fig")          -> 23
-    fits, 138: 17*23=..1             calc(17, "*", 23)      -> 404
-    4 not 1, 138: 17*23=..1          calc(17, "*", 23)      -> 391
-    1 ok, 139: 391 as red            note_set("red", 391)   -> saved
-    ok, 140: 391                     The value is 391.
+    dk: add 5: 12+5=..7                       calc(12, "+", 5)       -> 17
+    7 ok, dl: times price of fig: 17          lookup("fig")          -> error: timeout
+    error, dl: times price of fig: 17         lookup("fig")          -> 23
+    fits, dl: times price of fig: 17*23=..1   calc(17, "*", 23)      -> 404
+    4 not 1, dl: times price of fig: 17*23=..1  calc(17, "*", 23)    -> 391
+    1 ok, dm: save as red: 391                note_set("red", 391)   -> saved
+    ok, dn: report the value: 391             The value is 391.
 
 (In the text the comma is a line break.) A result that comes twice is taken: "4 twice" instead of another "4 not 1".
 """
@@ -27,9 +28,8 @@ from kimi_native.chat.types import Message
 from kimi_native.nano import questions
 from kimi_native.nano.modes import Mode, mode_of
 from kimi_native.nano.planner import look_back, make_plan, think_alone
-from kimi_native.nano.problems import Sheet, read_sheet
+from kimi_native.nano.problems import LABEL_PATTERN, LABELS, Sheet, read_sheet, read_step
 from kimi_native.nano.texts import (
-    OPERATION_WORDS,
     again,
     answer_message,
     calc_call,
@@ -43,10 +43,7 @@ from kimi_native.nano.texts import (
     thought_message,
 )
 
-_OPERATIONS = {word: op for op, word in OPERATION_WORDS.items()}
-_STATE = re.compile(
-    r"([0-9]{3}): ([0-9]+)(?:([-+*])([0-9]+)=\.\.([0-9])| (plus|minus|times) ([a-z]+)| as ([a-z]+))\Z"
-)
+_STATE = re.compile(rf"({LABEL_PATTERN}): ([^:\n]+): ([0-9]+)(?:[-+*][0-9]+=\.\.([0-9]))?\Z")
 
 
 def answer(messages: Sequence[Message], *, first_call: int = 0, has_tools: bool = True) -> Message:
@@ -95,11 +92,11 @@ def _sheet(text: str) -> Sheet | None:
 
 @dataclass(frozen=True)
 class _State:
-    """What the last reasoning says. digit: the last one that must come; op and name are empty where there is none."""
+    """What the last reasoning says. digit: the last one that must come, empty where none is said."""
 
     label: int
+    line: str
     value: int
-    op: str
     digit: str
     text: str
 
@@ -118,7 +115,11 @@ def follow(sheet: Sheet, last: Message, result: str) -> Message:
     if not fine:
         return thought_message(verdict, state.text, again(call, number))
     if call.name in ("lookup", "note_get"):
-        return _calculate(verdict, state.label, state.value, state.op, int(result), number)
+        step = read_step(state.line)
+        if step is None:
+            raise ValueError(f"expert: a result must be for a step (got {state.text!r})")
+        where = f"{LABELS[state.label]}: {state.line}"
+        return _calculate(verdict, where, state.value, step.op, int(result), number)
     value = int(result) if call.name == "calc" else state.value
     return _step(sheet, verdict, state.label + 1, value, number)
 
@@ -127,29 +128,28 @@ def _read_state(reasoning: str) -> _State:
     match = _STATE.search(reasoning)
     if match is None:
         raise ValueError(f"expert: reasoning must end with a state (got {reasoning!r})")
-    label, value, op, _, digit, word, _, _ = match.groups()
-    return _State(
-        int(label), int(value), op or _OPERATIONS.get(word, ""), digit or "", match.group()
-    )
+    label, line, value, digit = match.groups()
+    return _State(LABELS.index(label), line, int(value), digit or "", match.group())
 
 
 def _step(sheet: Sheet, verdict: str | None, label: int, value: int, number: int) -> Message:
     """The first message of a step."""
-    step = sheet.steps[label]
+    step, where = sheet.steps[label], f"{LABELS[label]}: {sheet.lines[label]}"
+    thought = f"{where}: {value}"
     if step is None:
-        thought = f"{label}: {value}"
         return answer_message(thought if verdict is None else f"{verdict}\n{thought}", value)
     if step.source == "number":
-        return _calculate(verdict, label, value, step.op, int(step.argument), number)
+        return _calculate(verdict, where, value, step.op, int(step.argument), number)
     name = step.argument
     if step.op == "save":
-        return thought_message(
-            verdict, f"{label}: {value} as {name}", note_set_call(number, name, str(value))
-        )
-    call = lookup_call(number, name) if step.source == "price" else note_get_call(number, name)
-    return thought_message(verdict, f"{label}: {value} {OPERATION_WORDS[step.op]} {name}", call)
+        call = note_set_call(number, name, str(value))
+    elif step.source == "price":
+        call = lookup_call(number, name)
+    else:
+        call = note_get_call(number, name)
+    return thought_message(verdict, thought, call)
 
 
-def _calculate(verdict: str | None, label: int, a: int, op: str, b: int, number: int) -> Message:
-    thought = f"{label}: {a}{op}{b}=..{last_digit(a, op, b)}"
+def _calculate(verdict: str | None, where: str, a: int, op: str, b: int, number: int) -> Message:
+    thought = f"{where}: {a}{op}{b}=..{last_digit(a, op, b)}"
     return thought_message(verdict, thought, calc_call(number, str(a), op, str(b)))

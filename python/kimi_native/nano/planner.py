@@ -1,13 +1,13 @@
 """The expert's two other ways: all calls planned before the first, and no calls at all.
 
-Start with 12. 137: add 5, 138: times price of fig, 139: save as red, 140: minus note red, 141: report the value
+Start with 12. dk: add 5, dl: times price of fig, dm: save as red, dn: minus note red, do: report the value
 
     plan-first                   calls                               no-tools (fig is 23)
-    137: #0=12+5                 calc(12, "+", 5)                    137: 12+5=17
-    138: #1=fig #2=#0*#1         lookup("fig") calc("#0", "*", "#1") 138: 17*23=391
-    139: #3=#2 as red            note_set("red", "#2")               139: 391 as red
-    140: #4=red #5=#2-#4         note_get("red") calc(...)           140: 391-391=0
-    141: #5                                                          141: 0
+    dk: #0=12+5                  calc(12, "+", 5)                    dk: 12+5=17
+    dl: #1=fig #2=#0*#1          lookup("fig") calc("#0", "*", "#1") dl: 17*23=391
+    dm: #3=#2 as red             note_set("red", "#2")               dm: 391 as red
+    dn: #4=red #5=#2-#4          note_get("red") calc(...)           dn: 391-391=0
+    do: #5                                                           do: 0
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kimi_native.chat.types import Message, ToolCall
-from kimi_native.nano.problems import Sheet
+from kimi_native.nano.problems import LABELS, Sheet
 from kimi_native.nano.texts import (
     answer_message,
     calc_call,
@@ -37,18 +37,18 @@ def make_plan(sheet: Sheet, number: int) -> Message:
     for label, step in sheet.steps.items():
         n = number + len(calls)
         if step is None:
-            lines.append(f"{label}: {value}")
+            lines.append(f"{LABELS[label]}: {value}")
         elif step.op == "save":
             calls.append(note_set_call(n, step.argument, value))
-            lines.append(f"{label}: #{n}={value} as {step.argument}")
+            lines.append(f"{LABELS[label]}: #{n}={value} as {step.argument}")
         elif step.source == "number":
             calls.append(calc_call(n, value, step.op, step.argument))
-            lines.append(f"{label}: #{n}={value}{step.op}{step.argument}")
+            lines.append(f"{LABELS[label]}: #{n}={value}{step.op}{step.argument}")
             value = f"#{n}"
         else:
             get = lookup_call if step.source == "price" else note_get_call
             calls += [get(n, step.argument), calc_call(n + 1, value, step.op, f"#{n}")]
-            lines.append(f"{label}: #{n}={step.argument} #{n + 1}={value}{step.op}#{n}")
+            lines.append(f"{LABELS[label]}: #{n}={step.argument} #{n + 1}={value}{step.op}#{n}")
             value = f"#{n + 1}"
     return Message("assistant", reasoning_content="\n".join(lines), tool_calls=tuple(calls))
 
@@ -71,14 +71,14 @@ def think_alone(sheet: Sheet) -> Message:
     lines, notes, value = [], {}, sheet.start
     for label, step in sheet.steps.items():
         if step is None:
-            lines.append(f"{label}: {value}")
+            lines.append(f"{LABELS[label]}: {value}")
         elif step.op == "save":
             notes[step.argument] = value
-            lines.append(f"{label}: {value} as {step.argument}")
+            lines.append(f"{LABELS[label]}: {value} as {step.argument}")
         else:
             operand = _operand(sheet, notes, step.source, step.argument)
             result = operate(value, step.op, operand)
-            lines.append(f"{label}: {value}{step.op}{operand}={result}")
+            lines.append(f"{LABELS[label]}: {value}{step.op}{operand}={result}")
             value = result
     return answer_message("\n".join(lines), value)
 

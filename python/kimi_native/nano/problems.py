@@ -1,14 +1,14 @@
-"""Problems for kimi-nano: a number and a list of numbered steps to take with it.
+"""Problems for kimi-nano: a number and a list of labeled steps to take with it.
 
     Start with 12.
-    137: add 5
-    138: times price of fig
-    139: save as red
-    140: subtract note red
-    141: report the value
+    dk: add 5
+    dl: times price of fig
+    dm: save as red
+    dn: subtract note red
+    do: report the value
 
-Steps are numbered from a random place in 100 .. 999, so that finding the next one is finding its number. Values count
-modulo 1000. Factors have no divisor in common with 1000: a wrong value must not become right by a multiplication.
+Labels go from aa to pz, from a random place on, so that finding the next step is finding its label. Values count modulo
+1000. Factors have no divisor in common with 1000: a wrong value must not become right by a multiplication.
 
 Two splits. Some compositions (a kind of step right after another; a key with an operation) are in no training problem,
 and at least one of them is in every held-out problem, so no problem can be in both.
@@ -17,6 +17,7 @@ and at least one of them is in every held-out problem, so no problem can be in b
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -26,8 +27,10 @@ from kimi_native.nano.dice import Dice
 from kimi_native.nano.world import HIGHEST_PRICE, KEYS, LOWEST_PRICE, NOTES, operate
 
 Split = Literal["train", "held-out"]
-FIRST_LABEL, LAST_LABEL = 100, 999
-MAX_STEPS = LAST_LABEL - FIRST_LABEL  # one more label is for the report
+# aa, ab, ... pz. Each is one id of the vocabulary: of three digits a small model took one label for its neighbor.
+LABELS = tuple(a + b for a in string.ascii_lowercase[:16] for b in string.ascii_lowercase)
+LABEL_PATTERN = "[a-p][a-z]"
+MAX_STEPS = len(LABELS) - 1  # one more label is for the report
 FACTORS = tuple(n for n in range(LOWEST_PRICE, HIGHEST_PRICE + 1) if n % 2 and n % 5)
 
 # kind of step: operation or "save", with what; and how often it is drawn
@@ -53,7 +56,7 @@ _OPERATION = {word: op for op, words in _WORDS.items() for word in words}
 _OPENINGS = ("Start with", "Begin with", "Start at")
 REPORT = "report the value"
 _STEP = re.compile(rf"({'|'.join(_OPERATION)}) (?:([0-9]+)|price of ([a-z]+)|(?:note )?([a-z]+))")
-_LINE = re.compile(r"^([0-9]{3}): (.*)$", re.MULTILINE)
+_LINE = re.compile(rf"^({LABEL_PATTERN}): (.*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Problem:
-    """A start value, steps labeled first_label, first_label + 1, ..., and what the keys in them cost.
+    """A start value, steps with the labels from LABELS[first_label] on, and what the keys in them cost.
 
     words: how each step's operation is called in the text
     """
@@ -91,8 +94,8 @@ class Problem:
         for label, (step, word) in enumerate(
             zip(self.steps, self.words, strict=True), self.first_label
         ):
-            lines.append(f"{label}: {word} {_argument_text(step)}")
-        lines.append(f"{self.first_label + len(self.steps)}: {REPORT}")
+            lines.append(f"{LABELS[label]}: {word} {_argument_text(step)}")
+        lines.append(f"{LABELS[self.first_label + len(self.steps)]}: {REPORT}")
         return "\n".join(lines)
 
     def values(self) -> list[int]:
@@ -121,10 +124,12 @@ def _argument_text(step: Step) -> str:
 
 @dataclass(frozen=True)
 class Sheet:
-    """What a text says: the start value, the first label, the step of every label (None: report), the prices shown."""
+    """What a text says: the start value, the prices shown, and for every label, by its index in LABELS, its line and
+    step (None: report)."""
 
     start: int
     first_label: int
+    lines: Mapping[int, str]
     steps: Mapping[int, Step | None]
     prices: Mapping[str, int]
 
@@ -132,15 +137,16 @@ class Sheet:
 def read_sheet(text: str) -> Sheet | None:
     """The problem in a user's text, None if there is none."""
     opening = re.match(rf"(?:{'|'.join(_OPENINGS)}) ([0-9]+)\.", text)
-    lines = _LINE.findall(text)
+    lines = {LABELS.index(label): line for label, line in _LINE.findall(text)}
     if opening is None or not lines:
         return None
-    steps = {int(label): _read_step(line) for label, line in lines}
+    steps = {label: read_step(line) for label, line in lines.items()}
     prices = {key: int(price) for key, price in re.findall(r"([a-z]+) is ([0-9]+)", text)}
-    return Sheet(int(opening[1]), int(lines[0][0]), steps, prices)
+    return Sheet(int(opening[1]), next(iter(lines)), lines, steps, prices)
 
 
-def _read_step(line: str) -> Step | None:
+def read_step(line: str) -> Step | None:
+    """The step that a line without its label asks for, None if it asks for none."""
     match = _STEP.fullmatch(line)
     if match is None:
         return None
@@ -189,7 +195,7 @@ def make_problem(dice: Dice, num_steps: int, split: Split) -> Problem:
     return Problem(
         opening=dice.choice(_OPENINGS),
         start=dice.between(0, 999),
-        first_label=dice.between(FIRST_LABEL, LAST_LABEL - num_steps),
+        first_label=dice.between(0, MAX_STEPS - num_steps),
         steps=steps,
         words=tuple(dice.choice(_WORDS[step.op]) for step in steps),
         prices={key: dice.choice(FACTORS) for key in keys},

@@ -190,7 +190,7 @@ TOPICS = (
     ),
     Topic(
         "an example",
-        "Say this:\nStart with 12.\n101: add 5\n102: times 3\n103: report the value",
+        "Say this:\nStart with 12.\nba: add 5\nbb: times 3\nbc: report the value",
         """
         Give me an example. | Show me an example. | An example, please. | Can you show me one? |
         What does a problem look like? | How do I write a list of steps? | What is a step?

@@ -7,11 +7,6 @@ import re
 from kimi_native.chat.types import Message, ToolCall
 from kimi_native.nano.world import HIGHEST_PRICE, LOWEST_PRICE, SAVED, operate
 
-OPERATION_WORDS = {
-    "+": "plus",
-    "-": "minus",
-    "*": "times",
-}  # where the second number is not known yet
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,2}")  # what a tool may return, 0 .. 999
 
 

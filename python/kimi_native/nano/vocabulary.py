@@ -1,7 +1,7 @@
 """The vocabulary of kimi-nano: byte pairs learned from its own conversations, in the family's file format.
 
-256 bytes and 512 merges, then the family's 256 slots for control tokens. No merge joins digits: a number is read and
-written digit by digit, so that copying, counting on and checking the last digit look alike for every number.
+256 bytes, 515 merges and the labels of steps, then the family's 256 slots for control tokens. No merge joins digits: a
+number is read and written digit by digit, so that copying and checking the last digit look alike for every number.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from kimi_native.chat.template import render_text
 from kimi_native.folder_names import NANO_FOLDER
 from kimi_native.nano.conversations import Recipe, make_conversation
 from kimi_native.nano.dice import Dice
+from kimi_native.nano.problems import LABELS
 from kimi_native.nano.small_talk import WORDINGS
 from kimi_native.tokenizer import Tokenizer, load_tokenizer
 from kimi_native.tokenizer_files import SLOTS, files_of
 
-NUM_MERGES = 512
+NUM_MERGES = 515
 NUM_CONVERSATIONS = 1500
 
 _CONTROL = re.compile("|".join(re.escape(name) for _, name, _ in SLOTS))
@@ -31,12 +32,14 @@ _OTHER = (  # what users may write besides
 
 def vocabulary_files() -> dict[str, bytes]:
     """tiktoken.model and tokenizer_config.json, made anew; the same bytes on every machine."""
-    return files_of([*BYTE_TOKENS, *learned_tokens(_pieces(), NUM_MERGES)])
+    learned = learned_tokens(_pieces(), NUM_MERGES)
+    labels = [label.encode() for label in LABELS if label.encode() not in learned]
+    return files_of([*BYTE_TOKENS, *learned, *labels])
 
 
 def _pieces() -> collections.Counter[str]:
     """Pieces of the corpus that may be merged: of the conversations, the small talk, and a little else."""
-    recipe = Recipe(small_talk=8, drills=0)  # as the files in the package were made
+    recipe = Recipe(drills=0)
     texts = [_OTHER] * 20
     for index in range(NUM_CONVERSATIONS):
         conversation = make_conversation(Dice("vocabulary", index), "train", recipe)
@@ -53,7 +56,9 @@ def _pieces() -> collections.Counter[str]:
     counts: collections.Counter[str] = collections.Counter()
     for text in texts:
         counts.update(count_pieces(text))
-    return collections.Counter({p: n for p, n in counts.items() if not p[0].isdigit()})
+    return collections.Counter(
+        {p: n for p, n in counts.items() if not p[0].isdigit() and p not in LABELS}
+    )
 
 
 def nano_tokenizer() -> Tokenizer:

@@ -12,6 +12,8 @@ import torch
 from kimi_native import cli
 from kimi_native.claims import command, int4, interleaved
 from kimi_native.claims.interleaved import Cell, calls_per_step, derived, fits, play, popular
+from kimi_native.claims.kept_rows import KeptRows
+from kimi_native.errors import RequestError
 from kimi_native.make_checkpoint import make_checkpoint
 from kimi_native.nano import expert
 from kimi_native.nano.evaluate import Share
@@ -80,6 +82,42 @@ def test_interleaved_fits_the_expert():
     assert found["interleaved", 0.2]["popular"] > found["plan-first", 0.2]["popular"]
 
 
+def test_interleaved_plays_no_cell_twice(tmp_path):
+    """The second time the kept rows are what comes back, and nobody is asked; a line that was cut off is played."""
+    plan = [Cell("interleaved", 2, 0.2, 5), Cell("plan-first", 3, 0.0, 4)]
+    path, of = tmp_path / "cells.jsonl", {"seed": 1}
+    rows = play(the_expert, plan, seed=1, done=print, kept=KeptRows(path, of))
+
+    def nobody(episodes):
+        raise AssertionError
+
+    again = play(nobody, plan, seed=1, done=print, kept=KeptRows(path, of))
+    assert again == json.loads(json.dumps(rows))
+    path.write_text(path.read_text()[:-3])
+    with pytest.raises(AssertionError):
+        play(nobody, plan, seed=1, done=print, kept=KeptRows(path, of))
+    more = play(the_expert, plan, seed=1, done=print, kept=KeptRows(path, of))
+    assert more[0] == again[0]
+    assert [row["solved"] for row in more] == [row["solved"] for row in again]
+    assert path.read_text().count("\n") == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ('{"of": {"seed": 2}}\n', "must be of the same model and seed"),
+        ("hello\n", "must hold JSON lines"),
+        ('{"of": {"seed": 1}}\n{"row": 1}\n', "must hold JSON lines"),
+        ("[]\n", "must hold JSON lines"),
+    ],
+)
+def test_interleaved_other_rows_are_refused(tmp_path, text, rule):
+    (tmp_path / "cells.jsonl").write_text(text)
+    with pytest.raises(RequestError, match=rule):
+        KeptRows(tmp_path / "cells.jsonl", {"seed": 1})
+    assert (tmp_path / "cells.jsonl").read_text() == text
+
+
 # ---- the verb -------------------------------------------------------------------------------------------------------
 
 
@@ -108,6 +146,11 @@ def test_claims_prints_and_writes(folder, small, tmp_path, capsys):
     result = json.loads((out / "interleaved.json").read_text())
     assert [row["solved"] for row in result["cells"]] == [{"count": 0, "trials": 2}] * 2
     assert (out / "interleaved.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.main(argv) == 0  # played before: the same table, no row more
+    assert capsys.readouterr().out == text
+    assert len((out / "interleaved-cells.jsonl").read_text().splitlines()) == 3
+    assert cli.main([*argv, "--seed", "1"]) == 1
+    assert "name another folder" in capsys.readouterr().err
 
 
 def test_claims_without_matplotlib_prints_tables(folder, small, tmp_path, monkeypatch, capsys):

@@ -86,8 +86,12 @@ def _draw(name: str, result: dict[str, Any], path: Path) -> None:
 
 
 def _interleaved(args: argparse.Namespace) -> dict[str, Any]:
+    from kimi_native.claims.kept_rows import KeptRows
     from kimi_native.nano.player import played_by
 
+    folder = NANO_FOLDER if args.model is None else Path(args.model)
+    path = None if args.out is None else Path(args.out) / "interleaved-cells.jsonl"
+    kept = KeptRows(path, {"seed": args.seed, "weights": _weights_of(folder)})
     options = {"max_context": args.max_context or CONTEXT}
     model = load_model(argparse.Namespace(**{**vars(args), **options}), max_batch=BATCH)
 
@@ -97,9 +101,15 @@ def _interleaved(args: argparse.Namespace) -> dict[str, Any]:
     # Held to the schemas, a call cannot be malformed; here the model's own calls are wanted.
     answer_all = played_by(model, constrain_tools=False)
     plan = interleaved.cells(quick=args.quick)
-    rows = interleaved.play(answer_all, plan, seed=args.seed, done=done)
+    rows = interleaved.play(answer_all, plan, seed=args.seed, done=done, kept=kept)
     calls = interleaved.calls_per_step(plan, seed=args.seed)
     return {"seed": args.seed, "cells": rows, "fits": list(interleaved.fits(rows, calls))}
+
+
+def _weights_of(folder: Path) -> list[list[Any]]:
+    """What tells a folder's weights from others: name, size and time of each file."""
+    files = sorted(folder.glob("*.safetensors"))
+    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 
 def _interleaved_tables(result: dict[str, Any]) -> None:

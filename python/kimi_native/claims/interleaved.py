@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kimi_native.claims.kept_rows import KeptRows
 from kimi_native.nano.episode import Episode
 from kimi_native.nano.evaluate import AnswerAll, Score, Share, evaluate_all, make_episodes
 from kimi_native.nano.modes import Mode
@@ -44,14 +45,24 @@ def cells(*, quick: bool) -> tuple[Cell, ...]:
 
 
 def play(
-    answer_all: AnswerAll, plan: Sequence[Cell], *, seed: int, done: Callable[[Score], None]
+    answer_all: AnswerAll,
+    plan: Sequence[Cell],
+    *,
+    seed: int,
+    done: Callable[[Score], None],
+    kept: KeptRows | None = None,
 ) -> list[dict[str, Any]]:
     """One row for each cell: its numbers, each share as count and trials, and the seconds it took.
 
     done  called with each score as it comes in
+    kept  rows of cells that need not be played again; gets those that are
     """
+    kept = kept or KeptRows(None, None)
     rows = []
     for cell in plan:
+        if (row := kept.get(asdict(cell))) is not None:
+            rows.append(row)
+            continue
         started = time.perf_counter()
         score = evaluate_all(
             answer_all,
@@ -62,6 +73,7 @@ def play(
             seed=seed,
         )
         rows.append({**asdict(score), "seconds": time.perf_counter() - started})
+        kept.put(asdict(cell), rows[-1])
         done(score)
     return rows
 

@@ -1,8 +1,11 @@
-"""Drills: the two things that are hard in a problem, many times over and without all the rest.
+"""Drills: what is hard in a problem, many times over and without all the rest.
 
 A problem's conversation asks for one line of the list, and one last digit, in a hundred ids. A drill asks ten times as
 often: the user's list as ever, then line after line as the expert would begin a step, for labels in random order and
 values out of the air. Neither of these is to be learned; what the list says there and the last digit are.
+
+In another drill the list's labels are said, one after the other: a label is rare, and which one comes first and which
+next is asked once a step.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ from kimi_native.nano.problems import (
 from kimi_native.nano.texts import last_digit
 from kimi_native.nano.world import MODULUS
 
-SYSTEM_TEXT = "Drill: begin any steps."
+LINES_TEXT, LABELS_TEXT = "Drill: begin any steps.", "Drill: say the labels."
+_SAYING_LABELS = 0.4
 ANSWER = "Done."
 FEWEST_LINES, MOST_LINES = 12, 32
 LINE_END = "\n"
@@ -37,6 +41,9 @@ def make_drill(
     problem = make_problem(dice, dice.between(*steps), split)
     sheet = read_sheet(problem.text())
     assert sheet is not None  # the generator's own text
+    if dice.chance(_SAYING_LABELS):
+        text = LINE_END.join(LABELS[label] for label in sheet.steps)
+        return _messages(LABELS_TEXT, problem.text(), text), ()
     labels = sorted(sheet.steps, key=lambda _: dice.random())[
         : dice.between(FEWEST_LINES, MOST_LINES)
     ]
@@ -45,12 +52,12 @@ def make_drill(
             if not is_learned:
                 hidden.append((len(text), len(text) + len(piece)))
             text += piece
-    messages = (
-        Message("system", SYSTEM_TEXT),
-        Message("user", problem.text()),
-        Message("assistant", ANSWER, reasoning_content=text),
-    )
-    return messages, tuple(hidden)
+    return _messages(LINES_TEXT, problem.text(), text), tuple(hidden)
+
+
+def _messages(system: str, user: str, reasoning: str) -> tuple[Message, ...]:
+    answer = Message("assistant", ANSWER, reasoning_content=reasoning)
+    return Message("system", system), Message("user", user), answer
 
 
 def _line(dice: Dice, sheet: Sheet, label: int, *, is_first: bool) -> list[tuple[str, bool]]:

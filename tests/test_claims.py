@@ -151,6 +151,14 @@ def test_claims_prints_and_writes(folder, small, tmp_path, capsys):
     assert len((out / "interleaved-cells.jsonl").read_text().splitlines()) == 3
     assert cli.main([*argv, "--seed", "1"]) == 1
     assert "name another folder" in capsys.readouterr().err
+    only = [*argv, "--json", "--lengths", "2,5", "--failure-rates", "0.5"]
+    assert cli.main(only) == 0
+    (cell,) = json.loads(capsys.readouterr().out)["interleaved"]["cells"]
+    assert (cell["mode"], cell["failure_rate"]) == ("interleaved", 0.5)
+    assert cli.main([*argv, "--lengths", "3"]) == 1
+    assert (
+        "must have a cell left (got lengths (3.0,), failure rates None)" in capsys.readouterr().err
+    )
 
 
 def test_claims_without_matplotlib_prints_tables(folder, small, tmp_path, monkeypatch, capsys):

@@ -262,13 +262,16 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "claims.command": (
         {"model_arguments", "terminal", "units", "generate", "folder_names", "nano.evaluate"}
         | {"nano.player", "claims"}
-        | {f"claims.{name}" for name in ("int4", "interleaved", "pictures", "routing")},
+        | {
+            f"claims.{name}" for name in ("int4", "interleaved", "kept_rows", "pictures", "routing")
+        },
         set(),
     ),
     "claims.interleaved": (
-        {"nano.episode", "nano.evaluate", "nano.modes", "nano.world"},
+        {"claims.kept_rows", "nano.episode", "nano.evaluate", "nano.modes", "nano.world"},
         set(),
     ),
+    "claims.kept_rows": (set(), set()),
     "claims.int4": (
         {"checkpoint", "config", "folder_names", "generate", "claims.training"}
         | {"nano.batches", "nano.evaluate", "nano.graph", "nano.player", "nano.published"}
@@ -379,7 +382,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "nano.vocabulary": (
         {"byte_pairs", "chat.template", "tokenizer", "tokenizer_files"}
-        | {"folder_names", "nano.conversations", "nano.dice", "nano.small_talk"},
+        | {"folder_names", "nano.conversations", "nano.dice", "nano.problems", "nano.small_talk"},
         set(),
     ),
     "nano.problems": ({"nano.dice", "nano.world"}, set()),

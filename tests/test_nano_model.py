@@ -16,7 +16,7 @@ from kimi_native.nano.player import played_by
 from kimi_native.nano.small_talk import all_exchanges
 from kimi_native.nano.world import Failures
 
-MAX_FOLDER_BYTES = 7_500_000  # of which the wheel's 10 MB leave room for the libraries
+MAX_FOLDER_BYTES = 7_700_000  # of which the wheel's 10 MB leave room for the libraries
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +49,10 @@ def test_nano_says_who_it_is(nano):
 
 
 def test_nano_solves_held_out_problems(nano):
-    """Far from certain at every step, as docs/claims.md measures; far beyond chance on short problems."""
-    score = evaluate_all(played_by(nano), num_steps=3, failures=Failures(0.1), count=32)
-    assert score.solved.rate >= 0.6
-    assert score.catches.rate >= 0.8
+    """docs/claims.md measures how many; here on few, with room for bad luck."""
+    score = evaluate_all(played_by(nano), num_steps=6, failures=Failures(0.1), count=32)
+    assert score.solved.rate >= 0.9
+    assert score.catches.rate >= 0.9
 
 
 def test_nano_answers_the_same_with_one_thread_and_alone(nano):

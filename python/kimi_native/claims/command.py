@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
@@ -31,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "claims", nargs="*", metavar="CLAIM", help=f"of {', '.join(CLAIMS)} (default: all)"
     )
     parser.add_argument("--quick", action="store_true", help="minutes instead of hours")
+    parser.add_argument(
+        "--lengths", type=_numbers, metavar="N,N,...", help="of interleaved: these numbers of steps"
+    )
+    parser.add_argument(
+        "--failure-rates", type=_numbers, metavar="X,X,...", help="of interleaved: these rates"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the problems")
     parser.add_argument(
         "--out", metavar="DIR", help="folder for numbers (JSON) and pictures (PNG, with matplotlib)"
@@ -38,6 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     add_model(parser)
     add_machine(parser)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -100,16 +111,29 @@ def _interleaved(args: argparse.Namespace) -> dict[str, Any]:
 
     # Held to the schemas, a call cannot be malformed; here the model's own calls are wanted.
     answer_all = played_by(model, constrain_tools=False)
-    plan = interleaved.cells(quick=args.quick)
+    plan = [
+        cell
+        for cell in interleaved.cells(quick=args.quick)
+        if (args.lengths is None or cell.num_steps in args.lengths)
+        and (args.failure_rates is None or cell.failure_rate in args.failure_rates)
+    ]
+    if not plan:
+        raise RequestError(
+            "claims: interleaved must have a cell left "
+            f"(got lengths {args.lengths}, failure rates {args.failure_rates})"
+        )
     rows = interleaved.play(answer_all, plan, seed=args.seed, done=done, kept=kept)
     calls = interleaved.calls_per_step(plan, seed=args.seed)
     return {"seed": args.seed, "cells": rows, "fits": list(interleaved.fits(rows, calls))}
 
 
-def _weights_of(folder: Path) -> list[list[Any]]:
-    """What tells a folder's weights from others: name, size and time of each file."""
-    files = sorted(folder.glob("*.safetensors"))
-    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+def _weights_of(folder: Path) -> str:
+    """SHA-256 of a folder's weights."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _interleaved_tables(result: dict[str, Any]) -> None:

@@ -49,7 +49,7 @@ void multiply(const char* op, const Int4Sm90Args& a, void* stream) {
   Sm90Problem p{a, static_cast<const uint8_t*>(a.workspace), {}, 0};
   if (!a.x_index)
     p.map = make_tensor_map(op, {a.workspace, 2, columns, a.x_rows, columns * 2, int(kTileColumns),
-                                 kManyTokens, Swizzle::k128});
+                                 kHalfTokens, Swizzle::k128});
   auto run = [&](auto kernel) {
     const int64_t most = a.num_ranges * p.row_blocks;
     const LaunchConfig config{op, grid_of(op, std::min<int64_t>(most, multiprocessors(op))),

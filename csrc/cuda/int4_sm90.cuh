@@ -1,22 +1,17 @@
 // The INT4 ops for many tokens on Hopper: a block has 128 rows of one matrix, or 64 of each of two,
-// and up to 128 tokens; it goes from tile to tile (persistent).
+// and up to 128 tokens, and goes from tile to tile (persistent).
 //
-//   warps 0 .. 3   slots 0 .. 3, 16 rows each      | 64 x 128 sums a warpgroup, in two halves of
-//   warps 4 .. 7   slots 4 .. 7                    | 64 tokens: one is multiplied, one added
-//   warps 8 .. 11  fill a ring of four stages: a column tile of weights (4.5 KB, bulk copies) and
-//                  of tokens (16 KB a limb: TMA, or cp.async where x_index scatters them)
+//   warps 0 .. 3   slots 0 .. 3, 16 rows each    64 rows x 128 tokens a warpgroup, in two halves:
+//   warps 4 .. 7   slots 4 .. 7                  one is multiplied while the other is added
+//   warps 8 .. 11  fill a ring of four column tiles: 4.5 KB of weights, 16 KB a limb of tokens
 //
-// Products are wgmma m64n64k16 in bf16, weights from registers, two a group of 32 columns. All sums
-// of a group are integers below 2^23 times a power of two, so a tensor core makes them exactly and
-// each group is added with one multiply-add:
+// wgmma in bf16: q / 4 from registers times v * step / 2^7 from shared memory. A bf16 token rounded
+// to its group's fixed point (limbs.cuh) is a bf16 number, an fp32 one is two. The sums of a group
+// are integers below 2^23 times a power of two that fp32 holds for every step: exact, if a tensor
+// core keeps 24 bits (tests/gpu/conformance: exact_operands).
 //
-//   q / 4                         a weight: exact in bf16
-//   v * step / 2^7                a bf16 token rounded to its group's fixed point (limbs.cuh): at
-//                                 most 8 bits; an fp32 token is two of these, high and low limb
-//   acc = fma(sum, 2^9 scale, acc)
-//
-// Order: that of int4_tile.cuh, and so are the bits. The factors 2^-2 and 2^-7 keep every product
-// and sum inside the range of fp32 for every step.
+//   acc = fma(sum, 2^9 scale, acc)     order, and so the bits: int4_tile.cuh. Bytes, FLOPs: the
+//   same
 #pragma once
 #include "cuda/int4_sm90.h"
 #include "cuda/ptx_sm90.cuh"
@@ -29,7 +24,8 @@ constexpr int kSm90Threads = kConsumerThreads + kProducerThreads;
 constexpr int kSm90Stages = 4;
 constexpr int kHalfTokens = kManyTokens / 2;
 constexpr int kRowBytes = int(kTileColumns) * 2;  // of a token, limb and column tile: 128
-constexpr int kLimbBytes = kManyTokens * kRowBytes;
+constexpr int kHalfBytes = kHalfTokens * kRowBytes;
+constexpr int kLimbBytes = 2 * kHalfBytes;
 constexpr int kStepTokens = 8;  // rows between two units of a swizzle
 constexpr int kSlotsBytes = kManySlots * kStageBytes;
 
@@ -80,6 +76,9 @@ struct Ring {
 struct Tile {
   RowRange range;
   int64_t block;
+
+  // Of 64 tokens: a range of no more is not multiplied as 128.
+  __device__ __forceinline__ int halves() const { return range.count > kHalfTokens ? 2 : 1; }
 };
 
 // False behind the last one. Blocks of rows change first: those of one range run together and find
@@ -144,12 +143,13 @@ __device__ __forceinline__ int32_t find_gathered(const Sm90Problem& p, const Row
 // As TMA would lay them out; zeros for a token that is not there.
 template <int kLimbs>
 __device__ __forceinline__ void copy_gathered(const Sm90Problem& p, int32_t row_of_lane, int warp,
-                                              int lane, int tiles, int c, SharedPtr<uint8_t> to) {
+                                              int lane, int halves, int tiles, int c,
+                                              SharedPtr<uint8_t> to) {
   const int piece = lane % 8, token = warp * kCopyTokens + lane / 8;
   const auto place = to + token * kRowBytes + (piece ^ token % kStepTokens) * 16;
   static_assert(kCopyStride % kStepTokens == 0);
 #pragma unroll 4
-  for (int i = 0; i < kManyTokens / kCopyStride; ++i) {
+  for (int i = 0; i < halves * kHalfTokens / kCopyStride; ++i) {
     const int32_t row = __shfl_sync(kAllLanes, row_of_lane, i * kCopyTokens + lane / 8);
 #pragma unroll
     for (int limb = 0; limb < kLimbs; ++limb) {
@@ -168,6 +168,20 @@ __device__ __forceinline__ void publish(R& behind) {
   behind.advance();
 }
 
+// Says what is going to come, and starts the copies of the tokens that lie one behind the other.
+// Rows behind the range belong to others or are zero: their sums are not stored.
+template <int kLimbs, typename R>
+__device__ __forceinline__ void fill_stage(const Sm90Problem& p, const Tile& tile, const R& ring,
+                                           int c, int tiles) {
+  const int halves = p.a.x_index ? 0 : tile.halves();
+  ptx::mbarrier_arrive_expect(ring.full(), kSlotsBytes + halves * kLimbs * kHalfBytes);
+  for (int half = 0; half < halves; ++half)
+    for (int limb = 0; limb < kLimbs; ++limb)
+      ptx::tma_load_2d(ring.tokens(limb) + half * kHalfBytes, &p.map,
+                       (limb * tiles + c) * int(kTileColumns),
+                       tile.range.first + half * kHalfTokens, ring.full());
+}
+
 constexpr int kBehind = 2;
 
 template <int kLimbs, int kMatrices, typename Bytes>
@@ -184,19 +198,13 @@ __device__ __forceinline__ void produce(const Sm90Problem& p, Bytes shared) {
     const WeightCopy weights = find_weights<kMatrices>(p, tile, lane);
     for (int done = 0, c = 0; done < tiles; ++done, c = next_column_tile(c, tiles)) {
       ptx::mbarrier_wait(ring.empty(), ring.parity ^ 1);
-      if (thread == 0)
-        ptx::mbarrier_arrive_expect(ring.full(),
-                                    kSlotsBytes + (gathered ? 0 : kLimbs * kLimbBytes));
-      if (thread == 0 && !gathered)
-        for (int limb = 0; limb < kLimbs; ++limb)
-          ptx::tma_load_2d(ring.tokens(limb), &p.map, (limb * tiles + c) * int(kTileColumns),
-                           tile.range.first, ring.full());
+      if (thread == 0) fill_stage<kLimbs>(p, tile, ring, c, tiles);
       __syncwarp();
       if (thread < 2 * kManySlots)
         ptx::bulk_copy(ring.weights(0) + weights.to, weights.from + int64_t(c) * weights.bytes,
                        weights.bytes, ring.full());
       if (gathered) {
-        copy_gathered<kLimbs>(p, row, thread / 32, lane, tiles, c, ring.tokens(0));
+        copy_gathered<kLimbs>(p, row, thread / 32, lane, tile.halves(), tiles, c, ring.tokens(0));
         ptx::cp_async_commit();
         if (ahead == kBehind) {
           ptx::cp_async_wait<kBehind>();
@@ -281,7 +289,7 @@ __device__ __forceinline__ void start_products(const WeightGroup& w, uint64_t to
   for (int limb = 0; limb < kLimbs; ++limb)
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
-      const int at = limb * kLimbBytes + half * kHalfTokens * kRowBytes + (2 * group + step) * 32;
+      const int at = limb * kLimbBytes + half * kHalfBytes + (2 * group + step) * 32;
       ptx::wgmma_m64k16_bf16<kHalfTokens>(d, w.a[step], tokens + uint64_t(at / 16),
                                           limb + step > 0);
     }
@@ -298,10 +306,11 @@ __device__ __forceinline__ void add_products(const float (&scales)[2], HalfSums&
 }
 
 // The sums of a run to the totals of this thread.
+template <int kHalves>
 __device__ __forceinline__ void close_run(HalfSums (&acc)[2], SharedPtr<float4> totals,
                                           bool first) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half)
+  for (int half = 0; half < kHalves; ++half)
 #pragma unroll
     for (int i = 0; i < kHalfTokens / 2; i += 4) {
       const auto place = totals + (half * kHalfTokens / 2 + i) / 4 * kConsumerThreads;
@@ -316,34 +325,41 @@ __device__ __forceinline__ void close_run(HalfSums (&acc)[2], SharedPtr<float4> 
     }
 }
 
-// The products of one column tile. While those of one half of the tokens are made, those of the
-// other are added; at the end nothing is under way, and the other warpgroup has the tensor cores.
-template <int kLimbs, typename R>
+// The products of one column tile. Two are under way at a time, one being made while the other
+// one's sums are added: of both halves, or of both groups where there is one half. At the end there
+// are none, and the other warpgroup has the tensor cores.
+template <int kLimbs, int kHalves, typename R>
 __device__ __forceinline__ void multiply_tile(R& ring, HalfSums (&acc)[2]) {
   WeightGroup first, second;
   HalfSums d[2];
   const SecondGroup words = open_stage(ring, first);
   const uint64_t tokens = token_matrix(ring);
   start_products<kLimbs>(first, tokens, 0, 0, d[0]);
-  start_products<kLimbs>(first, tokens, 0, 1, d[1]);
+  if constexpr (kHalves == 2) start_products<kLimbs>(first, tokens, 0, 1, d[1]);
   decode_weights(words.near, words.far, words.scales, second);
-  add_products<1>(first.scales, d[0], acc[0]);
-  start_products<kLimbs>(second, tokens, 1, 0, d[0]);
-  add_products<1>(first.scales, d[1], acc[1]);
-  start_products<kLimbs>(second, tokens, 1, 1, d[1]);
-  add_products<1>(second.scales, d[0], acc[0]);
-  add_products<0>(second.scales, d[1], acc[1]);
+  if constexpr (kHalves == 2) {
+    add_products<1>(first.scales, d[0], acc[0]);
+    start_products<kLimbs>(second, tokens, 1, 0, d[0]);
+    add_products<1>(first.scales, d[1], acc[1]);
+    start_products<kLimbs>(second, tokens, 1, 1, d[1]);
+    add_products<1>(second.scales, d[0], acc[0]);
+    add_products<0>(second.scales, d[1], acc[1]);
+  } else {
+    start_products<kLimbs>(second, tokens, 1, 0, d[1]);
+    add_products<1>(first.scales, d[0], acc[0]);
+    add_products<0>(second.scales, d[1], acc[0]);
+  }
   close_stage(ring);
   ring.advance();
 }
 
 // All column tiles; the sums are in `totals`.
-template <int kLimbs, typename R>
+template <int kLimbs, int kHalves, typename R>
 __device__ __forceinline__ void multiply_tiles(R& ring, int tiles, SharedPtr<float4> totals) {
   HalfSums acc[2] = {};
   for (int done = 0, c = 0; done < tiles; ++done, c = next_column_tile(c, tiles)) {
-    multiply_tile<kLimbs>(ring, acc);
-    if (c + kRowWarps >= tiles) close_run(acc, totals, c % kRowWarps == 0);
+    multiply_tile<kLimbs, kHalves>(ring, acc);
+    if (c + kRowWarps >= tiles) close_run<kHalves>(acc, totals, c % kRowWarps == 0);
   }
 }
 
@@ -365,13 +381,13 @@ __device__ __forceinline__ void store_sums(const Sm90Problem& p, const RowRange&
 template <typename T, int kMatrices>
 __device__ __forceinline__ void store_tile(const Sm90Problem& p, const Tile& tile,
                                            SharedPtr<float4> all) {
-  constexpr int kPlaces = kHalfTokens / 4, kEach = kPlaces / kMatrices;
+  const int each = tile.halves() * kHalfTokens / 8 / kMatrices;  // places of eight tokens
   const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int64_t row = sm90_row_tile<kMatrices>(tile.block, warp) * kTileRows + lane / 4;
   if constexpr (kMatrices == 2) ptx::barrier_sync(1, kConsumerThreads);
 #pragma unroll 4
-  for (int i = 0; i < kEach; ++i) {
-    const int place = kMatrices == 1 ? i : thread / 128 * kEach + i;
+  for (int i = 0; i < each; ++i) {
+    const int place = kMatrices == 1 ? i : thread / 128 * each + i;
     float4 v = all[place * kConsumerThreads + (kMatrices == 1 ? thread : thread % 128)];
     if constexpr (kMatrices == 2) {
       const float4 up = all[place * kConsumerThreads + 128 + thread % 128];
@@ -390,7 +406,11 @@ __device__ __forceinline__ void consume(const Sm90Problem& p, Bytes shared) {
   Ring<kLimbs, Bytes> ring{shared};
   Tile tile;
   for (int64_t i = blockIdx.x; find_tile(p, i, tile); i += gridDim.x) {
-    multiply_tiles<kLimbs>(ring, tiles, totals + int(threadIdx.x));
+    const auto mine = totals + int(threadIdx.x);
+    if (tile.halves() == 2)
+      multiply_tiles<kLimbs, 2>(ring, tiles, mine);
+    else
+      multiply_tiles<kLimbs, 1>(ring, tiles, mine);
     store_tile<T, kMatrices>(p, tile, totals);
   }
 }

@@ -135,7 +135,8 @@ def call_with_workspace(name: str, tensors: _Tensors, *sizes: float) -> None:
     device = _device_of(name, tensors)
     kernels = _native.cuda if uses_cuda(device) else _native.cpu
     arguments = [*map(pointer, tensors), *sizes]
-    nbytes = getattr(kernels, name + "_workspace_bytes")(*arguments)
+    with _current(device):  # scratch may differ from GPU to GPU
+        nbytes = getattr(kernels, name + "_workspace_bytes")(*arguments)
     arguments += [workspace(nbytes, device).data_ptr(), nbytes]
     if kernels is _native.cuda:
         _call_cuda(name, device, arguments)
@@ -200,12 +201,17 @@ def cuda_on_host(library: str | os.PathLike[str]) -> Iterator[None]:
         _native.open_cuda_library("")
 
 
+def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Makes a GPU the current one inside the with-block; of the CPU there is one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def _call_cuda(name: str, device: torch.device, arguments: list[float]) -> None:
     op = getattr(_native.cuda, name)
     if _cuda_on_host:
         op(*arguments, 0)
         return
-    with torch.cuda.device(device):
+    with _current(device):
         op(*arguments, torch.cuda.current_stream(device).cuda_stream)
     if _synchronous and not torch.cuda.is_current_stream_capturing():
         try:

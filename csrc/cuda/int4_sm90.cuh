@@ -10,8 +10,7 @@
 // are integers below 2^23 times a power of two that fp32 holds for every step: exact, if a tensor
 // core keeps 24 bits (tests/gpu/conformance: exact_operands).
 //
-//   acc = fma(sum, 2^9 scale, acc)     order, and so the bits: int4_tile.cuh. Bytes, FLOPs: the
-//   same
+//   acc = fma(sum, 2^9 scale, acc)          order, bytes of weights, FLOPs: int4_tile.cuh
 #pragma once
 #include "cuda/int4_sm90.h"
 #include "cuda/ptx_sm90.cuh"

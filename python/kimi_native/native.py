@@ -133,15 +133,14 @@ def call(name: str, tensors: _Tensors, *sizes: float) -> None:
 def call_with_workspace(name: str, tensors: _Tensors, *sizes: float) -> None:
     """The same for an op with scratch."""
     device = _device_of(name, tensors)
-    kernels = _native.cuda if uses_cuda(device) else _native.cpu
     arguments = [*map(pointer, tensors), *sizes]
-    with _current(device):  # scratch may differ from GPU to GPU
-        nbytes = getattr(kernels, name + "_workspace_bytes")(*arguments)
-    arguments += [workspace(nbytes, device).data_ptr(), nbytes]
-    if kernels is _native.cuda:
-        _call_cuda(name, device, arguments)
+    if uses_cuda(device):
+        with _current(device):  # scratch may differ from GPU to GPU
+            nbytes = getattr(_native.cuda, name + "_workspace_bytes")(*arguments)
+        _call_cuda(name, device, [*arguments, workspace(nbytes, device).data_ptr(), nbytes])
     else:
-        getattr(kernels, name)(*arguments)
+        nbytes = getattr(_native.cpu, name + "_workspace_bytes")(*arguments)
+        getattr(_native.cpu, name)(*arguments, workspace(nbytes, device).data_ptr(), nbytes)
 
 
 def pointer(x: Tensor | None) -> int:
@@ -202,7 +201,7 @@ def cuda_on_host(library: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Makes a GPU the current one inside the with-block; of the CPU there is one."""
+    """Makes a GPU the current one inside the with-block; the shim's tensors are the CPU's, of which there is one."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 

@@ -118,9 +118,8 @@ __device__ __forceinline__ WeightCopy find_weights(const Sm90Problem& p, const T
     m = {e.tiles[tile.range.expert], reinterpret_cast<const uint8_t*>(e.scales[tile.range.expert])};
   device_require(m.tiles && m.scales, "weight pointers of an expert with rows must not be null");
   // Behind the matrix: its last row tile once more, whose sums are not stored.
-  const int64_t last = (p.a.out + kTileRows - 1) / kTileRows - 1;
-  const int64_t first = min(sm90_row_tile<kMatrices>(tile.block, slot), last) *
-                        ((p.a.in + kTileColumns - 1) / kTileColumns);
+  const int64_t row_tile = min(sm90_row_tile<kMatrices>(tile.block, slot), row_tiles(p.a.out) - 1);
+  const int64_t first = row_tile * column_tiles(p.a.in);
   if (lane < kManySlots) return {m.tiles + first * kTileBytes, int(kTileBytes), slot * kStageBytes};
   return {m.scales + first * kTileScaleBytes, int(kTileScaleBytes),
           slot * kStageBytes + int(kTileBytes)};
@@ -186,7 +185,7 @@ constexpr int kBehind = 2;
 template <int kLimbs, int kMatrices, typename Bytes>
 __device__ __forceinline__ void produce(const Sm90Problem& p, Bytes shared) {
   const int thread = int(threadIdx.x) - kConsumerThreads, lane = thread % 32;
-  const int tiles = int((p.a.in + kTileColumns - 1) / kTileColumns);
+  const int tiles = int(column_tiles(p.a.in));
   const bool gathered = p.a.x_index != nullptr;
   if (!gathered && thread >= 32) return;
   Ring<kLimbs, Bytes> ring{shared}, behind{shared};
@@ -400,7 +399,7 @@ __device__ __forceinline__ void store_tile(const Sm90Problem& p, const Tile& til
 
 template <typename T, int kLimbs, int kMatrices, typename Bytes>
 __device__ __forceinline__ void consume(const Sm90Problem& p, Bytes shared) {
-  const int tiles = int((p.a.in + kTileColumns - 1) / kTileColumns);
+  const int tiles = int(column_tiles(p.a.in));
   const auto totals = shared_at<float4>(shared, Sm90Layout<kLimbs>::kTotals);
   Ring<kLimbs, Bytes> ring{shared};
   Tile tile;

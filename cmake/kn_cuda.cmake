@@ -1,7 +1,9 @@
 # The CUDA kernels: a shared library of their own beside the extension, so that the package is the same without them.
 #
 #   KN_CUDA        AUTO: if nvcc is found; ON: or fail; OFF
-#   KN_CUDA_ARCHS  what to compile for; the first also as PTX, for GPUs that come later
+#   KN_CUDA_ARCHS  what to compile for; the first also as PTX, for GPUs that come later. Sources named *_sm90.cu are
+#                  compiled for 90a and nothing else, whatever the list says: the rest of an op asks for them by name, and
+#                  uses them on Hopper alone
 
 set(KN_CUDA AUTO CACHE STRING "Build the CUDA kernels: AUTO (if nvcc is found), ON or OFF")
 set_property(CACHE KN_CUDA PROPERTY STRINGS AUTO ON OFF)
@@ -29,6 +31,7 @@ foreach(arch IN LISTS KN_CUDA_ARCHS)
 endforeach()
 list(GET KN_CUDA_ARCHS 0 oldest)
 list(APPEND gencode -gencode arch=compute_${oldest},code=compute_${oldest})
+set(hopper -gencode arch=compute_90a,code=sm_90a)
 string(REPLACE ";" " " architectures "${KN_CUDA_ARCHS}")
 
 # Products and sums are fused where the source says so, as in every other object of the project.
@@ -41,10 +44,14 @@ set(objects)
 foreach(source IN LISTS sources)
   get_filename_component(name ${source} NAME_WE)
   set(object ${CMAKE_BINARY_DIR}/cuda/${name}.o)
+  set(architecture ${gencode})
+  if(name MATCHES "_sm90$")
+    set(architecture ${hopper})
+  endif()
   add_custom_command(
     OUTPUT ${object}
     COMMAND ${CMAKE_COMMAND} -E make_directory ${CMAKE_BINARY_DIR}/cuda
-    COMMAND ${KN_NVCC} ${KN_NVCC_FLAGS} ${gencode} -MD -MT ${object} -MF ${object}.d -c ${source} -o ${object}
+    COMMAND ${KN_NVCC} ${KN_NVCC_FLAGS} ${architecture} -MD -MT ${object} -MF ${object}.d -c ${source} -o ${object}
     DEPENDS ${source}
     DEPFILE ${object}.d
     VERBATIM)

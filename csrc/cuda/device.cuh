@@ -63,6 +63,9 @@ void check(const char* op, cudaError_t status);
 // How many blocks run at once, if each multiprocessor takes one.
 int multiprocessors(const char* op);
 
+// Whether the current device is Hopper (compute capability 9.0), with wgmma and TMA: no other is.
+bool is_hopper(const char* op);
+
 template <typename... P, typename... A>
 void launch(const LaunchConfig& c, void (*kernel)(P...), A&&... arguments) {
   const auto stream = static_cast<cudaStream_t>(c.stream);
@@ -103,6 +106,7 @@ SharedPtr<T> shared_cast(SharedPtr<U> p) {
 }
 
 inline int multiprocessors(const char*) { return 3; }  // few, so that a test fills them
+inline bool is_hopper(const char*) { return simt::options().hopper; }
 
 template <typename... P, typename... A>
 void launch(const LaunchConfig& c, void (*kernel)(P...), A&&... arguments) {

@@ -28,5 +28,13 @@ int multiprocessors(const char* op) {
   return count;
 }
 
+bool is_hopper(const char* op) {
+  int device = 0, major = 0, minor = 0;
+  check(op, cudaGetDevice(&device));
+  check(op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  check(op, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  return major == 9 && minor == 0;
+}
+
 }  // namespace kn::cuda
 #endif

@@ -1,8 +1,8 @@
 // int4_gemm by the kernel for few tokens (int4_rows.cuh), a block for 16 rows of the matrix and 16
-// tokens, or the one for many (int4_tile.cuh), a block for 128 of each; a row has the same bits in
-// both.
+// tokens, or one for many (int4_tile.cuh, on Hopper int4_sm90.cuh), a block for 128 of each; a row
+// has the same bits in all.
 #include "core/op_checks.h"
-#include "cuda/int4_tile.cuh"
+#include "cuda/int4_sm90.h"
 
 namespace kn::cuda {
 namespace {
@@ -62,11 +62,35 @@ void multiply(const GemmArgs& a, void* stream) {
          int4_gemm_tile_kernel<T>, a);
 }
 
+bool needs_sm90(const Int4GemmArgs& a) { return a.tokens > kFewTokens && is_hopper(kOp); }
+
+// The tokens as rows of one expert.
+void multiply_sm90(const Int4GemmArgs& a, const Matrix& weight, void* stream) {
+  const Int4Experts alone = {nullptr, nullptr, weight};
+  int4_sm90(kOp,
+            {a.x,
+             a.x_dtype,
+             a.y_dtype,
+             nullptr,
+             1,
+             {alone, {}},
+             nullptr,
+             blocks_of(a.tokens, kManyTokens),
+             a.y,
+             a.tokens,
+             a.tokens,
+             a.out,
+             a.in,
+             a.workspace},
+            stream);
+}
+
 }  // namespace
 
 int64_t int4_gemm_workspace_bytes(const Int4GemmArgs& a) {
   check_op(a);
-  return prepared_bytes(a.tokens, a.in);
+  return needs_sm90(a) ? int4_sm90_bytes(a.x_dtype, a.tokens, a.in)
+                       : prepared_bytes(a.tokens, a.in);
 }
 
 void int4_gemm(const Int4GemmArgs& a, void* stream) {
@@ -78,11 +102,11 @@ void int4_gemm(const Int4GemmArgs& a, void* stream) {
        {(const void*)a.weight_packed, (const void*)a.weight_scale, (const void*)a.workspace})
     KN_REQUIRE(p && uintptr_t(p) % 16 == 0, kOp,
                ": weights (from int4_pack) and workspace must be 16-byte aligned (got ", p, ")");
-  const GemmArgs gemm{{a.weight_packed, reinterpret_cast<const uint8_t*>(a.weight_scale)},
-                      prepare_tokens(kOp, a.x, a.x_dtype, a.tokens, a.in, a.workspace, stream),
-                      a.y,
-                      a.out,
-                      a.in};
+  const Matrix weight = {a.weight_packed, reinterpret_cast<const uint8_t*>(a.weight_scale)};
+  if (needs_sm90(a)) return multiply_sm90(a, weight, stream);
+  const GemmArgs gemm{weight,
+                      prepare_tokens(kOp, a.x, a.x_dtype, a.tokens, a.in, a.workspace, stream), a.y,
+                      a.out, a.in};
   with_type(a.y_dtype, [&](auto y) { multiply<decltype(y)>(gemm, stream); });
 }
 

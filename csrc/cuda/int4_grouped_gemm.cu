@@ -1,6 +1,6 @@
 // int4_grouped_gemm: the down projection, each row times the matrix of its expert. A block has 16
-// rows of a matrix and a segment of tokens (int4_rows.cuh), or 128 and a tile (int4_tile.cuh);
-// which rows go where is decided on the device (segments.cuh).
+// rows of a matrix and a segment of tokens (int4_rows.cuh), or 128 and a tile (int4_tile.cuh, on
+// Hopper int4_sm90.cuh); which rows go where is decided on the device (segments.cuh).
 #include "cuda/segments.cuh"
 
 namespace kn::cuda {
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kManyThreads)
 }  // namespace
 
 int64_t int4_grouped_gemm_workspace_bytes(const Int4GroupedGemmArgs& a) {
-  return grouped_workspace_bytes(a);
+  return grouped_workspace_bytes("int4_grouped_gemm", a);
 }
 
 void int4_grouped_gemm(const Int4GroupedGemmArgs& a, void* stream) {
@@ -61,8 +61,8 @@ void int4_grouped_gemm(const Int4GroupedGemmArgs& a, void* stream) {
   KN_REQUIRE(a.weight_packed && a.weight_scale, op, ": weight pointers must not be null");
   with_type(a.y_dtype, [&](auto y) {
     using T = decltype(y);
-    launch_grouped<1>(op, a, g, int4_grouped_gemm_kernel<T>, int4_grouped_gemm_tile_kernel<T>,
-                      stream);
+    launch_grouped<1>(op, a, g, {{a.weight_packed, a.weight_scale, {}}},
+                      int4_grouped_gemm_kernel<T>, int4_grouped_gemm_tile_kernel<T>, stream);
   });
 }
 

@@ -1,7 +1,7 @@
 // int4_grouped_swiglu: gate and up of the row's expert in one pass over the tokens, and silu(gate)
 // * up in fp32 before anything is written. A block has 16 rows of both matrices and a segment of
-// tokens (int4_rows.cuh), or 64 rows of both and a tile (int4_tile.cuh); which rows go where is
-// decided on the device (segments.cuh).
+// tokens (int4_rows.cuh), or 64 rows of both and a tile (int4_tile.cuh, on Hopper
+// int4_sm90.cuh); which rows go where is decided on the device (segments.cuh).
 #include "cuda/segments.cuh"
 
 namespace kn::cuda {
@@ -18,9 +18,7 @@ __device__ __forceinline__ void find_matrices(const Int4GroupedSwigluArgs& a, in
 template <typename T>
 __device__ __forceinline__ void store(const Int4GroupedSwigluArgs& a, int64_t token, int64_t row,
                                       const float (&sums)[2]) {
-  const float gate = sums[0], denominator = __fadd_rn(1.0f, expf(-gate));
-  const float y = __fmul_rn(__fdiv_rn(gate, denominator), sums[1]);
-  static_cast<T*>(a.y)[token * a.out + row] = from_float<T>(y);
+  static_cast<T*>(a.y)[token * a.out + row] = from_float<T>(swiglu_of(sums[0], sums[1]));
 }
 
 template <typename T>
@@ -55,7 +53,7 @@ __global__ void __launch_bounds__(kManyThreads)
 }  // namespace
 
 int64_t int4_grouped_swiglu_workspace_bytes(const Int4GroupedSwigluArgs& a) {
-  return grouped_workspace_bytes(a);
+  return grouped_workspace_bytes("int4_grouped_swiglu", a);
 }
 
 void int4_grouped_swiglu(const Int4GroupedSwigluArgs& a, void* stream) {
@@ -66,8 +64,8 @@ void int4_grouped_swiglu(const Int4GroupedSwigluArgs& a, void* stream) {
              ": weight pointers must not be null");
   with_type(a.y_dtype, [&](auto y) {
     using T = decltype(y);
-    launch_grouped<2>(op, a, g, int4_grouped_swiglu_kernel<T>, int4_grouped_swiglu_tile_kernel<T>,
-                      stream);
+    launch_grouped<2>(op, a, g, {{a.gate_packed, a.gate_scale, {}}, {a.up_packed, a.up_scale, {}}},
+                      int4_grouped_swiglu_kernel<T>, int4_grouped_swiglu_tile_kernel<T>, stream);
   });
 }
 

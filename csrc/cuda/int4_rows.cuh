@@ -25,6 +25,11 @@ template <int kMatrices>
 constexpr int kRowSharedBytes =
     kRowWarps * kMatrices * (kStages * kStageBytes + kPartialFloats * 4);
 
+// Rows of y that belong to one expert; none if `count` is 0.
+struct RowRange {
+  int32_t expert, first, count, unused;
+};
+
 // The tokens of a block: `count` rows of y from `first`; row r reads x[x_index[r]], or x[r].
 struct TokenRows {
   PreparedTokens x;

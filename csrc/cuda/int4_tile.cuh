@@ -37,6 +37,11 @@ constexpr int kManyRowTiles = kManySlots / kMatrices;  // of a block
 // Up to here reading the weights once for every 16 tokens costs less than a block's idle quads.
 constexpr int kFewTokens = 32;
 
+// The column tile behind c: 0, 8, 16, ..., 1, 9, ...
+__device__ __forceinline__ int next_column_tile(int c, int tiles) {
+  return c + kRowWarps < tiles ? c + kRowWarps : c % kRowWarps + 1;
+}
+
 inline int64_t blocks_of(int64_t n, int64_t each) { return (n + each - 1) / each; }
 
 template <int kMatrices>
@@ -184,13 +189,12 @@ template <typename Bytes>
 __device__ __forceinline__ void multiply_block(const ManyCopies& b, int quads, Bytes shared,
                                                ManySums& total) {
   const SharedPtr<const int32_t> rows = shared_at<int32_t>(shared, kRowsAt);
-  auto next = [&](int c) { return c + kRowWarps < b.tiles ? c + kRowWarps : c % kRowWarps + 1; };
   auto stage_at = [&](int s) { return shared_at<uint8_t>(shared, s * kManyStageBytes); };
   int ahead = 0;  // the column tile to copy next
   auto issue = [&](int number, int s) {
     if (number < b.tiles) copy_stage(b, ahead, rows, stage_at(s));
     ptx::cp_async_commit();
-    ahead = next(ahead);
+    ahead = next_column_tile(ahead, b.tiles);
   };
   for (int s = 0; s < kManyStages - 1; ++s) issue(s, s);
   ManySums acc = {};
@@ -201,7 +205,7 @@ __device__ __forceinline__ void multiply_block(const ManyCopies& b, int quads, B
     issue(done + kManyStages - 1, stage == 0 ? kManyStages - 1 : stage - 1);
     multiply_column_tile(stage_at(stage), quads, acc);
     if (c + kRowWarps >= b.tiles) close_run(acc, total);
-    c = next(c);
+    c = next_column_tile(c, b.tiles);
     stage = stage == kManyStages - 1 ? 0 : stage + 1;
   }
 }

@@ -41,10 +41,10 @@ __device__ __forceinline__ float limb_step(uint32_t largest, float& inverse) {
   return power_of_two(step);
 }
 
-// A warp prepares a group, a lane an input. x: of the token, `in` values.
+// A lane's v, of a group that a warp looks at, and the step; both 0 past the token. x: of the
+// token, `in` values.
 template <typename T>
-__device__ __forceinline__ void prepare_group(const T* x, int64_t in, int64_t group, uint8_t* limbs,
-                                              float* step) {
+__device__ __forceinline__ int fixed_point(const T* x, int64_t in, int64_t group, float& step) {
   const int lane = int(threadIdx.x) % 32;
   const bool inside = group * kGroupSize < in;
   const float f = inside ? to_float(x[group * kGroupSize + lane]) : 0.0f;
@@ -53,12 +53,24 @@ __device__ __forceinline__ void prepare_group(const T* x, int64_t in, int64_t gr
   const float s = limb_step(largest, inverse);
   const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, ties to even
   const float whole = __fsub_rn(__fadd_rn(__fmul_rn(f, inverse), shift), shift);
-  const int v = largest >= 0x7f800000u ? 0 : int(whole);
-  const int low = int(int8_t(v)), high = (v - low) >> 8;
+  step = inside ? s : 0.0f;
+  return largest >= 0x7f800000u ? 0 : int(whole);
+}
+
+__device__ __forceinline__ int low_limb(int v) { return int(int8_t(v)); }
+__device__ __forceinline__ int high_limb(int v) { return (v - low_limb(v)) >> 8; }
+
+// A warp prepares a group, a lane an input.
+template <typename T>
+__device__ __forceinline__ void prepare_group(const T* x, int64_t in, int64_t group, uint8_t* limbs,
+                                              float* step) {
+  const int lane = int(threadIdx.x) % 32;
+  float s;
+  const int v = fixed_point(x, in, group, s);
   const int at = lane % 16 / 4 * 8 + lane / 16 * 4 + lane % 4;
-  limbs[at] = uint8_t(high);
-  limbs[32 + at] = uint8_t(low);
-  if (lane == 0) *step = inside ? s : 0.0f;
+  limbs[at] = uint8_t(high_limb(v));
+  limbs[32 + at] = uint8_t(low_limb(v));
+  if (lane == 0) *step = s;
 }
 
 }  // namespace kn::cuda

@@ -117,6 +117,14 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
+// Behind wgmma_wait: d is read here and not earlier (the compiler does not know what the wait waits
+// for).
+template <int kCount>
+__device__ __forceinline__ void wgmma_settle(float (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 #define KN_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define KN_D8(i) KN_D4(i), KN_D4(i + 4)
 #define KN_D16(i) KN_D8(i), KN_D8(i + 8)

@@ -2,18 +2,14 @@
 // host never learns how the tokens were routed. An expert's rows are cut into tiles of 128 for the
 // kernel for many tokens; a rest of more than 32 is one more tile, a smaller one becomes segments
 // of 16 for the kernel for few. The host launches as many blocks of either kernel as there can be
-// ranges; those past the last one end at once.
+// ranges; those past the last one end at once. On Hopper tiles go to its own kernel (int4_sm90.h).
 #pragma once
 #include <algorithm>
 
 #include "core/op_checks.h"
-#include "cuda/int4_tile.cuh"
+#include "cuda/int4_sm90.h"
 
 namespace kn::cuda {
-
-struct RowRange {
-  int32_t expert, first, count, unused;
-};
 
 constexpr int kSegmentThreads = 256;
 
@@ -37,12 +33,23 @@ inline int64_t max_tiles(int64_t experts, int64_t rows) {
   return std::min(experts, rows / (kFewTokens + 1)) + rows / kManyTokens;
 }
 
+// The workspace: tokens for the kernel for few, the ranges of both, tokens for Hopper's kernel.
 template <typename Args>
-int64_t grouped_workspace_bytes(const Args& a) {
+int64_t bytes_before_sm90(const Args& a) {
+  const int64_t ranges = max_segments(a.experts, a.rows) + max_tiles(a.experts, a.rows);
+  return blocks_of(prepared_bytes(a.x_rows, a.in) + ranges * int64_t(sizeof(RowRange)), 16) * 16;
+}
+
+template <typename Args>
+bool needs_sm90(const char* op, const Args& a) {
+  return max_tiles(a.experts, a.rows) > 0 && is_hopper(op);
+}
+
+template <typename Args>
+int64_t grouped_workspace_bytes(const char* op, const Args& a) {
   check_op(a);
-  return prepared_bytes(a.x_rows, a.in) +
-         (max_segments(a.experts, a.rows) + max_tiles(a.experts, a.rows)) *
-             int64_t(sizeof(RowRange));
+  return bytes_before_sm90(a) +
+         (needs_sm90(op, a) ? int4_sm90_bytes(a.x_dtype, a.x_rows, a.in) : 0);
 }
 
 // `most` places for ranges: those of all experts in order, then empty ones.
@@ -103,7 +110,7 @@ struct Grouped {
 
 template <typename Args>
 Grouped open_grouped(const char* op, const Args& a, void* stream) {
-  const int64_t needed = grouped_workspace_bytes(a);
+  const int64_t needed = grouped_workspace_bytes(op, a);
   KN_REQUIRE(a.expert_offsets, op, ": expert_offsets must not be null");
   if (a.rows == 0 || a.out == 0) return {};
   KN_REQUIRE(a.x && a.y, op, ": x and y must not be null (got ", a.x, ", ", a.y, ")");
@@ -123,14 +130,37 @@ Grouped open_grouped(const char* op, const Args& a, void* stream) {
   return g;
 }
 
+template <typename Args>
+void launch_sm90(const char* op, const Args& a, const Ranges& tiles,
+                 std::initializer_list<Int4Experts> matrices, void* stream) {
+  Int4Sm90Args s = {a.x,
+                    a.x_dtype,
+                    a.y_dtype,
+                    a.x_index,
+                    int(matrices.size()),
+                    {},
+                    tiles.places,
+                    tiles.most,
+                    a.y,
+                    a.x_rows,
+                    a.rows,
+                    a.out,
+                    a.in,
+                    static_cast<uint8_t*>(a.workspace) + bytes_before_sm90(a)};
+  std::copy(matrices.begin(), matrices.end(), s.matrices);
+  int4_sm90(op, s, stream);
+}
+
 // Launches both kernels of a grouped op, each on its ranges.
 template <int kMatrices, typename Args>
-void launch_grouped(const char* op, const Args& a, const Grouped& g, void (*few)(Args, Grouped),
+void launch_grouped(const char* op, const Args& a, const Grouped& g,
+                    std::initializer_list<Int4Experts> matrices, void (*few)(Args, Grouped),
                     void (*many)(Args, Grouped), void* stream) {
   launch({op, grid_of(op, row_tiles(a.out), g.segments.most), dim3(kRowThreads),
           kRowSharedBytes<kMatrices>, stream},
          few, a, g);
   if (g.tiles.most == 0) return;  // too few rows for any
+  if (needs_sm90(op, a)) return launch_sm90(op, a, g.tiles, matrices, stream);
   launch({op, grid_of(op, many_row_blocks<kMatrices>(a.out), g.tiles.most), dim3(kManyThreads),
           kManySharedBytes, stream},
          many, a, g);

@@ -17,8 +17,7 @@ __global__ void __launch_bounds__(kThreads)
   load_run(gate + i, count - i, aligned, g);
   load_run(up + i, count - i, aligned, u);
 #pragma unroll
-  for (int j = 0; j < kRun; ++j)
-    g[j] = __fmul_rn(__fdiv_rn(g[j], __fadd_rn(1.0f, expf(-g[j]))), u[j]);
+  for (int j = 0; j < kRun; ++j) g[j] = swiglu_of(g[j], u[j]);
   store_run(y + i, count - i, aligned, g);
 }
 

@@ -31,6 +31,11 @@ __device__ __forceinline__ float rounded(float x) {
   return to_float(from_float<T>(x));
 }
 
+// silu(gate) * up
+__device__ __forceinline__ float swiglu_of(float gate, float up) {
+  return __fmul_rn(__fdiv_rn(gate, __fadd_rn(1.0f, expf(-gate))), up);
+}
+
 __device__ __forceinline__ void unpack(uint32_t word, float& low, float& high) {
   low = __uint_as_float(word << 16);
   high = __uint_as_float(word & 0xffff0000u);

@@ -13,7 +13,8 @@ struct Options {
   uint64_t seed = 0;  // 0: threads and blocks in order; else a shuffled schedule of its own
   Async async = Async::kLate;
   int os_threads = 1;
-  int resident = 1;  // blocks that share one OS thread, and run interleaved
+  int resident = 1;     // blocks that share one OS thread, and run interleaved
+  bool hopper = false;  // what the ops are told of the device; every wrapper works either way
 };
 
 Options& options();

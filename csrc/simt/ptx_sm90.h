@@ -29,6 +29,9 @@ void wgmma_wait() {
   wgmma_wait_for(N);
 }
 
+template <int kCount>
+void wgmma_settle(float (&)[kCount]) {}
+
 // a: four registers, or null for the descriptor a_shared.
 void wgmma(float* d, int columns, const uint32_t* a, uint64_t a_shared, uint64_t b,
            bool accumulate);

@@ -133,14 +133,14 @@ def call(name: str, tensors: _Tensors, *sizes: float) -> None:
 def call_with_workspace(name: str, tensors: _Tensors, *sizes: float) -> None:
     """The same for an op with scratch."""
     device = _device_of(name, tensors)
-    kernels = _native.cuda if uses_cuda(device) else _native.cpu
     arguments = [*map(pointer, tensors), *sizes]
-    nbytes = getattr(kernels, name + "_workspace_bytes")(*arguments)
-    arguments += [workspace(nbytes, device).data_ptr(), nbytes]
-    if kernels is _native.cuda:
-        _call_cuda(name, device, arguments)
+    if uses_cuda(device):
+        with _current(device):  # scratch may differ from GPU to GPU
+            nbytes = getattr(_native.cuda, name + "_workspace_bytes")(*arguments)
+        _call_cuda(name, device, [*arguments, workspace(nbytes, device).data_ptr(), nbytes])
     else:
-        getattr(kernels, name)(*arguments)
+        nbytes = getattr(_native.cpu, name + "_workspace_bytes")(*arguments)
+        getattr(_native.cpu, name)(*arguments, workspace(nbytes, device).data_ptr(), nbytes)
 
 
 def pointer(x: Tensor | None) -> int:
@@ -200,12 +200,17 @@ def cuda_on_host(library: str | os.PathLike[str]) -> Iterator[None]:
         _native.open_cuda_library("")
 
 
+def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Makes a GPU the current one inside the with-block; the shim's tensors are the CPU's, of which there is one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def _call_cuda(name: str, device: torch.device, arguments: list[float]) -> None:
     op = getattr(_native.cuda, name)
     if _cuda_on_host:
         op(*arguments, 0)
         return
-    with torch.cuda.device(device):
+    with _current(device):
         op(*arguments, torch.cuda.current_stream(device).cuda_stream)
     if _synchronous and not torch.cuda.is_current_stream_capturing():
         try:

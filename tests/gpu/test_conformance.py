@@ -62,6 +62,19 @@ def wgmma_operands(name, variant, count):
     return np.concatenate([operands, r.normal(size=64 * n).astype(np.float32).view(np.uint32)])
 
 
+def exact_operands(name, variant, count):
+    """The same where every sum is an integer below 2**23 times a power of two, from one that makes small numbers
+    subnormal to the largest that stays finite, a power for each row of b: a is q / 4 of an INT4 q, b an integer of at
+    most 8 bits of up to 2**14, d = 0. Fixed point tokens as INT4 products on Hopper have them."""
+    r, n = rng(name, variant), variant // 10
+    a = (r.integers(-8, 8, (64, 64)) / 4).astype(np.float32)
+    integers = r.integers(-255, 256, (n, 64)) * 2.0 ** r.integers(0, 7, (n, 64))
+    exponents = np.linspace(-133, 105, n).round()
+    b = (integers * 2.0 ** exponents[:, None]).astype(np.float32)
+    operands = np.concatenate([a.ravel(), b.ravel()]).view(np.uint32) >> 16
+    return np.concatenate([operands.astype(np.uint16).view(np.uint32), np.zeros(64 * n, np.uint32)])
+
+
 def same_bits(ours, theirs):
     assert (ours == theirs).all(), f"{int((ours != theirs).sum())} of {ours.size} words differ"
 
@@ -109,9 +122,10 @@ HOPPER = {
     ],
     **{
         name: [
-            (10 * n + swizzle, (64 + n) * 32 + 64 * n, 64 * n, wgmma_operands, same_sums)
+            (10 * n + swizzle, (64 + n) * 32 + 64 * n, 64 * n, make, compare)
             for n in (16, 32, 64, 128, 256)
             for swizzle in range(4)
+            for make, compare in ((wgmma_operands, same_sums), (exact_operands, same_bits))
         ]
         for name in ("wgmma_shared", "wgmma_registers")
     },
@@ -140,7 +154,7 @@ def other_side(name, data, out, variant):
 @pytest.mark.parametrize(
     ("name", "case"),
     [
-        pytest.param(name, case, id=f"{name}-{case[0]}-{case[1]}", marks=marks)
+        pytest.param(name, case, id=f"{name}-{case[0]}-{case[1]}-{case[3].__name__}", marks=marks)
         for cases, marks in ((CASES, ()), (HOPPER, hopper_only))
         for name in cases
         for case in cases[name]

@@ -33,8 +33,8 @@ const char* call(F f) {
 
 extern "C" {
 
-void kn_simt_options(uint64_t seed, int async, int os_threads, int resident) {
-  simt::options() = {seed, simt::Async(async), os_threads, resident};
+void kn_simt_options(uint64_t seed, int async, int os_threads, int resident, int hopper) {
+  simt::options() = {seed, simt::Async(async), os_threads, resident, hopper != 0};
 }
 
 void kn_simt_stats(uint64_t* three) {

@@ -22,15 +22,17 @@ class Fault(Exception):
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the threads of a grid are run; see csrc/simt/options.h."""
+    """How the threads of a grid are run, and on what; see csrc/simt/options.h."""
 
     seed: int = 0
     asynchronous: str = "late"
     os_threads: int = 1
     resident: int = 1
+    hopper: bool = False
 
     def __str__(self) -> str:
-        return f"{self.asynchronous}-seed{self.seed}-{self.os_threads}x{self.resident}"
+        name = f"{self.asynchronous}-seed{self.seed}-{self.os_threads}x{self.resident}"
+        return name + ("-hopper" if self.hopper else "")
 
 
 # What only the shim can do: report a fault and go on, count bank conflicts.
@@ -78,7 +80,7 @@ def library_path() -> Path:
 @cache
 def library() -> ctypes.CDLL:
     lib = ctypes.CDLL(str(library_path()))
-    lib.kn_simt_options.argtypes = [ctypes.c_uint64, *[ctypes.c_int] * 3]
+    lib.kn_simt_options.argtypes = [ctypes.c_uint64, *[ctypes.c_int] * 4]
     lib.kn_simt_allocate.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_char_p]
     lib.kn_simt_allocate.restype = ctypes.c_void_p
     lib.kn_simt_free.argtypes = [ctypes.c_void_p]
@@ -129,7 +131,11 @@ def memory(flush: str = "end"):
 
 def use(schedule: Schedule) -> None:
     library().kn_simt_options(
-        schedule.seed, _ASYNC[schedule.asynchronous], schedule.os_threads, schedule.resident
+        schedule.seed,
+        _ASYNC[schedule.asynchronous],
+        schedule.os_threads,
+        schedule.resident,
+        schedule.hopper,
     )
 
 

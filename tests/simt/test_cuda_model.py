@@ -12,7 +12,7 @@ from kimi_native.loader import load_model
 from kimi_native.make_checkpoint import make_checkpoint
 from kimi_native.placement import HostExperts, check_device, device_bytes, place
 from kimi_native.quant.modules import Int4Experts
-from simt import library_path, simt_only
+from simt import Schedule, library_path, simt_only, use
 
 pytestmark = simt_only
 HOST = torch.device("cpu")
@@ -34,11 +34,11 @@ def folder(tmp_path_factory):
     return path
 
 
-def prefill(model):
+def prefill(model, tokens=70):
     """Logits of a prompt in two calls, with an fp32 cache."""
     cache = LatentCache(model.config, max_tokens=128, dtype=torch.float32)
     seq = cache.new_sequence()
-    prompt = torch.arange(70) * 7 % model.config.vocab_size
+    prompt = torch.arange(tokens) * 7 % model.config.vocab_size
     return torch.stack([model.prefill(part, cache, seq) for part in prompt.split(50)])
 
 
@@ -67,6 +67,17 @@ def test_cuda_model_gives_the_logits_of_the_cpu(folder, format, dense, experts_o
     print(f"{format}, dense {dense}: {worst:.1e} of the range")
     assert worst <= LIMIT
     assert sum(isinstance(m, HostExperts) for m in model.modules()) == experts_on_cpu
+
+
+def test_cuda_model_on_hopper_has_the_logits_of_other_gpus_to_the_last_bit(folder):
+    model, _ = load_model(folder / "int4", dtype="float32", dense="int4")
+    logits = []
+    with native.cuda_on_host(library_path()):
+        place(model, HOST, experts_on_cpu=False, cache_bytes=0)
+        for hopper in (True, False):
+            use(Schedule(hopper=hopper))
+            logits.append(prefill(model, 40))
+    assert torch.equal(*logits)
 
 
 def test_cuda_model_decodes_in_bf16_as_exactly_as_the_cpu(folder):

@@ -243,6 +243,7 @@ void swiglu(const SwigluArgs&);
 // returns: nothing is allocated and nothing waits for the device, so it can be captured in a CUDA
 // graph. Throws std::invalid_argument on sizes, std::runtime_error if the launch fails. An index
 // out of range in a device buffer ends the kernel with an error that this or a later call reports.
+// What kernels there are, and so the bytes of a workspace, depends on the current device.
 namespace cuda {
 
 // From the checkpoint's INT4 layout to tiles (layout.h), once, while loading.

@@ -145,6 +145,7 @@ __global__ void wgmma_kernel(const char* in, float* out) {
   }
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
+  ptx::wgmma_settle(d);
   for (int i = 0; i < kN / 2; ++i)
     out[(warp * 16 + g + i / 2 % 2 * 8) * kN + i / 4 * 8 + 2 * t + i % 2] = d[i];
 }

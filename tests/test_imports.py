@@ -181,12 +181,15 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "attention": ({"ops", "single_threads"}, {"torch"}),
     "single_threads": (set(), {"torch"}),
     "recorded": ({"model", "ops", "cache", "config", "placement"}, {"torch"}),
-    "network": ({"checkpoint", "loader", "placement", "recorded", "cache"}, set()),
+    "network": (
+        {"checkpoint", "loader", "placement", "recorded", "cache", "fp8_rows"},
+        set(),
+    ),
     "placement": (
         {"model", "ops", "weights", "units", "quant.modules", "quant.tiles"},
         {"torch"},
     ),
-    "cache": ({"config"}, {"torch"}),
+    "cache": ({"config", "fp8_rows"}, {"torch"}),
     # files
     "config": (
         {"config_keys", "quantization", "json_file", "model_file", "folder_names"},
@@ -210,7 +213,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "plan": (
         {"checkpoint", "config", "quantization", "cache", "machine", "units", *FILES}
-        | {"huge_pages"},
+        | {"huge_pages", "fp8_rows"},
         {"torch"},
     ),
     "loader": (
@@ -398,7 +401,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "bench.load": (set(), set()),
     "bench.loading": ({"bench.load", "checkpoint", "generate", "plan"}, set()),
     "bench.e2e": (
-        {"bench.rows", "bench.load", "checkpoint", "sampling", "weights", "plan", *RUN},
+        {"bench.rows", "bench.load", "checkpoint", "sampling", "weights", "plan", "fp8_rows", *RUN},
         {"torch"},
     ),
     "bench.plot": ({"bench.rows"}, {"matplotlib"}),
@@ -422,13 +425,14 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch"},
     ),
     # kernels
-    "ops": ({"native", "reference", "checks", "weights"}, {"torch"}),
+    "ops": ({"native", "reference", "checks", "weights", "fp8_rows"}, {"torch"}),
     "native": ({"_native", "arena", "checks"}, {"torch"}),
     "arena": (set(), {"torch", "numpy"}),
     "torch_ops": ({"ops", "weights"}, {"torch"}),
-    "reference": (set(), {"torch"}),
+    "reference": ({"fp8_rows"}, {"torch"}),
     "weights": ({"checks"}, {"torch"}),
-    "checks": (set(), {"torch"}),
+    "checks": ({"fp8_rows"}, {"torch"}),
+    "fp8_rows": (set(), {"torch"}),
     "errors": (set(), set()),
 }
 NANO_PLAY = {"dice", "world", "problems", "modes", "texts", "planner", "expert", "episode"}

@@ -20,7 +20,7 @@ from oracle_dense import (
 )
 
 BF16, FP32 = torch.bfloat16, torch.float32
-CODE = {BF16: 0, FP32: 1}
+CODE = {BF16: 0, FP32: 1, torch.uint8: 2}
 UNUSED_PAGE = 2**31 - 1  # reading through it would leave the process
 
 

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "core/error.h"
+#include "kimi_native/cache_layout.h"
 #include "kimi_native/layout.h"
 #include "kimi_native/ops.h"
 
@@ -17,6 +18,11 @@ constexpr int64_t kMaxExperts = 4096;  // bounds what moe_route keeps of a token
 inline void check_op_dtype(const char* op, DType dtype) {
   KN_REQUIRE(dtype == DType::kBf16 || dtype == DType::kFp32, op, ": dtype must be 0 or 1 (got ",
              int32_t(dtype), ")");
+}
+
+inline void check_cache_dtype(const char* op, DType dtype) {
+  KN_REQUIRE(dtype == DType::kBf16 || dtype == DType::kFp32 || dtype == DType::kFp8, op,
+             ": cache must be bf16 (0), fp32 (1) or fp8 (2) (got ", int32_t(dtype), ")");
 }
 
 inline void check_eps(const char* op, float eps) {
@@ -59,6 +65,9 @@ inline void check_op(const SwigluArgs& a) {
 
 inline void check_op(const RopeAppendArgs& a) {
   constexpr const char* op = "rope_append";
+  check_op_dtype(op, a.dtype);
+  check_op_dtype(op, a.q_out_dtype);
+  check_cache_dtype(op, a.cache_dtype);
   KN_REQUIRE(a.tokens >= 0 && a.heads >= 1 && a.kv_lora_rank >= 1 && a.cache_rows >= 0,
              "rope_append: need tokens, cache_rows >= 0 and heads, kv_lora_rank >= 1 (got tokens=",
              a.tokens, ", cache_rows=", a.cache_rows, ", heads=", a.heads,
@@ -221,7 +230,7 @@ inline void check_op(const Int4GroupedSwigluArgs& a) { check_grouped_op("int4_gr
 inline void check_op(const MlaDecodeArgs& a) {
   constexpr const char* op = "mla_decode";
   check_gemm_dtype(op, "q", a.q_dtype);
-  check_gemm_dtype(op, "cache", a.cache_dtype);
+  check_cache_dtype(op, a.cache_dtype);
   KN_REQUIRE(a.batch >= 0 && a.heads >= 1 && a.kv_lora_rank >= 1 && a.qk_rope_head_dim >= 0, op,
              ": need batch, qk_rope_head_dim >= 0 and heads, kv_lora_rank >= 1 (got batch=",
              a.batch, ", heads=", a.heads, ", kv_lora_rank=", a.kv_lora_rank,

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/limbs.h"
+#include "kimi_native/cache_layout.h"
 #include "kimi_native/layout.h"
 #include "kimi_native/types.h"
 
@@ -40,7 +41,7 @@ struct MlaDecodeChunk {
   const int32_t* page_table;  // of this sequence
   DType q_dtype, cache_dtype;
   int64_t heads, latent, width;  // width: latent + rope
-  int64_t page_size, begin, end;
+  int64_t row_bytes, page_size, begin, end;
   float softmax_scale;
   void* scratch;  // mla_decode_scratch_bytes, 64-byte aligned
   float* out;     // [heads, latent rounded up to 16]

@@ -143,6 +143,7 @@ struct Round {
     c.heads = std::min(p.heads_per_task, a.heads - head);
     c.latent = a.kv_lora_rank;
     c.width = width;
+    c.row_bytes = cache_row_bytes(a.cache_dtype, a.kv_lora_rank, a.qk_rope_head_dim);
     c.page_size = a.page_size;
     c.begin = chunk * kMlaChunkTokens;
     c.end = std::min<int64_t>(c.begin + kMlaChunkTokens, a.seq_lens[b]);

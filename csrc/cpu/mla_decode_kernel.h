@@ -24,11 +24,17 @@ struct Prefetch {
   int64_t step;
 };
 
+// A byte of an fp8 row (cache_layout.h).
+struct fp8 {
+  uint8_t bits;
+};
+
 // The cache row of a token. Only used page ids are read.
 template <typename T>
 KN_INLINE const T* cache_row(const MlaDecodeChunk& a, int64_t token) {
   const int64_t page = a.page_table[token / a.page_size];
-  return (const T*)a.cache + (page * a.page_size + token % a.page_size) * a.width;
+  return (const T*)((const char*)a.cache +
+                    (page * a.page_size + token % a.page_size) * a.row_bytes);
 }
 
 }  // namespace kn::cpu::KN_ISA
@@ -54,6 +60,7 @@ static int64_t mla_decode_scratch_bytes(int64_t heads, int64_t latent, int64_t w
 template <typename T>
 static void start_tiles(const MlaDecodeChunk& a, MlaTile<T>& m) {
   m.heads = a.heads, m.heads16 = round_up16(a.heads), m.latent = a.latent, m.width = a.width;
+  m.row_bytes = a.row_bytes;
   float* q = (float*)a.scratch;
   m.q = q;
   m.wide = q + round_up16(round_up(a.heads, 4) * round_up(a.width, 4));
@@ -117,7 +124,9 @@ static void mla_decode_chunk(const MlaDecodeChunk& a) {
 #if KN_TIER == 3
   if (a.cache_dtype == DType::kBf16) return mla_decode_amx_chunk(a);
 #endif
-  if (a.cache_dtype == DType::kBf16)
+  if (a.cache_dtype == DType::kFp8)
+    mla_decode_typed_chunk<fp8>(a);
+  else if (a.cache_dtype == DType::kBf16)
     mla_decode_typed_chunk<bf16>(a);
   else
     mla_decode_typed_chunk<float>(a);

@@ -37,7 +37,7 @@ static constexpr int kWideFloats =
 // A tile: `tokens` <= kTile rows and what is known of them.
 template <typename T>
 struct MlaTile {
-  int64_t heads, heads16, latent, width;
+  int64_t heads, heads16, latent, width, row_bytes;
   const float* q;              // packed, softmax scale applied
   float* wide;                 // kWideFloats of scratch
   float* scores;               // [kTile][heads16]; then probabilities
@@ -66,17 +66,44 @@ static void pack_queries(const Q* q, int64_t heads, int64_t width, float scale, 
   }
 }
 
+// Columns [column, column + n) of a row of a tile, zero up to 16 columns.
+template <typename T>
+static void widen_row(const MlaTile<T>&, const T* row, int64_t column, int64_t n, float* wide) {
+  const T* from = row + column;
+  const int64_t whole = n / 16 * 16;
+  for (int64_t i = 0; i < whole; i += 16) store(wide + i, load(from + i));
+  if (whole < n) store(wide + whole, load(from + whole, int(n - whole)));
+}
+
+// The same of an fp8 row: e4m3 times scale, then the key. `column` is a multiple of 16, so 16
+// latents share a scale.
+static void widen_row(const MlaTile<fp8>& m, const fp8* row, int64_t column, int64_t n,
+                      float* wide) {
+  const char* scales = (const char*)row + fp8_scale_offset(m.latent);
+  const bf16* key = (const bf16*)((const char*)row + fp8_rope_offset(m.latent));
+  const int64_t end = column + n;
+  for (int64_t c = column; c < end; c += 16, wide += 16) {
+    const int lanes = int(end - c < 16 ? end - c : 16);
+    const int latents = int(m.latent - c < lanes ? m.latent - c : lanes);
+    if (latents <= 0) {
+      store(wide, load(key + (c - m.latent), lanes));
+      continue;
+    }
+    float scale;
+    __builtin_memcpy(&scale, scales + c / kFp8Group * 4, 4);
+    const uint8_t* from = &row[c].bits;
+    const f32x16 parts = latents == 16 ? load_e4m3(from) : load_e4m3(from, latents);
+    store(wide, mul(parts, splat(scale * kE4m3Parts)));
+    if (latents < lanes) store(wide + latents, load(key, lanes - latents), lanes - latents);
+  }
+}
+
 // Columns [column, column + n) of some rows to wide[row][stride], zero up to 16 columns and up to
 // `padded` rows.
 template <typename T>
-static void widen(const T* const* rows, int count, int padded, int64_t column, int64_t n,
-                  float* wide, int64_t stride) {
-  const int64_t whole = n / 16 * 16;
-  for (int r = 0; r < count; ++r, wide += stride) {
-    const T* from = rows[r] + column;
-    for (int64_t i = 0; i < whole; i += 16) store(wide + i, load(from + i));
-    if (whole < n) store(wide + whole, load(from + whole, int(n - whole)));
-  }
+static void widen(const MlaTile<T>& m, const T* const* rows, int count, int padded, int64_t column,
+                  int64_t n, float* wide, int64_t stride) {
+  for (int r = 0; r < count; ++r, wide += stride) widen_row(m, rows[r], column, n, wide);
   for (int r = count; r < padded; ++r, wide += stride)
     for (int64_t i = 0; i < n; i += 16) store(wide + i, zero_f32());
 }
@@ -166,7 +193,7 @@ static void mla_scores(const MlaTile<T>& m) {
     const int64_t left = m.width - column, columns = left < kSegment ? left : kSegment;
     for (int t = 0; t < m.tokens; t += kPiece) {
       const int count = m.tokens - t < kPiece ? m.tokens - t : kPiece;
-      widen(m.rows + t, count, kPiece, column, columns, m.wide, kSegment);
+      widen(m, m.rows + t, count, kPiece, column, columns, m.wide, kSegment);
       for (int64_t h = 0; h < m.heads; h += 4 * kScoreGroups)
         score_block_of(ceil_div(m.heads - h, 4), m, t, h, column, columns);
     }
@@ -218,7 +245,7 @@ template <int C, typename T>
 static void value_columns(const MlaTile<T>& m, const float* value, int64_t column) {
   const int64_t strips = ceil_div(m.latent, kStrip), strip = column / kStrip;
   const int first = kTile / 2 + int(kTile / 2 * strip / strips);
-  const int64_t bytes = kTile / 2 * m.width * int64_t(sizeof(T)) / strips;
+  const int64_t bytes = kTile / 2 * m.row_bytes / strips;
   const int64_t blocks = ceil_div(m.heads, kValueHeads), step = bytes / blocks / kTile;
   for (int64_t h = 0; h < m.heads; h += kValueHeads)
     value_tile_of<C>(m.heads - h, m, value, h, column,
@@ -229,7 +256,7 @@ template <typename T>
 static void mla_values(const MlaTile<T>& m) {
   for (int64_t strip = 0; strip < m.latent; strip += kStrip) {
     const int64_t left = m.latent - strip, columns = left < kStrip ? left : kStrip;
-    widen(m.rows, m.tokens, m.tokens, strip, columns, m.wide, kStrip);
+    widen(m, m.rows, m.tokens, m.tokens, strip, columns, m.wide, kStrip);
     int64_t c = 0;
     for (; c + kValueVectors * 16 <= columns; c += kValueVectors * 16)
       value_columns<kValueVectors>(m, m.wide + c, strip + c);

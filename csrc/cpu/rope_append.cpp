@@ -24,7 +24,7 @@ void rope_append(const RopeAppendArgs& a) {
   constexpr int64_t kTokensPerTask = 8;  // 8 tokens of K2: 130 KB of traffic, worth waking a thread
   const Kernels& k = kernels();
   const int64_t bytes = dtype_bytes(a.dtype), half = a.qk_rope_head_dim / 2;
-  const int64_t width = a.kv_lora_rank + a.qk_rope_head_dim;
+  const int64_t row_bytes = cache_row_bytes(a.cache_dtype, a.kv_lora_rank, a.qk_rope_head_dim);
   parallel_for((a.tokens + kTokensPerTask - 1) / kTokensPerTask, [&](int64_t task, int) {
     const int64_t end = std::min(a.tokens, (task + 1) * kTokensPerTask);
     for (int64_t t = task * kTokensPerTask; t < end; ++t) {
@@ -35,7 +35,7 @@ void rope_append(const RopeAppendArgs& a) {
       token.cos = a.cos + t * half;
       token.sin = a.sin + t * half;
       token.q_out = (char*)a.q_out + t * a.q_out_token_stride * dtype_bytes(a.q_out_dtype);
-      token.row = (char*)a.cache + a.slots[t] * width * dtype_bytes(a.cache_dtype);
+      token.row = (char*)a.cache + a.slots[t] * row_bytes;
       token.dtype = a.dtype;
       token.q_out_dtype = a.q_out_dtype;
       token.cache_dtype = a.cache_dtype;

@@ -1,7 +1,8 @@
 // rope_append, one token: the rope part of each head and of the shared key is rotated, latent and
 // key go to the token's cache row. Bytes: the rope parts in and out, the row once. Products and sum
 // of a pair are three fp32 roundings (no fused multiply-add, in every tier alike), then one to the
-// activation dtype: the bits are those of the published model's own arithmetic.
+// activation dtype: the bits are those of the published model's own arithmetic. An fp8 row takes
+// integer arithmetic and one exact product a latent: the same bits in every tier too.
 #pragma once
 #include "cpu/rms_norm_kernel.h"
 
@@ -58,13 +59,50 @@ static void append_row(const RopeAppendToken& a) {
   rotate_row((const T*)a.k_rope, a.cos, a.sin, row + a.latent_width, a.rope);
 }
 
+// The latent part of an fp8 row (cache_layout.h): bytes, their padding, scales.
+template <typename T>
+static void append_fp8_latent(const T* latent, int64_t width, uint8_t* row) {
+  uint8_t* scales = row + fp8_scale_offset(width);
+  for (int64_t i = width; i < fp8_scale_offset(width); ++i) row[i] = 0;
+  for (int64_t first = 0; first < width; first += kFp8Group, scales += 4) {
+    const int n = run_length(width - first, kFp8Group);
+    float x[kFp8Group] = {};
+    for (int i = 0; i < n; i += 16)
+      store(x + i, load_run(latent + first + i, run_length(n - i, 16)));
+    uint32_t bits[kFp8Group], largest = 0;
+    __builtin_memcpy(bits, x, sizeof x);
+    for (int i = 0; i < kFp8Group; ++i) {
+      const uint32_t magnitude = bits[i] & 0x7fffffff;
+      largest = largest > magnitude ? largest : magnitude;
+    }
+    const uint32_t scale = fp8_scale_bits(largest);
+    const float inverse = __builtin_bit_cast(float, fp8_inverse_bits(scale));
+    __builtin_memcpy(scales, &scale, 4);
+    uint8_t bytes[kFp8Group];
+    for (int i = 0; i < kFp8Group; ++i) bytes[i] = e4m3_of(x[i] * inverse);
+    __builtin_memcpy(row + first, bytes, n);
+  }
+}
+
+template <typename T>
+static void append_fp8_row(const RopeAppendToken& a) {
+  uint8_t* row = (uint8_t*)a.row;
+  const int64_t used = fp8_rope_offset(a.latent_width) + 2 * a.rope;
+  append_fp8_latent((const T*)a.latent, a.latent_width, row);
+  bf16* key = (bf16*)(row + fp8_rope_offset(a.latent_width));
+  rotate_row((const T*)a.k_rope, a.cos, a.sin, key, a.rope);
+  for (int64_t i = used; i < fp8_row_bytes(a.latent_width, a.rope); ++i) row[i] = 0;
+}
+
 template <typename T>
 static void rope_append_typed(const RopeAppendToken& a) {
   if (a.q_out_dtype == DType::kBf16)
     rotate_heads<T, bf16>(a);
   else
     rotate_heads<T, float>(a);
-  if (a.cache_dtype == DType::kBf16)
+  if (a.cache_dtype == DType::kFp8)
+    append_fp8_row<T>(a);
+  else if (a.cache_dtype == DType::kBf16)
     append_row<T, bf16>(a);
   else
     append_row<T, float>(a);

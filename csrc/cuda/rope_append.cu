@@ -47,6 +47,9 @@ __global__ void __launch_bounds__(kThreads) rope_append_kernel(RopeAppendArgs a)
 
 void rope_append(const RopeAppendArgs& a, void* stream) {
   check_op(a);
+  KN_REQUIRE(a.cache_dtype != DType::kFp8,
+             "rope_append: cache must be bf16 (0) or fp32 (1) on a GPU (got ",
+             int32_t(a.cache_dtype), ")");
   if (a.tokens == 0) return;
   const LaunchConfig config{"rope_append", grid_of("rope_append", a.tokens), dim3(kThreads), 0,
                             stream};

@@ -1,4 +1,5 @@
-"""The paged latent cache: one row of kv_lora_rank + qk_rope_head_dim values per token and layer.
+"""The paged latent cache: one row of kv_lora_rank + qk_rope_head_dim values per token and layer, in bf16 or float32, or
+in FP8 (fp8_rows.py) at 57 % of bf16's bytes.
 
 A row holds the latent after its norm, then the rotated shared key part: everything absorbed attention needs, 35.6 times
 less than expanded keys and values at K2's shape. Rows live in pages of 64 tokens; a sequence owns a list of pages, so
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kimi_native import fp8_rows
 from kimi_native.errors import RequestError
 
 if TYPE_CHECKING:
@@ -35,7 +37,8 @@ class CachedSequence:
 class LatentCache:
     """Pages for at least `max_tokens` tokens, shared by all sequences.
 
-    data  [layers, pages, page_size, kv_lora_rank + qk_rope_head_dim], of `dtype`, on `device`
+    data  [layers, pages, page_size, kv_lora_rank + qk_rope_head_dim], of `dtype`, on `device`; dtype uint8 means FP8
+          rows, [layers, pages, page_size, fp8_rows.row_bytes]
 
     Raises ValueError if max_tokens or page_size is below 1.
     """
@@ -56,7 +59,9 @@ class LatentCache:
             )
         self.page_size = page_size
         self.num_pages = -(-max_tokens // page_size)
-        shape = (config.num_hidden_layers, self.num_pages, page_size, config.latent_width)
+        self._widths = (config.kv_lora_rank, config.qk_rope_head_dim)
+        items = fp8_rows.cache_row_items(dtype, *self._widths)
+        shape = (config.num_hidden_layers, self.num_pages, page_size, items)
         self.data = torch.empty(shape, dtype=dtype, device=device)
         self._free_pages = list(range(self.num_pages - 1, -1, -1))
 
@@ -109,8 +114,9 @@ class LatentCache:
         return pages[position // self.page_size] * self.page_size + position % self.page_size
 
     def read(self, layer: int, slots: Tensor) -> Tensor:
-        """The rows at `slots` of one layer, gathered: [tokens, latent_width]."""
-        return self.data[layer].view(-1, self.data.shape[-1])[slots]
+        """The rows at `slots` of one layer, gathered: [tokens, latent_width] of `dtype`, float32 of FP8 rows."""
+        rows = self.data[layer].view(-1, self.data.shape[-1])[slots]
+        return fp8_rows.dequantize(rows, *self._widths) if self.dtype == fp8_rows.DTYPE else rows
 
     def page_table(self, seqs: list[CachedSequence]) -> Tensor:
         """[sequences, most pages] int32; unused entries hold a page number that no kernel may read."""

@@ -8,6 +8,8 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+from kimi_native import fp8_rows
+
 
 def require(condition: bool, message: str) -> None:
     if not condition:
@@ -86,6 +88,28 @@ def check_eps(op: str, eps: float) -> None:
 
 def check_activation(op: str, name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
     check_tensor(op, name, x, shape, torch.bfloat16, torch.float32)
+
+
+def check_cache(op: str, cache: Tensor, kv_lora_rank: int, qk_rope_head_dim: int) -> None:
+    """The latent cache: pages of rows in bf16, float32 or, as bytes, FP8."""
+    check_dtype(op, "cache", cache, torch.bfloat16, torch.float32, fp8_rows.DTYPE)
+    items = fp8_rows.cache_row_items(cache.dtype, kv_lora_rank, qk_rope_head_dim)
+    check_tensor(op, "cache", cache, (None, None, items), cache.dtype)
+
+
+def checked_rank(op: str, cache: Tensor, latent: Tensor, qk_rope_head_dim: int) -> int:
+    """kv_lora_rank: what the rows of a checked cache have beside the key; of FP8 rows, what is to go into them."""
+    check_tensor(op, "cache", cache, (None,) * 3, torch.bfloat16, torch.float32, fp8_rows.DTYPE)
+    check_type(op, "latent", latent, Tensor)
+    rank = cache.shape[2] - qk_rope_head_dim
+    if cache.dtype == fp8_rows.DTYPE:
+        require(
+            latent.dim() == 2,
+            f"{op}: latent must be [tokens, kv_lora_rank] (got {list(latent.shape)})",
+        )
+        rank = latent.shape[1]
+    check_cache(op, cache, rank, qk_rope_head_dim)
+    return rank
 
 
 def check_matrices(op: str, x: Tensor, weight: Tensor) -> None:

@@ -13,9 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kimi_native import reference
+from kimi_native import fp8_rows, reference
 from kimi_native.checks import (
     check_activation,
+    check_cache,
     check_dtype,
     check_eps,
     check_integer,
@@ -25,6 +26,7 @@ from kimi_native.checks import (
     check_tensor,
     check_type,
     checked_out_dtype,
+    checked_rank,
     require,
 )
 from kimi_native.native import (  # noqa: F401  the settings, as attributes of this module
@@ -74,7 +76,7 @@ __all__ = [
     "swiglu",
 ]
 
-_DTYPES = {torch.bfloat16: 0, torch.float32: 1}  # kn::DType
+_DTYPES = {torch.bfloat16: 0, torch.float32: 1, fp8_rows.DTYPE: 2}  # kn::DType
 _COMPUTE = {"exact": 0, "int8": 1}  # kn::Compute
 _SCORING = {"sigmoid": 0, "softmax": 1}  # kn::Scoring
 _GROUP_SCORE = {"top2_sum": 0, "max": 1}  # kn::GroupScore
@@ -501,7 +503,7 @@ def mla_decode(
     """Attention of one new token per sequence over the paged latent cache (absorbed form).
 
     q           [batch, heads, kv_lora_rank + qk_rope_head_dim]       bf16 or float32
-    cache       [pages, page_size, kv_lora_rank + qk_rope_head_dim]   bf16 or float32
+    cache       [pages, page_size, kv_lora_rank + qk_rope_head_dim]   bf16 or float32; uint8: FP8 rows (fp8_rows.py)
     page_table  [batch, max_pages]  int32, entries past the last used page are never read
     seq_lens    [batch]             int32, tokens to attend to; 0 gives a zero row
     returns     [batch, heads, kv_lora_rank]  of q's dtype; scores, softmax and sums in fp32
@@ -518,12 +520,12 @@ def mla_decode(
         )
     check_activation(op, "q", q, (None, None, None))
     batch, heads, width = q.shape
-    check_activation(op, "cache", cache, (None, None, width))
-    check_tensor(op, "page_table", page_table, (batch, None), torch.int32)
-    check_tensor(op, "seq_lens", seq_lens, (batch,), torch.int32)
     require(
         1 <= kv_lora_rank <= width, f"{op}: kv_lora_rank must be 1 to {width} (got {kv_lora_rank})"
     )
+    check_cache(op, cache, kv_lora_rank, width - kv_lora_rank)
+    check_tensor(op, "page_table", page_table, (batch, None), torch.int32)
+    check_tensor(op, "seq_lens", seq_lens, (batch,), torch.int32)
     out = empty((batch, heads, kv_lora_rank), q.dtype, q.device)
     call_with_workspace(
         op,
@@ -618,7 +620,8 @@ def rope_append(
     k_rope    [tokens, rope]             of q's dtype
     cos, sin  [tokens, rope / 2]         float32
     slots     [tokens]                   int64, distinct: rows of the cache, its pages laid end to end
-    cache     [pages, page_size, kv_lora_rank + rope]  bf16 or float32; row slots[t] = latent[t], rotated k_rope[t]
+    cache     [pages, page_size, kv_lora_rank + rope]  bf16 or float32; row slots[t] = latent[t], rotated k_rope[t];
+              uint8: FP8 rows (fp8_rows.py)
     q_out     [tokens, heads, rope]      bf16 or float32, written and returned; may be q itself
 
     Rows are contiguous in their last dimension, other strides of q, latent, k_rope and q_out are free. Rotations in
@@ -630,10 +633,9 @@ def rope_append(
     check_type(op, "q", q, Tensor)
     if active_backend() == "reference":
         return reference.rope_append(q, latent, k_rope, cos, sin, slots, cache, q_out)
-    check_activation(op, "cache", cache, (None, None, None))
     require(q.dim() == 3, f"{op}: q must be [tokens, heads, rope] (got {list(q.shape)})")
     tokens, heads, rope = q.shape
-    rank = cache.shape[2] - rope
+    rank = checked_rank(op, cache, latent, rope)
     check_rows(op, "q", q, (tokens, heads, rope), torch.bfloat16, torch.float32)
     check_rows(op, "q_out", q_out, (tokens, heads, rope), torch.bfloat16, torch.float32)
     check_rows(op, "latent", latent, (tokens, rank), q.dtype)

@@ -2,7 +2,8 @@
 
 Same names and meanings as ops.py. Each function computes in the widest of its inputs' dtype and float32 (float64 in,
 float64 throughout), loops where a loop is clearest, and is differentiable in its floating-point inputs. Organised
-differently from the kernels: dequantize then multiply, one full softmax, token by token. Imports torch only.
+differently from the kernels: dequantize then multiply, one full softmax, token by token. Imports torch, and the layout
+of FP8 cache rows.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import math
 
 import torch
 from torch import Tensor
+
+from kimi_native import fp8_rows
 
 
 def _wide(*tensors: Tensor | None) -> torch.dtype:
@@ -284,8 +287,12 @@ def rope_append(
     q_out: Tensor,
 ) -> Tensor:
     """q_out = rotated q; cache rows at `slots` = latent and rotated k_rope, both in place; see ops.rope_append."""
-    rows = torch.cat([latent, rotate_pairs(k_rope, cos, sin)], dim=-1)
-    cache.view(-1, cache.shape[-1])[slots] = rows.to(cache.dtype)
+    key = rotate_pairs(k_rope, cos, sin)
+    if cache.dtype == fp8_rows.DTYPE:
+        rows = fp8_rows.quantize(latent, key)
+    else:
+        rows = torch.cat([latent, key], dim=-1).to(cache.dtype)
+    cache.view(-1, cache.shape[-1])[slots] = rows
     return q_out.copy_(rotate_pairs(q, cos, sin))
 
 
@@ -321,7 +328,10 @@ def mla_decode(
         if length == 0:
             continue
         pages = page_table[b, : -(-length // page_size)].long()
-        keys = cache[pages].flatten(0, 1)[:length].to(wide)
+        keys = cache[pages].flatten(0, 1)[:length]
+        if cache.dtype == fp8_rows.DTYPE:
+            keys = fp8_rows.dequantize(keys, kv_lora_rank, q.shape[2] - kv_lora_rank)
+        keys = keys.to(wide)
         scores = softmax_scale * (q[b].to(wide) @ keys.T)
         out[b] = torch.softmax(scores, dim=-1) @ keys[:, :kv_lora_rank]
     return out.to(q.dtype)

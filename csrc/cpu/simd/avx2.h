@@ -154,6 +154,22 @@ KN_INLINE void store(bf16* p, f32x16 a, int n) {
   std::memcpy(p, t, n * sizeof(bf16));
 }
 
+// 16 e4m3 bytes as numbers, each divided by kE4m3Parts: as halves they lack nothing but the bias,
+// 15 instead of 7.
+static constexpr float kE4m3Parts = 256.0f;
+KN_INLINE f32x16 load_e4m3(const uint8_t* p) {
+  const __m256i wide =
+      _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)), 7);
+  const __m256i halves = _mm256_and_si256(wide, _mm256_set1_epi16(int16_t(0xbfff)));
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)),
+          _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
+}
+KN_INLINE f32x16 load_e4m3(const uint8_t* p, int n) {
+  uint8_t t[16] = {};
+  std::memcpy(t, p, n);
+  return load_e4m3(t);
+}
+
 // The numbers at the even (odd) places of 32; of the first n of them, the rest zero. load8_: of 16.
 KN_INLINE __m256 load8_even(const bf16* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i*)p), 16));

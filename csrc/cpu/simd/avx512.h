@@ -97,6 +97,20 @@ KN_INLINE void store(bf16* p, f32x16 a, int n) {
   _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtepi32_epi16(bf16_bits(a.v)));
 }
 
+// 16 e4m3 bytes as numbers, each divided by kE4m3Parts: as halves they lack nothing but the bias,
+// 15 instead of 7.
+static constexpr float kE4m3Parts = 256.0f;
+KN_INLINE f32x16 e4m3_parts(__m128i bytes) {
+  const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7);
+  return {_mm512_cvtph_ps(_mm256_and_si256(wide, _mm256_set1_epi16(int16_t(0xbfff))))};
+}
+KN_INLINE f32x16 load_e4m3(const uint8_t* p) {
+  return e4m3_parts(_mm_loadu_si128((const __m128i*)p));
+}
+KN_INLINE f32x16 load_e4m3(const uint8_t* p, int n) {
+  return e4m3_parts(_mm_maskz_loadu_epi8(first(n), p));
+}
+
 // The numbers at the even (odd) places of 32; of the first n of them, the rest zero. For bf16 that
 // is a shift (a mask) of a pair, half of what widening them in order takes.
 KN_INLINE f32x16 even_places(__m512i pairs) {

@@ -157,6 +157,23 @@ KN_INLINE void store(bf16* p, f32x16 a, int n) {
   std::memcpy(p, t, n * sizeof(bf16));
 }
 
+// 16 e4m3 bytes as numbers, each divided by kE4m3Parts: what half precision makes of them.
+static constexpr float kE4m3Parts = 256.0f;
+KN_INLINE f32x16 load_e4m3(const uint8_t* p) {
+  f32x16 r;
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t u = uint32_t(p[i] & 0x80) << 24 | uint32_t(p[i] & 0x7f) << 20;
+    std::memcpy(&r.v[i], &u, 4);
+    r.v[i] *= 0x1p112f;  // the bias is 127, not 7 + 8
+  }
+  return r;
+}
+KN_INLINE f32x16 load_e4m3(const uint8_t* p, int n) {
+  uint8_t t[16] = {};
+  std::memcpy(t, p, n);
+  return load_e4m3(t);
+}
+
 // The numbers at the even (odd) places of 32; of the first n of them, the rest zero.
 KN_INLINE f32x16 every_second(const float* p, int from) {
   f32x16 r;

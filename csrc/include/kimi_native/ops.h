@@ -143,10 +143,10 @@ struct Int4QuantizeArgs {
 
 // Attention of one new token per sequence over the paged latent cache (absorbed MLA). The key is
 // the whole cache row, the value its first kv_lora_rank entries. seq_lens counts the tokens to
-// attend to; 0 gives a zero row.
+// attend to; 0 gives a zero row. Rows of the cache: cache_layout.h.
 struct MlaDecodeArgs {
   const void* q;              // [batch, heads, kv_lora_rank + qk_rope_head_dim]
-  const void* cache;          // [pages, page_size, kv_lora_rank + qk_rope_head_dim]
+  const void* cache;          // [pages, page_size] rows of kv_lora_rank + qk_rope_head_dim values
   const int32_t* page_table;  // [batch, max_pages]; entries past the last used page are never read
   const int32_t* seq_lens;    // [batch]
   void* out;                  // [batch, heads, kv_lora_rank], of q_dtype
@@ -185,6 +185,7 @@ struct AddRmsNormArgs {
 // Rotary embedding of queries and of the shared key, and the append to the latent cache. Pairs
 // (2j, 2j + 1) turn by (cos, sin)[j]: fp32, rounded once to the activation dtype.
 //   q_out = rotate(q);  cache[slots[t]] = latent[t], rotate(k_rope[t])
+// Rows of the cache: cache_layout.h.
 struct RopeAppendArgs {
   const void* q;         // [tokens, heads, rope], strides in elements
   const void* latent;    // [tokens, kv_lora_rank]
@@ -193,7 +194,7 @@ struct RopeAppendArgs {
   const float* sin;      // [tokens, rope / 2]
   const int64_t* slots;  // [tokens], distinct, in [0, cache_rows)
   void* q_out;           // [tokens, heads, rope], strides in elements; may be q itself
-  void* cache;           // [cache_rows, kv_lora_rank + rope]
+  void* cache;           // [cache_rows] rows of kv_lora_rank + rope values
   DType dtype, q_out_dtype, cache_dtype;
   int64_t tokens, heads, kv_lora_rank, qk_rope_head_dim, cache_rows;
   int64_t q_token_stride, q_head_stride, q_out_token_stride, q_out_head_stride;
@@ -289,7 +290,7 @@ void moe_combine(const MoeCombineArgs&, void* stream);
 
 void rms_norm(const RmsNormArgs&, void* stream);
 void add_rms_norm(const AddRmsNormArgs&, void* stream);
-void rope_append(const RopeAppendArgs&, void* stream);
+void rope_append(const RopeAppendArgs&, void* stream);  // no fp8 cache
 void swiglu(const SwigluArgs&, void* stream);
 
 }  // namespace cuda

@@ -11,8 +11,10 @@ struct bf16 {
 };
 
 // Element type of an activation or cache buffer. The values are part of the Python seam (ops.py).
-enum class DType : int32_t { kBf16 = 0, kFp32 = 1 };
+// kFp8 is of caches alone: rows of e4m3 latents, their scales and a bf16 key (cache_layout.h).
+enum class DType : int32_t { kBf16 = 0, kFp32 = 1, kFp8 = 2 };
 
+// Of an element; not of kFp8, whose rows have elements of several sizes.
 constexpr int64_t dtype_bytes(DType t) { return t == DType::kBf16 ? 2 : 4; }
 
 // What activations become before they meet INT4 weights: 16-bit fixed point, exact to rounding

@@ -236,8 +236,17 @@ def test_e2e_counts_the_bytes_that_a_token_reads(folder):
     assert flops == 2 * (summary["parameters"]["active_per_token"] - embedding)
 
 
-@pytest.mark.parametrize("dense", ["bf16", "int8", "int4"])
-def test_e2e_measures_a_folder(folder, one_thread, dense):
+# Bytes of a cached token: 4 layers of 64 + 16 bf16 values, or of 64 bytes, a scale and 16 bf16 values.
+@pytest.mark.parametrize(
+    ("dense", "cache", "token_bytes"),
+    [
+        ("bf16", "exact", 640),
+        ("int8", "exact", 640),
+        ("int4", "exact", 640),
+        ("bf16", "fp8", 4 * (64 + 4 + 32)),
+    ],
+)
+def test_e2e_measures_a_folder(folder, one_thread, dense, cache, token_bytes):
     rows = []
     e2e.measure(
         str(folder),
@@ -246,21 +255,23 @@ def test_e2e_measures_a_folder(folder, one_thread, dense):
         new_tokens=3,
         depths=[1, 100],
         dense=dense,
+        cache=cache,
         report=rows.append,
     )
     assert [row["op"] for row in rows] == ["e2e_prefill", "e2e_decode", "e2e_decode", "e2e_load"]
     for row in rows:
         assert_row(row)
-        assert (row["threads"], row["dense"]) == (1, dense)
+        assert (row["threads"], row["dense"], row["cache"]) == (1, dense, cache)
     prefill, first, last, load = rows
     assert prefill["tokens_per_s"] == pytest.approx(8e6 / prefill["time_us"], rel=1e-3)
-    assert last["bytes"] - first["bytes"] == last["cache_bytes"] - first["cache_bytes"] == 99 * 640
+    grown = last["cache_bytes"] - first["cache_bytes"]
+    assert last["bytes"] - first["bytes"] == grown == 99 * token_bytes
     assert first["limit_tokens_per_s"] == pytest.approx(10e9 / first["bytes"], rel=1e-3)
     assert load["percent_of_limit"] is None
     assert load["peak_rss_bytes"] > load["file_bytes"] > 0
     table = list(e2e.growth_table(rows, LIMITS.read_gb_per_s))
     assert len(table) == 4  # head, two depths, the slope
-    assert "0.064 ms" in table[-1]  # 1000 tokens of 640 bytes at 10 GB/s
+    assert f"{token_bytes / 1e4:.3f} ms" in table[-1]  # 1000 tokens at 10 GB/s
     assert f"{load['file_bytes'] / 1e9:.2f} GB" in e2e.memory_line(load)
     assert "tiny" in list(e2e.size_table(rows))[1]
 

@@ -190,7 +190,7 @@ def test_generate_passes_options_on(loaded, monkeypatch, capsys):
     )
     options = "--max-tokens 3 --temperature 0.5 --top-p 0.9 --top-k 4 --min-p 0.1 --seed 0 --stop a --stop b"
     machine = (
-        "--threads 2 --max-context 99 --dtype float32 --dense int8 --isa avx2 --no-prefetch "
+        "--threads 2 --max-context 99 --dtype float32 --dense int8 --cache fp8 --isa avx2 --no-prefetch "
         "--ignore-config-key k --device cuda:1 --experts cpu"
     )
     argv = f"generate --model m Hi --raw-prompt {options} {machine}".split()
@@ -214,6 +214,7 @@ def test_generate_passes_options_on(loaded, monkeypatch, capsys):
         "threads": 2,
         "dtype": "float32",
         "dense": "int8",
+        "cache": "fp8",
         "device": "cuda:1",
         "experts": "cpu",
         "isa": "avx2",
@@ -432,6 +433,7 @@ def test_plan_prints_the_table_and_fails_when_it_does_not_fit(folder, capsys):
         "max_batch": 1,
         "dtype": "bfloat16",
         "dense": "bf16",
+        "cache": "exact",
     }
     folder.available = 10**9
     for options in ([], ["--json"]):
@@ -454,6 +456,8 @@ def test_plan_passes_settings_on(folder):
         "float32",
         "--dense",
         "int4",
+        "--cache",
+        "fp8",
     ]
     assert run(*argv) == 0
     assert folder.asked[1] == {
@@ -461,6 +465,7 @@ def test_plan_passes_settings_on(folder):
         "max_batch": 3,
         "dtype": "float32",
         "dense": "int4",
+        "cache": "fp8",
     }
 
 

@@ -7,7 +7,12 @@ import math
 import pytest
 import torch
 
+import kimi_native as kn
 from kimi_native import _native, fp8_rows, ops, reference
+from kimi_native.cache import LatentCache
+from kimi_native.loader import load_model
+from kimi_native.recorded import RecordedModel
+from made_checkpoints import make_tiny_folders
 from oracle import threads
 from oracle_dense import Guarded, assert_close, assert_same_bits, mla_expected, randn
 from oracle_fp8 import e4m3, pack_row, row_error, unpack_row
@@ -318,3 +323,77 @@ def test_mla_decode_reference_takes_fp8_rows():
     case = Fp8Case([70, 3], heads=3)
     with ops.backend("reference"):
         assert_close(case.run(), *case.expected(case.wide))
+
+
+# ---- a model --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tiny_folders(tmp_path_factory.mktemp("tiny"))["int4"]
+
+
+def logits(folder, rows: torch.dtype, backend: str = "native") -> torch.Tensor:
+    """Of a prompt and of two tokens after it."""
+    model, _ = load_model(folder, max_context=128, dtype="float32")
+    cache = LatentCache(model.config, max_tokens=128, dtype=rows)
+    seq = cache.new_sequence()
+    with ops.backend(backend):
+        steps = [model.prefill(torch.arange(70), cache, seq)]
+        steps += [model.decode(torch.tensor([i]), cache, [seq])[0].clone() for i in (7, 8)]
+    return torch.stack(steps)
+
+
+def test_load_with_an_fp8_cache_moves_the_logits_little(folder):
+    """e4m3 rounds a latent by at most 1/16, about 1/40 in the mean; attention averages over tokens."""
+    exact, rounded = logits(folder, FP32), logits(folder, fp8_rows.DTYPE)
+    spread = exact.std()
+    assert 1e-4 * spread < (rounded - exact).square().mean().sqrt() < 0.5 * spread
+    # Both backends round to the same bytes but where an activation's last bit decides.
+    assert (rounded - logits(folder, fp8_rows.DTYPE, "reference")).abs().max() < 0.1 * spread
+
+
+def test_load_with_an_fp8_cache_gives_the_same_bits_however_a_prompt_is_cut(folder):
+    model = kn.load(folder, max_context=512, max_batch=1, cache="fp8")
+    network, cache = model._engine._model, model._engine._cache
+    assert (cache.dtype, cache.data.shape[-1]) == (torch.uint8, fp8_rows.row_bytes(*cache._widths))
+    ids = torch.arange(300)
+    results = []
+    for cuts in ([300], [1, 300], [64, 65, 300], [33, 170, 299, 300]):
+        seq, start = cache.new_sequence(), 0
+        for stop in cuts:
+            last = network.prefill(ids[start:stop], cache, seq)
+            start = stop
+        results.append((last, cache.read(1, cache.slots(seq, 0, 300))))
+        cache.free(seq)
+    for last, rows in results[1:]:
+        assert_same_bits(last, results[0][0])
+        assert_same_bits(rows, results[0][1])
+
+
+def test_load_with_an_fp8_cache_generates_alone_as_in_a_batch(folder):
+    model = kn.load(folder, max_context=128, max_batch=3, cache="fp8")
+    options = {"raw_prompt": True, "max_tokens": 8, "seed": 5}
+    prompts = ["Hello", "A", "Once upon a time"]
+    together = model.generate(prompts, **options)
+    assert [r.ids for r in together] == [model.generate(p, **options).ids for p in prompts]
+
+
+def test_a_recorded_model_with_an_fp8_cache_has_the_bits_of_the_model(folder):
+    model, _ = load_model(folder, max_context=128)
+    cache = LatentCache(model.config, max_tokens=256, dtype=fp8_rows.DTYPE)
+    recorded = RecordedModel(model, cache)
+    ours, theirs = cache.new_sequence(), cache.new_sequence()
+    for seq in (ours, theirs):
+        model.prefill(torch.arange(60), cache, seq)
+    for i in range(8):  # past a page's end
+        ids = torch.tensor([i])
+        expected = model.decode(ids, cache, [theirs]).clone()
+        assert_same_bits(recorded.decode(ids, cache, [ours]), expected)
+
+
+def test_load_refuses_another_cache(folder):
+    with pytest.raises(
+        kn.RequestError, match=r"load: cache must be one of exact, fp8 \(got int8\)"
+    ):
+        kn.load(folder, cache="int8")

@@ -125,6 +125,30 @@ def test_plan_cache_is_what_the_cache_allocates(tmp_path, context, batch, dtype)
     assert sizes(p)[CACHE] == cache.data.numel() * cache.data.element_size()
 
 
+@pytest.mark.parametrize(("context", "batch"), [(1, 1), (65, 3)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_plan_of_an_fp8_cache_is_what_the_cache_allocates(tmp_path, context, batch, dtype):
+    checkpoint = open_tiny(tmp_path)
+    sizes_asked = {"max_context": context, "max_batch": batch, "dtype": dtype}
+    p = memory_plan(checkpoint, **sizes_asked, cache="fp8", available_bytes=PLENTY)
+    tokens = batch * -(-context // 64) * 64
+    cache = LatentCache(checkpoint.config, max_tokens=tokens, dtype=torch.uint8)
+    assert sizes(p)[CACHE] == cache.data.numel()
+    # A row of TINY: 32 latents, one scale, 8 key values.
+    assert cache.data.shape[-1] == 32 + 4 + 2 * 8
+
+
+def test_plan_suggests_an_fp8_cache_where_that_is_enough(tmp_path):
+    checkpoint = open_tiny(tmp_path)
+    asked = {"max_context": 4096, "max_batch": 50}
+    needed = memory_plan(checkpoint, **asked, cache="fp8", available_bytes=0).needed_bytes
+    p = memory_plan(checkpoint, **asked, available_bytes=needed)
+    assert 'cache="fp8"' in p.suggestions
+    with pytest.raises(MemoryPlanError, match=r"cache=exact\); it fits with"):
+        p.check()
+    assert memory_plan(checkpoint, **asked, cache="fp8", available_bytes=needed).fits
+
+
 def test_plan_uses_the_constants_of_the_model():
     assert plan.PREFILL_CHUNK == model.PREFILL_CHUNK
     assert plan.EXPANDED_BYTES == model._EXPANDED_BYTES
@@ -150,7 +174,7 @@ def test_plan_max_context_defaults_to_the_models_own(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [{"max_context": 0}, {"max_context": -1}, {"max_context": 1.5}, {"max_batch": 0}, {"max_batch": True},
-     {"dtype": "float16"}, {"dense": "int2"}],
+     {"dtype": "float16"}, {"dense": "int2"}, {"cache": "int8"}],
 )  # fmt: skip
 def test_plan_bad_setting_is_an_error_naming_it(tmp_path, changes):
     with pytest.raises(ValueError, match=f"memory_plan: {next(iter(changes))} must be"):

@@ -60,9 +60,10 @@ def test_prefill_in_pieces_on_other_threads_gives_the_same_bits(folder):
         assert_same_bits(actual[1], expected[1])
 
 
-def test_requests_with_a_prefix_equal_fresh_ones_to_the_last_bit(folder):
+@pytest.mark.parametrize("rows", ["exact", "fp8"])
+def test_requests_with_a_prefix_equal_fresh_ones_to_the_last_bit(folder, rows):
     """logprobs are the logits' bits; the answers in between are computed by decode and not kept."""
-    options = {"max_context": 1024, "max_batch": 1, "dtype": "float32"}
+    options = {"max_context": 1024, "max_batch": 1, "dtype": "float32", "cache": rows}
     kept, fresh = (kn.load(folder, **options)._engine for _ in range(2))
     prefix, prompt = KeptPrefix(), [3] * 70
     params = SamplingParams(seed=5, max_tokens=20, ignore_eos=True, logprobs=3)

@@ -114,9 +114,11 @@ class LatentCache:
         return pages[position // self.page_size] * self.page_size + position % self.page_size
 
     def read(self, layer: int, slots: Tensor) -> Tensor:
-        """The rows at `slots` of one layer, gathered: [tokens, latent_width] of `dtype`, float32 of FP8 rows."""
+        """The rows at `slots` of one layer, gathered: [tokens, latent_width] of `dtype`, bf16 of FP8 rows."""
         rows = self.data[layer].view(-1, self.data.shape[-1])[slots]
-        return fp8_rows.dequantize(rows, *self._widths) if self.dtype == fp8_rows.DTYPE else rows
+        if self.dtype != fp8_rows.DTYPE:
+            return rows
+        return fp8_rows.dequantize(rows, *self._widths).bfloat16()  # exact: see quantize
 
     def page_table(self, seqs: list[CachedSequence]) -> Tensor:
         """[sequences, most pages] int32; unused entries hold a page number that no kernel may read."""

@@ -358,6 +358,7 @@ def _memory_plan(args: argparse.Namespace, checkpoint: Checkpoint) -> MemoryPlan
         max_batch=args.max_batch,
         dtype=args.dtype,
         dense=args.dense,
+        cache=args.cache,
     )
 
 

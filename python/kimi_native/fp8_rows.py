@@ -55,7 +55,8 @@ def quantize(latent: Tensor, key: Tensor) -> Tensor:
 
 
 def dequantize(rows: Tensor, kv_lora_rank: int, qk_rope_head_dim: int) -> Tensor:
-    """The values of some rows: e4m3 times scale, rounded to float32 (exact for rows of `quantize`), and the key.
+    """The values of some rows: e4m3 times scale, rounded to float32, and the key. Exact, in bf16 too, if the scales are
+    powers of two, as quantize and ops.rope_append write them.
 
     rows     [tokens, row_bytes]  uint8
     returns  [tokens, kv_lora_rank + qk_rope_head_dim]  float32

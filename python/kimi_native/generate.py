@@ -60,6 +60,7 @@ def load(
     threads: int | None = None,
     dtype: str = "bfloat16",
     dense: str = "bf16",
+    cache: str = "exact",
     device: str = "cpu",
     experts: str | None = None,
     compute: str = "exact",
@@ -78,11 +79,10 @@ def load(
     threads             threads of the kernels, at most 1024, and never more than the cores this process may use
                         (default: as they are set; at first those cores); process-wide
     dtype               activations and cache: "bfloat16" or "float32"
-    dense               dense matrices: "bf16" as published, or rounded while loading to "int8" or "int4": fewer bytes
-                        to read per token, not exact
+    dense               dense matrices: "bf16" as published, or rounded while loading to "int8" or "int4", not exact
+    cache               rows of the latent cache: "exact", of dtype, or "fp8": 57 % of bf16's bytes, not exact; CPU only
     device              "cpu", or a GPU: "cuda", "cuda:1", ...
-    experts             "cpu" leaves the routed experts in host memory and on the CPU, beside a GPU (default: with the
-                        rest)
+    experts             "cpu" leaves the routed experts in host memory and on the CPU, beside a GPU (default: on it)
     compute             activations that meet INT4 matrices: "exact", or "int8", rounded to 8 bits per 32: faster on
                         long prompts, not exact (docs/kernels.md, int4_gemm)
     isa                 kernel tier, such as "avx2" (default: as it is set; at first the best here); process-wide
@@ -116,14 +116,14 @@ def load(
     if prompt is not None:
         text_side = TextSide(config, tokenizer, chat_format, template)
         check_prompt(prompt_ids(prompt, raw_prompt, {}, text_side), config, sizes["max_context"])
-    weights = {"dtype": dtype, "dense": dense, "compute": compute}
+    weights = {"dtype": dtype, "dense": dense, "cache": cache, "compute": compute}
     reading = {"prefetch": prefetch, "progress": progress, "ignored": ignored}
     where = {"device": device, "experts": experts}
     with machine_settings(threads, isa):
-        network, cache, checkpoint = load_network(path, **sizes, **weights, **reading, **where)
+        network, latents, checkpoint = load_network(path, **sizes, **weights, **reading, **where)
         return Model(
             network,
-            cache,
+            latents,
             tokenizer,
             generation_config=checkpoint.generation_config,
             chat_format=chat_format,

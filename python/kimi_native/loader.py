@@ -23,7 +23,7 @@ from kimi_native.errors import MemoryPlanWarning, ModelFormatError, RequestError
 from kimi_native.gc_pause import paused_gc
 from kimi_native.huge_pages import HugePages
 from kimi_native.model import Attention, Experts, Gate, KimiModel, Linear, RMSNorm
-from kimi_native.plan import DENSE_FORMATS, MemoryPlan, check_context, memory_plan
+from kimi_native.plan import CACHE_FORMATS, DENSE_FORMATS, MemoryPlan, check_context, memory_plan
 from kimi_native.progress_bar import Progress
 from kimi_native.quant.fp8 import dequantize_block
 from kimi_native.quant.int4 import dequantize
@@ -46,6 +46,7 @@ def load_model(
     max_batch: int = 1,
     dtype: str = "bfloat16",
     dense: str = "bf16",
+    cache: str = "exact",
     compute: str = "exact",
     prefetch: bool = True,
     ignore_config_keys: tuple[str, ...] = (),
@@ -59,6 +60,7 @@ def load_model(
     dtype               activations and cache: "bfloat16", or "float32" for checking
     dense               dense matrices as stored ("bf16"), or quantized while loading, which is not exact: "int8", and
                         "int4" with about eighteen times the rounding error
+    cache               the latent cache that the memory plan counts: of dtype ("exact"), or "fp8"
     compute             activations that meet INT4 matrices: "exact", or "int8", rounded to 8 bits per 32, not exact
     prefetch            read mapped weights into memory now, if all of them fit; else each is read when first used
     ignore_config_keys  config.json keys to accept although this package does not know them
@@ -71,11 +73,12 @@ def load_model(
     """
     _check_choice("dtype", dtype, tuple(DTYPES))
     _check_choice("dense", dense, DENSE_FORMATS)
+    _check_choice("cache", cache, CACHE_FORMATS)
     _check_choice("compute", compute, COMPUTE)
     with paused_gc():
         checkpoint = Checkpoint.open(path, ignore_keys=ignore_config_keys)
         check_context("load", checkpoint.config, max_context)
-        settings = {"max_batch": max_batch, "dtype": dtype, "dense": dense}
+        settings = {"max_batch": max_batch, "dtype": dtype, "dense": dense, "cache": cache}
         plan = memory_plan(checkpoint, max_context=max_context, **settings)
         plan.check()
         model = KimiModel(checkpoint.config, DTYPES[dtype])

@@ -17,7 +17,7 @@ from kimi_native.terminal import note
 if TYPE_CHECKING:
     from kimi_native.generate import Model
 
-_LOAD_OPTIONS = "max_context threads dtype dense device experts isa prefetch".split()  # noqa: SIM905
+_LOAD_OPTIONS = "max_context threads dtype dense cache device experts isa prefetch".split()  # noqa: SIM905
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
 
 
@@ -80,6 +80,12 @@ def add_settings(parser: Any) -> None:
         choices=("bf16", "int8", "int4"),
         default="bf16",
         help="dense matrices: as published, or rounded to 8 or 4 bits",
+    )
+    parser.add_argument(
+        "--cache",
+        choices=("exact", "fp8"),
+        default="exact",
+        help="the latent cache: of --dtype, or rounded to FP8",
     )
     add_ignored_keys(parser)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from kimi_native import fp8_rows
 from kimi_native.cache import PAGE_SIZE, LatentCache
 from kimi_native.checkpoint import Checkpoint
 from kimi_native.errors import RequestError
@@ -19,6 +20,7 @@ def load_network(
     max_context: int,
     max_batch: int,
     dtype: str,
+    cache: str,
     device: str,
     experts: str | None,
     ignored: tuple[str, ...],
@@ -33,11 +35,14 @@ def load_network(
         raise RequestError(f"load: dtype must be bfloat16 on a GPU (got {dtype})")
     if where.type != "cpu" and weights.get("compute", "exact") != "exact":
         raise RequestError(f"load: compute must be exact on a GPU (got {weights['compute']})")
+    if where.type != "cpu" and cache != "exact":
+        raise RequestError(f"load: cache must be exact on a GPU (got {cache})")
     network, checkpoint = load_model(
         path,
         max_context=max_context,
         max_batch=max_batch,
         dtype=dtype,
+        cache=cache,
         ignore_config_keys=ignored,
         **weights,
     )
@@ -48,5 +53,6 @@ def load_network(
         nbytes = tokens * network.config.num_hidden_layers * network.config.latent_width
         cache_bytes = nbytes * DTYPES[dtype].itemsize
         place(network, where, experts_on_cpu=experts == "cpu", cache_bytes=cache_bytes)
-    cache = LatentCache(network.config, max_tokens=tokens, dtype=DTYPES[dtype], device=where)
-    return RecordedModel(network, cache), cache, checkpoint
+    rows = fp8_rows.DTYPE if cache == "fp8" else DTYPES[dtype]
+    latents = LatentCache(network.config, max_tokens=tokens, dtype=rows, device=where)
+    return RecordedModel(network, latents), latents, checkpoint

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from kimi_native import fp8_rows
 from kimi_native.cache import PAGE_SIZE
 from kimi_native.checkpoint import Checkpoint, StoredMatrices
 from kimi_native.config import KimiConfig
@@ -33,17 +34,20 @@ INTERPRETER_BYTES = (
 GROUP_SIZE = 32  # weights that share a scale of 2 bytes
 DENSE_FORMATS = ("bf16", "int8", "int4")  # most exact first
 ITEM_BYTES = {"bfloat16": 2, "float32": 4}
+CACHE_FORMATS = ("exact", "fp8")
 
 
 @dataclass(frozen=True)
 class Settings:
     """What the caller chooses: max_context and max_batch in tokens and sequences, dtype of activations and cache
-    ("bfloat16", "float32"), dense ("bf16": matrices as published, "int8", "int4": copies of 8 or 4 bits)."""
+    ("bfloat16", "float32"), dense ("bf16": matrices as published, "int8", "int4": copies of 8 or 4 bits), cache
+    ("exact": rows of dtype, "fp8": fp8_rows.py)."""
 
     max_context: int
     max_batch: int
     dtype: str
     dense: str
+    cache: str
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,8 @@ class MemoryPlan:
         raise MemoryPlanError(
             f"memory: the model needs {bytes_text(self.needed_bytes)}, "
             f"{bytes_text(self.available_bytes)} are available (max_context={self.settings.max_context}, "
-            f"max_batch={self.settings.max_batch}, dtype={self.settings.dtype}, dense={self.settings.dense}); "
+            f"max_batch={self.settings.max_batch}, dtype={self.settings.dtype}, dense={self.settings.dense}, "
+            f"cache={self.settings.cache}); "
             + (f"it fits with {way_out}" if way_out else "no setting makes it fit on this machine")
         )
 
@@ -120,6 +125,7 @@ def memory_plan(
     max_batch: int = 1,
     dtype: str = "bfloat16",
     dense: str = "bf16",
+    cache: str = "exact",
     available_bytes: int | None = None,
 ) -> MemoryPlan:
     """Plans from headers only; reads no weight.
@@ -131,7 +137,7 @@ def memory_plan(
     """
     if max_context is None:
         max_context = checkpoint.config.max_position_embeddings
-    settings = Settings(max_context, max_batch, dtype, dense)
+    settings = Settings(max_context, max_batch, dtype, dense, cache)
     _check_settings(settings)
     if available_bytes is None:
         available_bytes = available_memory()
@@ -148,7 +154,8 @@ def _check_settings(s: Settings) -> None:
         value = getattr(s, name)
         if type(value) is not int or not 1 <= value <= 1 << 40:
             raise ValueError(f"memory_plan: {name} must be a positive integer (got {value!r})")
-    for name, allowed in (("dtype", tuple(ITEM_BYTES)), ("dense", DENSE_FORMATS)):
+    choices = {"dtype": tuple(ITEM_BYTES), "dense": DENSE_FORMATS, "cache": CACHE_FORMATS}
+    for name, allowed in choices.items():
         value = getattr(s, name)
         if value not in allowed:
             raise ValueError(f"memory_plan: {name} must be {' or '.join(allowed)} (got {value!r})")
@@ -265,8 +272,10 @@ def _items(weights: _Weights, s: Settings) -> tuple[tuple[str, int], ...]:
 
 def _cache_bytes(c: KimiConfig, s: Settings) -> int:
     pages = s.max_batch * -(-s.max_context // PAGE_SIZE)
-    per_token = c.num_hidden_layers * c.latent_width * ITEM_BYTES[s.dtype]
-    return pages * PAGE_SIZE * per_token
+    row = c.latent_width * ITEM_BYTES[s.dtype]
+    if s.cache == "fp8":
+        row = fp8_rows.row_bytes(c.kv_lora_rank, c.qk_rope_head_dim)
+    return pages * PAGE_SIZE * c.num_hidden_layers * row
 
 
 def _prefill_bytes(c: KimiConfig, s: Settings) -> int:
@@ -310,7 +319,8 @@ def _notes(plan: MemoryPlan) -> tuple[str, ...]:
 
 
 def _suggestions(weights: _Weights, s: Settings, available: int) -> tuple[str, ...]:
-    """Settings under which it fits: single changes first, then the smallest of everything with its best context."""
+    """Settings under which it fits: single changes first, then the smallest of everything, but for an FP8 cache, with
+    its best context."""
 
     def needed(t: Settings) -> int:
         return sum(size for _, size in _items(weights, t))
@@ -322,6 +332,7 @@ def _suggestions(weights: _Weights, s: Settings, available: int) -> tuple[str, .
         "max_batch=1": replace(s, max_batch=1),
         f'dense="{other_dense.dense}"': other_dense,
         'dtype="bfloat16"': replace(s, dtype="bfloat16"),
+        'cache="fp8"': replace(s, cache="fp8"),
     }
     found = []
     context = _largest_context(needed, s, available)

@@ -60,6 +60,7 @@ def _add_e2e(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--depths", metavar="N,...", help=f"tokens before ({DEFAULT_DEPTHS})")
     parser.add_argument("--dtype", default="bfloat16", metavar="NAME", help="as of load()")
     parser.add_argument("--dense", default="bf16", metavar="NAME", help="as of load()")
+    parser.add_argument("--cache", default="exact", metavar="NAME", help="as of load()")
 
 
 def _add_load(parser: argparse.ArgumentParser) -> None:
@@ -71,6 +72,7 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-context", type=int, default=2048, metavar="N", help="tokens (2048)")
     parser.add_argument("--dtype", default="bfloat16", metavar="NAME", help="as of load()")
     parser.add_argument("--dense", default="bf16", metavar="NAME", help="as of load()")
+    parser.add_argument("--cache", default="exact", metavar="NAME", help="as of load()")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -182,6 +184,7 @@ def _e2e_one(args: argparse.Namespace, folder: str) -> None:
         **counts,
         dtype=args.dtype,
         dense=args.dense,
+        cache=args.cache,
         report=report,
     )
     if not args.json:
@@ -195,7 +198,7 @@ def _e2e_folders(args: argparse.Namespace) -> int:
 
     rows: list[dict[str, Any]] = []
     options = [f"--{name}" for name in ("quick",) if getattr(args, name)]
-    for name in ("threads", "prompt_tokens", "new_tokens", "depths", "dtype", "dense"):
+    for name in ("threads", "prompt_tokens", "new_tokens", "depths", "dtype", "dense", "cache"):
         if (value := getattr(args, name)) is not None:
             options += ["--" + name.replace("_", "-"), str(value)]
     for folder in args.folders:
@@ -218,7 +221,7 @@ def _load(args: argparse.Namespace) -> int:
     from kimi_native.bench.loading import measure
     from kimi_native.terminal import print_json, print_table, rows_of
 
-    options = ("cold", "prefetch", "max_context", "dtype", "dense")
+    options = ("cold", "prefetch", "max_context", "dtype", "dense", "cache")
     row = measure(args.folder, **{name: getattr(args, name) for name in options})
     if args.json:
         print_json(row)

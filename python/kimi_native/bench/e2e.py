@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kimi_native import ops
+from kimi_native import fp8_rows, ops
 from kimi_native.bench.load import OtherLoad
 from kimi_native.bench.rows import Limits, make_row
 from kimi_native.cache import PAGE_SIZE, CachedSequence, LatentCache
@@ -46,14 +46,20 @@ class LoadedModel:
     """
 
     def __init__(
-        self, folder: str, *, max_context: int, dtype: str = "bfloat16", dense: str = "bf16"
+        self,
+        folder: str,
+        *,
+        max_context: int,
+        dtype: str = "bfloat16",
+        dense: str = "bf16",
+        cache: str = "exact",
     ) -> None:
         started = time.perf_counter()
-        network, checkpoint = load_model(folder, max_context=max_context, dtype=dtype, dense=dense)
+        options = {"dtype": dtype, "dense": dense, "cache": cache}
+        network, checkpoint = load_model(folder, max_context=max_context, **options)
         pages = -(-max_context // PAGE_SIZE)
-        self.cache = LatentCache(
-            checkpoint.config, max_tokens=pages * PAGE_SIZE, dtype=DTYPES[dtype]
-        )
+        rows = fp8_rows.DTYPE if cache == "fp8" else DTYPES[dtype]
+        self.cache = LatentCache(checkpoint.config, max_tokens=pages * PAGE_SIZE, dtype=rows)
         self.model = RecordedModel(network, self.cache)
         self.load_s = time.perf_counter() - started
         self.folder = Path(folder).resolve()
@@ -94,8 +100,7 @@ class LoadedModel:
         return 2 * per_key * depth * c.num_hidden_layers
 
     def cache_bytes(self, depth: int) -> int:
-        item = self.cache.data.element_size()
-        return depth * self.config.num_hidden_layers * self.config.latent_width * item
+        return depth * self.config.num_hidden_layers * self.cache.data[0, 0, 0].nbytes
 
     def _ids(self, tokens: int) -> Tensor:
         return torch.randint(self.config.vocab_size, (tokens,), generator=self._random)
@@ -104,8 +109,13 @@ class LoadedModel:
         seq = self.cache.new_sequence()
         self.cache.reserve(seq, depth)
         seq.length = depth
+        rank = self.config.kv_lora_rank
         for layer in self.cache.data:
-            values = torch.randn(layer[0].shape, generator=self._random)
+            values = torch.randn(
+                self.cache.page_size, self.config.latent_width, generator=self._random
+            )
+            if self.cache.dtype == fp8_rows.DTYPE:
+                values = fp8_rows.quantize(values[:, :rank], values[:, rank:])
             layer[seq.pages] = values.to(layer.dtype)
         return seq
 
@@ -192,6 +202,7 @@ def measure(
     depths: list[int],
     dtype: str = "bfloat16",
     dense: str = "bf16",
+    cache: str = "exact",
     report: Callable[[dict[str, Any]], None],
 ) -> None:
     """Times one checkpoint folder; gives each row to `report` when it is known.
@@ -199,15 +210,16 @@ def measure(
     prompt_tokens  of the timed prefill
     new_tokens     decoded at each depth
     depths         tokens cached before them
+    dtype, dense, cache  as of load()
 
     Raises what check and load_model raise.
     """
     max_context = check(folder, prompt_tokens=prompt_tokens, new_tokens=new_tokens, depths=depths)
     ops.set_num_threads(limits.threads)
     torch.set_num_threads(limits.threads)
-    loaded = LoadedModel(folder, max_context=max_context, dtype=dtype, dense=dense)
+    loaded = LoadedModel(folder, max_context=max_context, dtype=dtype, dense=dense, cache=cache)
     loaded.prefill_seconds(WARM_UP_TOKENS)
-    shared = {"dense": dense, "dtype": dtype}
+    shared = {"dense": dense, "dtype": dtype, "cache": cache}
     report(_prefill_row(loaded, prompt_tokens, limits, shared))
     for depth in depths:
         report(_decode_row(loaded, depth, new_tokens, limits, shared))

@@ -29,12 +29,13 @@ def measure(
     max_context: int = 2048,
     dtype: str = "bfloat16",
     dense: str = "bf16",
+    cache: str = "exact",
 ) -> dict[str, Any]:
     """Loads once, answers, fills the context; one row.
 
     cold         drop the folder's files from the system's cache first, as far as no process has them mapped
     max_context  of the model; a prompt fills it, so that memory reaches its peak
-    dtype, dense, prefetch  as of load()
+    dtype, dense, cache, prefetch  as of load()
 
     Row: before_weights_s (tokenizer, headers, plan, mapping), weights_s and load_s; gb_per_s of the weights; of
     the first and second token their seconds, minor and major page faults; peak_bytes resident, private_bytes of it that
@@ -44,7 +45,13 @@ def measure(
     """
     if max_context < 64:
         raise RequestError(f"bench load: max_context must be at least 64 (got {max_context})")
-    sizes = {"max_context": max_context, "max_batch": 1, "dtype": dtype, "dense": dense}
+    sizes = {
+        "max_context": max_context,
+        "max_batch": 1,
+        "dtype": dtype,
+        "dense": dense,
+        "cache": cache,
+    }
     if cold:
         _drop_from_cache(folder)
     others, started = OtherLoad(), time.perf_counter()

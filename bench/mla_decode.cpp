@@ -1,8 +1,11 @@
-// mla_decode: one new token per sequence over the paged latent cache, K2's and Moonlight's heads.
-// The tokens of a case are its sequences.
+// mla_decode: one new token per sequence over the paged latent cache, K2's and Moonlight's heads,
+// in bf16 and in fp8 rows. The tokens of a case are its sequences.
+#include <cmath>
+#include <cstring>
 #include <numeric>
 
 #include "harness.h"
+#include "kimi_native/cache_layout.h"
 #include "kimi_native/ops.h"
 
 namespace kn::bench {
@@ -14,36 +17,74 @@ constexpr float kScale = 0.1f;
 struct Shape {
   const char* name;
   int64_t heads, length;
+  DType cache = DType::kBf16;
 };
-const Shape kShapes[] = {{"k2", 64, 1024},        {"k2", 64, 8192},        {"k2", 64, 32768},
-                         {"moonlight", 16, 1024}, {"moonlight", 16, 8192}, {"moonlight", 16, 32768},
+const Shape kShapes[] = {{"k2", 64, 1024},
+                         {"k2", 64, 8192},
+                         {"k2", 64, 32768},
+                         {"moonlight", 16, 1024},
+                         {"moonlight", 16, 8192},
+                         {"moonlight", 16, 32768},
+                         {"k2-fp8", 64, 8192, DType::kFp8},
+                         {"moonlight-fp8", 16, 8192, DType::kFp8},
                          {"tiny", 4, 128}};
 constexpr int64_t kMaxCached = 8 * 32768;  // tokens of all sequences of one call
 
+int64_t row_bytes(DType cache) { return cache_row_bytes(cache, kLatent, kRope); }
+
+// A row with values in [-1, 1]; an fp8 one with scales of 1.
+void fill_row(DType cache, uint8_t* row, Random& random) {
+  const int64_t latents = cache == DType::kFp8 ? kLatent : 0;
+  for (int64_t i = 0; i < latents; ++i) row[i] = e4m3_of(random.sign());
+  const float one = 1.0f;
+  for (int64_t i = 0; i < latents; i += kFp8Group)
+    std::memcpy(row + fp8_scale_offset(kLatent) + i / kFp8Group * 4, &one, 4);
+  uint8_t* key = latents ? row + fp8_rope_offset(kLatent) : row;
+  for (int64_t i = latents; i < kWidth; ++i, key += 2) {
+    const bf16 value = to_bf16(random.sign());
+    std::memcpy(key, &value, 2);
+  }
+}
+
+double value_of(DType cache, const uint8_t* row, int64_t i) {
+  if (cache == DType::kFp8 && i < kLatent) {
+    const int exponent = row[i] >> 3 & 15, fraction = row[i] & 7;
+    const double value = std::ldexp(fraction + (exponent ? 8 : 0), (exponent ? exponent : 1) - 10);
+    return row[i] & 0x80 ? -value : value;
+  }
+  bf16 value;
+  const int64_t at = cache == DType::kFp8 ? fp8_rope_offset(kLatent) + 2 * (i - kLatent) : 2 * i;
+  std::memcpy(&value, row + at, 2);
+  return to_float(value);
+}
+
 // Several caches of `batch` sequences each, their pages in one shuffled order.
 struct Caches {
+  DType dtype;
   int64_t length, batch, max_pages;
   Rotation rows;
   std::vector<int32_t> page_table;  // [batch, max_pages]
 
   Caches(const Shape& s, int64_t batch, Pages pages)
-      : length(s.length),
+      : dtype(s.cache),
+        length(s.length),
         batch(batch),
         max_pages(s.length / kPageSize),
-        rows(num_copies(bytes(s.length * batch)), bytes(s.length * batch), pages),
+        rows(num_copies(bytes()), bytes(), pages),
         page_table(batch * max_pages) {
     Random random;
     for (int64_t i = 0; i < rows.copies(); ++i)
-      fill(cache(i), batch * length * kWidth, [&] { return to_bf16(random.sign()); });
+      for (int64_t r = 0; r < batch * length; ++r)
+        fill_row(dtype, cache(i) + r * row_bytes(dtype), random);
     std::iota(page_table.begin(), page_table.end(), 0);
     for (size_t i = page_table.size() - 1; i > 0; --i)
       std::swap(page_table[i], page_table[random.bits() % (i + 1)]);
   }
-  static int64_t bytes(int64_t tokens) { return tokens * kWidth * int64_t(sizeof(bf16)); }
-  bf16* cache(int64_t i) const { return reinterpret_cast<bf16*>(rows.copy(i)); }
-  const bf16* token(int64_t sequence, int64_t t) const {
+  int64_t bytes() const { return batch * length * row_bytes(dtype); }
+  uint8_t* cache(int64_t i) const { return reinterpret_cast<uint8_t*>(rows.copy(i)); }
+  const uint8_t* token(int64_t sequence, int64_t t) const {
     const int64_t page = page_table[sequence * max_pages + t / kPageSize];
-    return cache(0) + (page * kPageSize + t % kPageSize) * kWidth;
+    return cache(0) + (page * kPageSize + t % kPageSize) * row_bytes(dtype);
   }
 };
 
@@ -54,14 +95,15 @@ void check_head(const Buffer<float>& q, const Caches& caches, const Buffer<float
   double largest = -1e300, sum = 0.0;
   for (int64_t t = 0; t < caches.length; ++t) {
     for (int64_t i = 0; i < kWidth; ++i)
-      weights[t] += kScale * q[(b * heads + h) * kWidth + i] * to_float(caches.token(b, t)[i]);
+      weights[t] +=
+          kScale * q[(b * heads + h) * kWidth + i] * value_of(caches.dtype, caches.token(b, t), i);
     largest = std::max(largest, weights[t]);
   }
   for (double& w : weights) sum += w = std::exp(w - largest);
   for (int64_t c = 0; c < kLatent; c += 37) {
     double expected = 0.0;
     for (int64_t t = 0; t < caches.length; ++t)
-      expected += weights[t] / sum * to_float(caches.token(b, t)[c]);
+      expected += weights[t] / sum * value_of(caches.dtype, caches.token(b, t), c);
     expect_close("mla_decode", out[(b * heads + h) * kLatent + c], expected, 1e-3);
   }
 }
@@ -78,7 +120,7 @@ void time_threads(const Shape& s, const std::string& text, const Caches& caches,
   a.seq_lens = seq_lens.data();
   a.out = out.data();
   a.q_dtype = DType::kFp32;
-  a.cache_dtype = DType::kBf16;
+  a.cache_dtype = s.cache;
   a.batch = batch;
   a.heads = s.heads;
   a.kv_lora_rank = kLatent;
@@ -96,7 +138,7 @@ void time_threads(const Shape& s, const std::string& text, const Caches& caches,
   check_head(q, caches, out, s.heads, 0, 0);
   check_head(q, caches, out, s.heads, batch - 1, s.heads - 1);
   const int64_t cached = batch * s.length;
-  const Work work{.bytes = double(Caches::bytes(cached) + 4 * batch * s.heads * (kWidth + kLatent)),
+  const Work work{.bytes = double(caches.bytes() + 4 * batch * s.heads * (kWidth + kLatent)),
                   .flops = 2.0 * double(cached * s.heads * (kWidth + kLatent)),
                   .cached = caches.rows.fits_cache()};
   report.time({"mla_decode", text, batch, work}, run);

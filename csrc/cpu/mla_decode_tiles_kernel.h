@@ -81,21 +81,24 @@ static void widen_row(const MlaTile<fp8>& m, const fp8* row, int64_t column, int
                       float* wide) {
   const char* scales = (const char*)row + fp8_scale_offset(m.latent);
   const bf16* key = (const bf16*)((const char*)row + fp8_rope_offset(m.latent));
-  const int64_t end = column + n;
-  for (int64_t c = column; c < end; c += 16, wide += 16) {
-    const int lanes = int(end - c < 16 ? end - c : 16);
-    const int latents = int(m.latent - c < lanes ? m.latent - c : lanes);
-    if (latents <= 0) {
-      store(wide, load(key + (c - m.latent), lanes));
-      continue;
-    }
+  const int64_t end = column + n, latents = end < m.latent ? end : m.latent;
+  if (n % 16) store(wide + n / 16 * 16, zero_f32());
+  int64_t c = column;
+  while (c < latents) {
+    const int64_t group = c / kFp8Group, group_end = (group + 1) * kFp8Group;
+    const int64_t last = latents < group_end ? latents : group_end;
     float scale;
-    __builtin_memcpy(&scale, scales + c / kFp8Group * 4, 4);
-    const uint8_t* from = &row[c].bits;
-    const f32x16 parts = latents == 16 ? load_e4m3(from) : load_e4m3(from, latents);
-    store(wide, mul(parts, splat(scale * kE4m3Parts)));
-    if (latents < lanes) store(wide + latents, load(key, lanes - latents), lanes - latents);
+    __builtin_memcpy(&scale, scales + group * 4, 4);
+    const f32x16 factor = splat(scale * kE4m3Parts);
+    for (; c + 16 <= last; c += 16, wide += 16) store(wide, mul(load_e4m3(&row[c].bits), factor));
+    const int rest = int(last - c);
+    if (rest) store(wide, mul(load_e4m3(&row[c].bits, rest), factor), rest);
+    c += rest, wide += rest;
   }
+  if (c == end) return;
+  key += c - m.latent;
+  for (; c + 16 <= end; c += 16, wide += 16, key += 16) store(wide, load(key));
+  if (c < end) store(wide, load(key, int(end - c)), int(end - c));
 }
 
 // Columns [column, column + n) of some rows to wide[row][stride], zero up to 16 columns and up to

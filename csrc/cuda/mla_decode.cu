@@ -2,8 +2,8 @@
 // (mla_decode.cuh), and the combination of a sequence's splits in ascending order. The host never
 // learns a length: it launches two blocks a multiprocessor, which go through the schedule.
 //
-// Supports kv_lora_rank 512, qk_rope_head_dim 64, bf16 queries and cache, pages of a multiple of 32
-// tokens.
+// Supports kv_lora_rank 512, qk_rope_head_dim 64, bf16 queries, a cache in bf16 or fp8 rows, pages
+// of a multiple of 32 tokens.
 #include "core/op_checks.h"
 #include "cuda/mla_decode.cuh"
 
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kScheduleThreads)
 }
 
 // Block i: heads i % head_blocks of splits i / head_blocks, and every `workers` on.
-template <int kGroups>
+template <int kGroups, bool kFp8>
 __global__ void __launch_bounds__(kGroups * kGroupWarps * 32, 1)
     mla_decode_kernel(MlaProblem p, int head_blocks, int workers) {
   KN_SHARED(shared);
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kGroups * kGroupWarps * 32, 1)
   const int64_t head = (int64_t(blockIdx.x) % head_blocks * kGroups + group) * kMlaHeads;
   const int64_t splits = p.schedule.first[p.batch];
   for (int64_t split = blockIdx.x / head_blocks; split < splits; split += workers)
-    attend_split<kGroups>(p, split, head, shared);
+    attend_split<kGroups, kFp8>(p, split, head, shared);
 }
 
 __global__ void __launch_bounds__(kCombineThreads) mla_combine_kernel(MlaProblem p, bf16* out) {
@@ -91,9 +91,9 @@ __global__ void __launch_bounds__(kCombineThreads) mla_combine_kernel(MlaProblem
 
 void check_supported(const MlaDecodeArgs& a) {
   check_op(a);
-  KN_REQUIRE(a.q_dtype == DType::kBf16 && a.cache_dtype == DType::kBf16, kOp,
-             ": q and cache must be bf16 (0) on a GPU (got ", int32_t(a.q_dtype), ", ",
-             int32_t(a.cache_dtype), ")");
+  KN_REQUIRE(a.q_dtype == DType::kBf16 && a.cache_dtype != DType::kFp32, kOp,
+             ": q must be bf16 (0) and cache bf16 or fp8 (2) on a GPU (got ", int32_t(a.q_dtype),
+             ", ", int32_t(a.cache_dtype), ")");
   KN_REQUIRE(a.kv_lora_rank == kLatent && a.qk_rope_head_dim == kRope, kOp,
              ": kv_lora_rank and qk_rope_head_dim must be 512 and 64 on a GPU (got ",
              a.kv_lora_rank, ", ", a.qk_rope_head_dim, ")");
@@ -112,7 +112,7 @@ MlaProblem problem(const MlaDecodeArgs& a) {
   KN_REQUIRE(a.seq_lens, kOp, ": seq_lens must not be null (got null)");
   MlaProblem p{};
   p.q = static_cast<const bf16*>(a.q);
-  p.cache = static_cast<const bf16*>(a.cache);
+  p.cache = a.cache;
   p.page_table = a.page_table;
   p.seq_lens = a.seq_lens;
   p.batch = a.batch;
@@ -133,14 +133,14 @@ MlaProblem problem(const MlaDecodeArgs& a) {
   return p;
 }
 
-template <int kGroups>
+template <int kGroups, bool kFp8>
 void attend(const MlaDecodeArgs& a, const MlaProblem& p, void* stream) {
   const int64_t head_blocks = blocks_of(a.heads, kGroups * kMlaHeads);
   const int64_t wanted = blocks_of(2 * multiprocessors(kOp), head_blocks);
   const int64_t workers = std::max<int64_t>(std::min(wanted, split_capacity(a)), 1);
   launch({kOp, grid_of(kOp, workers * head_blocks), dim3(kGroups * kGroupWarps * 32),
           kMlaSharedBytes<kGroups>, stream},
-         mla_decode_kernel<kGroups>, p, int(head_blocks), int(workers));
+         mla_decode_kernel<kGroups, kFp8>, p, int(head_blocks), int(workers));
 }
 
 }  // namespace
@@ -172,10 +172,11 @@ void mla_decode_scheduled(const MlaDecodeArgs& a, void* stream) {
   KN_REQUIRE(a.max_pages == 0 || a.pages == 0 || (a.cache && a.page_table), kOp,
              ": cache and page_table must not be null (got cache=", a.cache,
              ", page_table=", a.page_table, ")");
+  const bool fp8 = a.cache_dtype == DType::kFp8;
   if (a.heads > kMlaHeads)
-    attend<2>(a, p, stream);
+    fp8 ? attend<2, true>(a, p, stream) : attend<2, false>(a, p, stream);
   else
-    attend<1>(a, p, stream);
+    fp8 ? attend<1, true>(a, p, stream) : attend<1, false>(a, p, stream);
   launch({kOp, grid_of(kOp, a.batch * a.heads), dim3(kCombineThreads), 0, stream},
          mla_combine_kernel, p, static_cast<bf16*>(a.out));
 }

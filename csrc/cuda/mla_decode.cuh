@@ -10,12 +10,18 @@
 // them is of the same bf16 numbers. 16-byte pieces of a row are swizzled: 8 rows of one piece
 // (values) and 2 rows of four (scores) both fall into 8 different places of 128 bytes.
 //
-// Bytes: 1152 a token for every 32 heads (for 64 heads once more from L2), and 2 KB a head and
-// split of results. Order: tiles ascending with one running maximum. It depends on the sequence
-// alone.
+// fp8 rows (cache_layout.h) come into shared memory as they are, 21 KB a tile, and are widened
+// there to one bf16 tile before it is multiplied; the next tile's copy starts then. A latent is
+// exact in bf16 where its scale is a power of two, as rope_append writes it, else rounded once
+// more.
+//
+// Bytes: 1152 (fp8: 656) a token for every 32 heads (for 64 heads once more from L2), and 2 KB a
+// head and split of results. Order: tiles ascending with one running maximum. It depends on the
+// sequence alone.
 #pragma once
 #include "cuda/bf16_fragments.cuh"
 #include "cuda/reduce.cuh"
+#include "kimi_native/cache_layout.h"
 #include "kimi_native/ops.h"
 
 namespace kn::cuda {
@@ -30,6 +36,9 @@ constexpr int kGroupWarps = 4;
 constexpr int kCachePieces = kWidth / kPieceColumns;
 constexpr int kMlaStageBytes = kMlaTileTokens * kWidth * 2;
 constexpr int kMlaStages = 2;
+constexpr int kFp8RowBytes = int(fp8_row_bytes(kLatent, kRope));
+constexpr int kFp8RowPieces = kFp8RowBytes / 16;
+static_assert(kFp8RowBytes % 16 == 0 && kMlaTileTokens * kFp8RowBytes <= kMlaStageBytes);
 constexpr int kWeightRow = kMlaTileTokens + 8;  // bf16 of a head's weights, and 16 bytes of padding
 constexpr int kWeightBytes = kMlaHeads * kWeightRow * 2;
 constexpr int kRowValueBytes = kGroupWarps * kMlaHeads * 4;  // one float for each warp and head
@@ -57,7 +66,7 @@ struct Schedule {
 
 struct MlaProblem {
   const bf16* q;
-  const bf16* cache;
+  const void* cache;
   const int32_t* page_table;
   const int32_t* seq_lens;
   int64_t batch, heads, pages, max_pages;
@@ -93,7 +102,8 @@ __device__ __forceinline__ int64_t page_of(const MlaProblem& p, int sequence, in
 template <int kGroups>
 __device__ __forceinline__ void copy_tile(const MlaProblem& p, SharedPtr<uint8_t> stage,
                                           int64_t page, int token, int end) {
-  const bf16* rows = p.cache + (page * p.page_size + token % p.page_size) * kWidth;
+  const bf16* rows =
+      static_cast<const bf16*>(p.cache) + (page * p.page_size + token % p.page_size) * kWidth;
   if (token < end) {
 #pragma unroll 1  // the queries and sums leave few registers
     for (int i = int(threadIdx.x); i < kMlaTileTokens * kCachePieces;
@@ -106,6 +116,57 @@ __device__ __forceinline__ void copy_tile(const MlaProblem& p, SharedPtr<uint8_t
     }
   }
   ptx::cp_async_commit();
+}
+
+// The same of fp8 rows, as they lie.
+template <int kGroups>
+__device__ __forceinline__ void copy_fp8_tile(const MlaProblem& p, SharedPtr<uint8_t> raw,
+                                              int64_t page, int token, int end) {
+  const uint8_t* rows = static_cast<const uint8_t*>(p.cache) +
+                        (page * p.page_size + token % p.page_size) * kFp8RowBytes;
+  if (token < end) {
+    const int present = min(end - token, kMlaTileTokens) * kFp8RowPieces;
+#pragma unroll 1
+    for (int i = int(threadIdx.x); i < kMlaTileTokens * kFp8RowPieces;
+         i += kGroups * kGroupWarps * 32)
+      ptx::cp_async_16(raw + i * 16, i < present ? rows + i * 16 : rows, i < present);
+  }
+  ptx::cp_async_commit();
+}
+
+// The e4m3 byte at the top of a word, times scale: in fp32's places its exponent is 120 too small,
+// which the first product, exact for subnormal numbers too, puts right.
+__device__ __forceinline__ float widen_e4m3(uint32_t byte_at_top, float scale) {
+  const uint32_t bits = uint32_t(int32_t(byte_at_top) >> 4) & 0x87f00000u;
+  return __fmul_rn(__fmul_rn(__uint_as_float(bits), 0x1p120f), scale);
+}
+__device__ __forceinline__ uint32_t widen_pair(uint32_t low_at_top, uint32_t high_at_top,
+                                               float scale) {
+  return ptx::to_bf16x2(widen_e4m3(low_at_top, scale), widen_e4m3(high_at_top, scale));
+}
+
+// A tile of fp8 rows to a bf16 tile, where the products expect it.
+template <int kGroups>
+__device__ __forceinline__ void widen_tile(SharedPtr<uint8_t> raw, SharedPtr<uint8_t> stage) {
+  constexpr int kThreads = kGroups * kGroupWarps * 32;
+  constexpr int kLatentPieces = kLatent / kPieceColumns, kRopePieces = kRope / kPieceColumns;
+  const auto pieces = shared_cast<uint4>(stage);
+#pragma unroll 1
+  for (int i = int(threadIdx.x); i < kMlaTileTokens * kLatentPieces; i += kThreads) {
+    const int row = i / kLatentPieces, piece = i % kLatentPieces;
+    const uint2 e = shared_cast<uint2>(raw + row * kFp8RowBytes)[piece];
+    const float scale = shared_cast<float>(
+        raw + row * kFp8RowBytes + fp8_scale_offset(kLatent))[piece / (kFp8Group / kPieceColumns)];
+    pieces[place_of(row, piece)] =
+        make_uint4(widen_pair(e.x << 24, e.x << 16, scale), widen_pair(e.x << 8, e.x, scale),
+                   widen_pair(e.y << 24, e.y << 16, scale), widen_pair(e.y << 8, e.y, scale));
+  }
+#pragma unroll 1
+  for (int i = int(threadIdx.x); i < kMlaTileTokens * kRopePieces; i += kThreads) {
+    const int row = i / kRopePieces, piece = i % kRopePieces;
+    const auto key = shared_cast<uint4>(raw + row * kFp8RowBytes + fp8_rope_offset(kLatent));
+    pieces[place_of(row, kLatentPieces + piece)] = key[piece];
+  }
 }
 
 // What shared memory holds for a group beside the tiles.
@@ -292,7 +353,7 @@ __device__ __forceinline__ void write_split(const MlaProblem& p, const MlaThread
 }
 
 // All tiles of split `split`, for 16 heads from `head` in each group.
-template <int kGroups, typename Bytes>
+template <int kGroups, bool kFp8, typename Bytes>
 __device__ __forceinline__ void attend_split(const MlaProblem& p, int64_t split, int64_t head,
                                              Bytes bytes) {
   const MlaThread th = mla_thread();
@@ -300,10 +361,17 @@ __device__ __forceinline__ void attend_split(const MlaProblem& p, int64_t split,
   const int sequence = place.x, begin = place.y;
   const int end = min(p.seq_lens[sequence], begin + kSplitTokens);
   const GroupShared shared = group_shared(bytes, th.group);
-  copy_tile<kGroups>(p, shared_at<uint8_t>(bytes, 0), page_of(p, sequence, begin, end), begin, end);
+  // bf16: two tiles in turn. fp8: the tile first, then the rows it is made of. The queries pass
+  // through what no copy is on its way to.
+  const auto raw = shared_at<uint8_t>(bytes, kMlaStageBytes);
+  const int64_t first_page = page_of(p, sequence, begin, end);
+  if constexpr (kFp8)
+    copy_fp8_tile<kGroups>(p, raw, first_page, begin, end);
+  else
+    copy_tile<kGroups>(p, shared_at<uint8_t>(bytes, 0), first_page, begin, end);
   int64_t page = page_of(p, sequence, begin + kMlaTileTokens, end);  // of the tile to come
   QueryFragment q[kKeptChunks];
-  const int passing = kMlaStageBytes + th.group * kWidthChunks * kFragmentBytes;
+  const int passing = (kFp8 ? 0 : kMlaStageBytes) + th.group * kWidthChunks * kFragmentBytes;
   load_queries(p, th, shared, shared_at<uint4>(bytes, passing), sequence, head, q);
   RunningSoftmax softmax;
   float acc[kColumnTiles][4] = {};
@@ -313,9 +381,16 @@ __device__ __forceinline__ void attend_split(const MlaProblem& p, int64_t split,
     ptx::cp_async_wait<0>();
     __syncthreads();  // the tile is in for all, and all have read the stage that is free now
     const int next = token + kMlaTileTokens;
-    copy_tile<kGroups>(p, shared_at<uint8_t>(bytes, (1 - stage) * kMlaStageBytes), page, next, end);
+    const auto tile = shared_at<uint8_t>(bytes, kFp8 ? 0 : stage * kMlaStageBytes);
+    if constexpr (kFp8) {
+      widen_tile<kGroups>(raw, tile);
+      __syncthreads();  // the tile is whole, and its rows have been read
+      copy_fp8_tile<kGroups>(p, raw, page, next, end);
+    } else {
+      const auto free = shared_at<uint8_t>(bytes, (1 - stage) * kMlaStageBytes);
+      copy_tile<kGroups>(p, free, page, next, end);
+    }
     page = page_of(p, sequence, next + kMlaTileTokens, end);
-    const auto tile = shared_at<uint8_t>(bytes, stage * kMlaStageBytes);
     float s[4] = {};
     multiply_scores(th, shared, tile, q, s);
 #pragma unroll

@@ -80,7 +80,7 @@ def load(
                         (default: as they are set; at first those cores); process-wide
     dtype               activations and cache: "bfloat16" or "float32"
     dense               dense matrices: "bf16" as published, or rounded while loading to "int8" or "int4", not exact
-    cache               rows of the latent cache: "exact", of dtype, or "fp8": 57 % of bf16's bytes, not exact; CPU only
+    cache               rows of the latent cache: "exact", of dtype, or "fp8": 57 % of bf16's bytes, not exact
     device              "cpu", or a GPU: "cuda", "cuda:1", ...
     experts             "cpu" leaves the routed experts in host memory and on the CPU, beside a GPU (default: on it)
     compute             activations that meet INT4 matrices: "exact", or "int8", rounded to 8 bits per 32: faster on

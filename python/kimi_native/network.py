@@ -35,8 +35,6 @@ def load_network(
         raise RequestError(f"load: dtype must be bfloat16 on a GPU (got {dtype})")
     if where.type != "cpu" and weights.get("compute", "exact") != "exact":
         raise RequestError(f"load: compute must be exact on a GPU (got {weights['compute']})")
-    if where.type != "cpu" and cache != "exact":
-        raise RequestError(f"load: cache must be exact on a GPU (got {cache})")
     network, checkpoint = load_model(
         path,
         max_context=max_context,
@@ -49,10 +47,10 @@ def load_network(
     # Every sequence may leave a part of its last page empty.
     pages = max_batch * -(-max_context // PAGE_SIZE)
     tokens = pages * PAGE_SIZE
+    config, rows = network.config, fp8_rows.DTYPE if cache == "fp8" else DTYPES[dtype]
     if where.type != "cpu":
-        nbytes = tokens * network.config.num_hidden_layers * network.config.latent_width
-        cache_bytes = nbytes * DTYPES[dtype].itemsize
+        items = fp8_rows.cache_row_items(rows, config.kv_lora_rank, config.qk_rope_head_dim)
+        cache_bytes = tokens * config.num_hidden_layers * items * rows.itemsize
         place(network, where, experts_on_cpu=experts == "cpu", cache_bytes=cache_bytes)
-    rows = fp8_rows.DTYPE if cache == "fp8" else DTYPES[dtype]
-    latents = LatentCache(network.config, max_tokens=tokens, dtype=rows, device=where)
+    latents = LatentCache(config, max_tokens=tokens, dtype=rows, device=where)
     return RecordedModel(network, latents), latents, checkpoint

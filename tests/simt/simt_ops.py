@@ -12,7 +12,7 @@ from op_args import args_type
 from simt import SCHEDULES, Fault, Schedule, library, memory, use
 
 CudaOp = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p)
-DTYPE_CODE = {torch.bfloat16: 0, torch.float32: 1}
+DTYPE_CODE = {torch.bfloat16: 0, torch.float32: 1, torch.uint8: 2}
 
 
 @dataclass

@@ -247,8 +247,8 @@ def test_cuda_mla_decode_stops_when_shared_pages_need_more_splits_than_there_is_
     ("change", "message"),
     [
         ({"batch": -1}, "need batch, qk_rope_head_dim >= 0"),
-        ({"q_dtype": 1}, r"q and cache must be bf16 \(0\) on a GPU \(got 1, 0"),
-        ({"cache_dtype": 1}, r"q and cache must be bf16 \(0\) on a GPU \(got 0, 1"),
+        ({"q_dtype": 1}, r"q must be bf16 \(0\) and cache bf16 or fp8 .* on a GPU \(got 1, 0"),
+        ({"cache_dtype": 1}, r"q must be bf16 \(0\) and cache bf16 or fp8 .* on a GPU \(got 0, 1"),
         ({"cache_dtype": 7}, "cache must be bf16"),
         ({"kv_lora_rank": 256}, "must be 512 and 64 on a GPU"),
         ({"qk_rope_head_dim": 32}, "must be 512 and 64 on a GPU"),

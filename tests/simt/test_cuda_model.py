@@ -42,7 +42,7 @@ def prefill(model, tokens=70):
     return torch.stack([model.prefill(part, cache, seq) for part in prompt.split(50)])
 
 
-def decode(model, dtype=torch.bfloat16):
+def decode(model, dtype):
     """Logits of three steps of two sequences; one crosses into its second page."""
     cache = LatentCache(model.config, max_tokens=256, dtype=dtype)
     seqs = [cache.new_sequence(), cache.new_sequence()]
@@ -80,14 +80,15 @@ def test_cuda_model_on_hopper_has_the_logits_of_other_gpus_to_the_last_bit(folde
     assert torch.equal(*logits)
 
 
-def test_cuda_model_decodes_in_bf16_as_exactly_as_the_cpu(folder):
+@pytest.mark.parametrize("rows", [torch.bfloat16, torch.uint8], ids=["bf16", "fp8"])
+def test_cuda_model_decodes_in_bf16_as_exactly_as_the_cpu(folder, rows):
     """Both round at every op, each in its own order: measured against fp32, neither is worse than the other."""
     exact = decode(load_model(folder / "int4", dtype="float32")[0], torch.float32)
-    cpu = decode(load_model(folder / "int4")[0])
+    cpu = decode(load_model(folder / "int4")[0], rows)
     model, _ = load_model(folder / "int4")
     with native.cuda_on_host(library_path()):
         place(model, HOST, experts_on_cpu=False, cache_bytes=0)
-        gpu = decode(model)
+        gpu = decode(model, rows)
     errors = [(logits - exact).abs() for logits in (cpu, gpu)]
     print("median and largest error, CPU and CUDA:", [(e.median(), e.max()) for e in errors])
     # Not derived: two samples of one kind of error; seen 0.97 times the median and 0.94 times the largest.

@@ -275,10 +275,11 @@ void bf16_gemm(const Bf16GemmArgs&, void* stream);
 int64_t int8_gemm_workspace_bytes(const Int8GemmArgs&);
 void int8_gemm(const Int8GemmArgs&, void* stream);
 
-// kv_lora_rank 512 and qk_rope_head_dim 64, all bf16, pages of a multiple of 32 tokens; q, cache
-// and out 16-byte aligned. The workspace is enough if sequences share no pages; a larger one than
-// asked for is used. mla_decode is mla_schedule, then mla_decode_scheduled: mla_schedule reads
-// seq_lens alone and leaves its result in the workspace, where it serves all layers of a step.
+// kv_lora_rank 512 and qk_rope_head_dim 64, bf16 with a cache in bf16 or fp8, pages of a multiple
+// of 32 tokens; q, cache and out 16-byte aligned. The workspace is enough if sequences share no
+// pages; a larger one than asked for is used. mla_decode is mla_schedule, then
+// mla_decode_scheduled: mla_schedule reads seq_lens alone and leaves its result in the workspace,
+// where it serves all layers of a step.
 int64_t mla_decode_workspace_bytes(const MlaDecodeArgs&);
 void mla_schedule(const MlaDecodeArgs&, void* stream);
 void mla_decode_scheduled(const MlaDecodeArgs&, void* stream);
@@ -290,7 +291,7 @@ void moe_combine(const MoeCombineArgs&, void* stream);
 
 void rms_norm(const RmsNormArgs&, void* stream);
 void add_rms_norm(const AddRmsNormArgs&, void* stream);
-void rope_append(const RopeAppendArgs&, void* stream);  // no fp8 cache
+void rope_append(const RopeAppendArgs&, void* stream);  // an fp8 cache 4-byte aligned
 void swiglu(const SwigluArgs&, void* stream);
 
 }  // namespace cuda

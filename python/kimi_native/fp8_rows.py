@@ -15,9 +15,7 @@ from torch import Tensor
 
 DTYPE = torch.uint8  # of a cache with such rows
 GROUP = 128  # latent values that share a scale
-_SMALLEST = (
-    127 - 110
-)  # the exponent bits of 2^-110: every value is a normal number in fp32 and bf16
+_SMALLEST = 127 - 110  # exponent bits of 2^-110: every value is a normal number in fp32 and bf16
 
 
 def row_bytes(kv_lora_rank: int, qk_rope_head_dim: int) -> int:

@@ -28,7 +28,9 @@ class PseudoTerminal:
         for name in ("COLUMNS", "LINES", "NO_COLOR"):
             env.pop(name, None)
         pid, self._fd = pty.fork()
-        if pid == 0:  # only exec here: the parent may have threads
+        if pid == 0:  # only system calls here: the parent may have threads
+            for number in (signal.SIGINT, signal.SIGQUIT):  # a job in the background ignores both
+                signal.signal(number, signal.SIG_DFL)
             os.chdir(cwd)
             os.execvpe(argv[0], argv, env)
         fcntl.ioctl(self._fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))

@@ -155,6 +155,9 @@ def test_claims_prints_and_writes(folder, small, tmp_path, capsys):
     assert cli.main(only) == 0
     (cell,) = json.loads(capsys.readouterr().out)["interleaved"]["cells"]
     assert (cell["mode"], cell["failure_rate"]) == ("interleaved", 0.5)
+    with pytest.raises(SystemExit):
+        cli.main([*argv, "--lengths", "5,ten"])
+    assert "must be numbers with commas (got '5,ten')" in capsys.readouterr().err
     assert cli.main([*argv, "--lengths", "3"]) == 1
     assert (
         "must have a cell left (got lengths (3.0,), failure rates None)" in capsys.readouterr().err

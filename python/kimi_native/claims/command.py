@@ -48,7 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers with commas (got {text!r})") from None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -102,7 +105,8 @@ def _interleaved(args: argparse.Namespace) -> dict[str, Any]:
 
     folder = NANO_FOLDER if args.model is None else Path(args.model)
     path = None if args.out is None else Path(args.out) / "interleaved-cells.jsonl"
-    kept = KeptRows(path, {"seed": args.seed, "weights": _weights_of(folder)})
+    subject = None if path is None else {"seed": args.seed, "weights": _weights_of(folder)}
+    kept = KeptRows(path, subject)
     options = {"max_context": args.max_context or CONTEXT}
     model = load_model(argparse.Namespace(**{**vars(args), **options}), max_batch=BATCH)
 

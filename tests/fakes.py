@@ -74,11 +74,20 @@ class FakeModel:
     script  maps a sequence to the id that gets a dominating logit, or None
     spoil   maps a sequence to True when its logits shall be NaN
     fail    maps ("prefill" | "decode", call number) to an exception to raise
+    decode_equals_prefill  as of KimiModel; True here too, but the engine must not rely on it where it is not said
     """
 
     def __init__(
-        self, *, context: int = 64, vocab_size: int = VOCAB, script=None, spoil=None, fail=None
+        self,
+        *,
+        context: int = 64,
+        vocab_size: int = VOCAB,
+        script=None,
+        spoil=None,
+        fail=None,
+        decode_equals_prefill: bool = True,
     ) -> None:
+        self.decode_equals_prefill = decode_equals_prefill
         self.config = SimpleNamespace(
             model_type="fake",
             vocab_size=vocab_size,

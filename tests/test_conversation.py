@@ -516,7 +516,9 @@ def test_loop_of_many_calls_computes_what_is_new_and_loses_nothing(make_chat, ca
 
     chat = make_chat(
         say, tools=[add], run_tools=["add"], max_tokens=200,
-        model_options={"context": 300 + 250 * LOOP_CALLS, "max_batch": 1},
+        model_options={
+            "context": 300 + 250 * LOOP_CALLS, "max_batch": 1, "decode_equals_prefill": False,
+        },
     )  # fmt: skip
     asked, answer = [], chat._answer
     chat._answer = lambda messages, *rest: asked.append(messages) or answer(messages, *rest)

@@ -14,8 +14,10 @@ from kimi_native.prefixes import KeptPrefix, common_length
 from kimi_native.sampling import SamplingParams
 
 
-def make_engine(model=None, *, cache_tokens=256, max_batch=4, **options):
-    model = model or FakeModel(**options)
+def make_engine(
+    model=None, *, cache_tokens=256, max_batch=4, decode_equals_prefill=False, **options
+):
+    model = model or FakeModel(decode_equals_prefill=decode_equals_prefill, **options)
     cache = FakeCache(max_tokens=cache_tokens)
     return Engine(model, cache, max_batch=max_batch, eos_ids=(EOS,)), model, cache
 
@@ -32,8 +34,9 @@ def run(engine, prompt, prefix=None, **params):
     return tokens, output.finish_reason, report
 
 
-def test_prefix_gives_the_tokens_of_a_fresh_request_and_computes_the_rest_alone():
-    engine, model, cache = make_engine()
+@pytest.mark.parametrize("keeps_answers", [True, False])
+def test_prefix_gives_the_tokens_of_a_fresh_request_and_computes_the_rest_alone(keeps_answers):
+    engine, model, cache = make_engine(decode_equals_prefill=keeps_answers)
     fresh, _, _ = make_engine()
     prefix, prompt, before, rng = KeptPrefix(), [], 0, random.Random(2)
     for turn in range(8):
@@ -42,9 +45,10 @@ def test_prefix_gives_the_tokens_of_a_fresh_request_and_computes_the_rest_alone(
         assert (tokens, reason) == run(fresh, prompt)[:2], turn
         assert report.reused_tokens == before
         assert model.prefills[-1] == len(prompt) - before
-        assert prefix.ids == prompt
-        before = len(prompt)
-        prompt += tokens  # computed by decode, so computed again
+        computed = prompt + tokens[:-1] if keeps_answers else prompt
+        assert prefix.ids == computed
+        before = len(computed)
+        prompt += tokens
     assert len(cache.sequences) == 1
     engine.drop(prefix)
     assert cache.free_tokens == 256

@@ -178,7 +178,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "prefixes": ({"cache"}, set()),
     "sampling": (set(), {"torch", "numpy"}),
     "model": ({"ops", "attention", "cache", "config"}, {"torch"}),
-    "attention": ({"ops", "single_threads"}, {"torch"}),
+    "attention": (set(), {"torch"}),
     "single_threads": (set(), {"torch"}),
     "recorded": ({"model", "ops", "cache", "config", "placement"}, {"torch"}),
     "network": (

@@ -289,7 +289,7 @@ def test_model_batch_neighbours_change_nothing(published):
 def test_model_prefill_in_chunks_equals_published(published, monkeypatch):
     oracle, path, ids = published
     monkeypatch.setattr("kimi_native.model.PREFILL_CHUNK", 16)
-    monkeypatch.setattr("kimi_native.model._EXPANDED_BYTES", 1)  # one head at a time
+    monkeypatch.setattr("kimi_native.model.ATTENTION_ROWS", 5)
     expected = oracle_logits(oracle, ids)[[-1]]
     actual = run(path, ids, dtype="float32", prompt=len(ids))
     assert (actual - expected).abs().max() <= 1e-4 * (expected.max() - expected.min())

@@ -38,7 +38,7 @@ def test_prefill_gives_the_same_bits_however_a_prompt_is_cut(folder, dtype):
     model = kn.load(folder, max_context=2048, max_batch=1, dtype=dtype)
     network, cache = model._engine._model, model._engine._cache
     g = torch.Generator().manual_seed(0)
-    for length in (2, 40, 200, 1500):
+    for length in (2, 40, 200, 1500):  # all of them recorded, some of their pieces, none
         ids = torch.randint(0, 1900, (length,), generator=g)
         logits, rows = prefill_in(network, cache, ids, [])
         picked = torch.randperm(length - 1, generator=g)[:6].add(1).sort().values.tolist()
@@ -61,8 +61,31 @@ def test_prefill_in_pieces_on_other_threads_gives_the_same_bits(folder):
 
 
 @pytest.mark.parametrize("rows", ["exact", "fp8"])
+def test_decode_gives_the_bits_of_prefill(folder, rows):
+    """Token by token in a batch with others, recorded and not: the cache rows and logits of one prompt."""
+    model = kn.load(folder, max_context=1024, max_batch=3, cache=rows)
+    network, cache = model._engine._model, model._engine._cache
+    assert network.decode_equals_prefill
+    ids = torch.randint(0, 1900, (600,), generator=torch.Generator().manual_seed(1))
+    for decoded in (network, network.model):
+        seqs = [cache.new_sequence() for _ in range(3)]
+        for seq, length in zip(seqs, (500, 3, 510), strict=True):
+            network.prefill(ids[:length], cache, seq)
+        for position in range(500, 530):  # into the next chunk of attention's
+            three = torch.stack([ids[position], ids[0], ids[position + 10]])
+            logits = decoded.decode(three, cache, seqs)
+        expected, rows_of_prompt = prefill_in(network, cache, ids[:530], [])
+        assert_same_bits(logits[0], expected)
+        slots = cache.slots(seqs[0], 0, 530)
+        for layer, prompt_rows in enumerate(rows_of_prompt):
+            assert_same_bits(cache.read(layer, slots), prompt_rows)
+        for seq in seqs:
+            cache.free(seq)
+
+
+@pytest.mark.parametrize("rows", ["exact", "fp8"])
 def test_requests_with_a_prefix_equal_fresh_ones_to_the_last_bit(folder, rows):
-    """logprobs are the logits' bits; the answers in between are computed by decode and not kept."""
+    """logprobs are the logits' bits; the answers in between, which decode computed, are kept but for their last id."""
     options = {"max_context": 1024, "max_batch": 1, "dtype": "float32", "cache": rows}
     kept, fresh = (kn.load(folder, **options)._engine for _ in range(2))
     prefix, prompt = KeptPrefix(), [3] * 70
@@ -79,7 +102,7 @@ def test_requests_with_a_prefix_equal_fresh_ones_to_the_last_bit(folder, rows):
             tokens.append(outputs)
             reused.append(report.reused_tokens)
         assert tokens[0] == tokens[1]
-        assert reused == [len(prompt) - 33 if turn else 0, 0]
+        assert reused == [len(prompt) - 14 if turn else 0, 0]
         prompt = prompt + [t.id for t in tokens[0]] + [turn] * 13
 
 
@@ -116,11 +139,11 @@ def test_generate_with_prefixes_computes_what_is_new_and_says_the_same(folder):
     assert [g.usage.reused_tokens for g in first] == [0, 0, 0]
     longer = [p + g.ids + [7, 8, 9] for p, g in zip(prompts, first, strict=True)]
     second = model.generate(longer, prefixes=handles, **options)
-    assert [g.usage.reused_tokens for g in second] == [100, 101, 102]
+    assert [g.usage.reused_tokens for g in second] == [103, 104, 105]
     assert [g.ids for g in second] == [model.generate(p, **options).ids for p in longer]
     model.forget(handles[1])
     third = model.generate(longer, prefixes=handles, **options)
-    assert [g.usage.reused_tokens for g in third] == [106, 0, 108]
+    assert [g.usage.reused_tokens for g in third] == [106, 0, 108]  # the last id is always computed
 
 
 @pytest.mark.parametrize(

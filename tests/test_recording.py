@@ -13,7 +13,7 @@ from kimi_native.arena import Arena
 from kimi_native.cache import LatentCache
 from kimi_native.loader import load_model
 from kimi_native.make_checkpoint import make_checkpoint
-from kimi_native.recorded import MAX_RECORDED_BATCH, RecordedModel
+from kimi_native.recorded import MAX_RECORDED_TOKENS, RecordedModel
 from oracle_dense import assert_same_bits
 from oracle_dense import randn as typed_randn
 
@@ -213,11 +213,11 @@ def test_recorded_model_works_inside_inference_mode(tiny):
 
 
 def test_recorded_model_runs_larger_batches_as_they_are(tiny):
-    cache = LatentCache(tiny.config, max_tokens=64 * (MAX_RECORDED_BATCH + 1) * 2)
+    cache = LatentCache(tiny.config, max_tokens=64 * (MAX_RECORDED_TOKENS + 1) * 2)
     recorded = RecordedModel(tiny, cache)
-    lengths = range(1, MAX_RECORDED_BATCH + 2)
+    lengths = range(1, MAX_RECORDED_TOKENS + 2)
     ours, theirs = prompts(tiny, cache, lengths), prompts(tiny, cache, lengths)
-    ids = torch.arange(MAX_RECORDED_BATCH + 1)
+    ids = torch.arange(MAX_RECORDED_TOKENS + 1)
     expected = tiny.decode(ids, cache, theirs)
     assert_same_bits(recorded.decode(ids, cache, ours), expected)
 

@@ -123,7 +123,7 @@ class _Request:
 class Engine:
     """Runs requests over one model and one cache. Not thread-safe: one caller at a time.
 
-    model          KimiModel: .config, .prefill(ids, cache, seq), .decode(ids, cache, seqs)
+    model          KimiModel: .config, .prefill(ids, cache, seq), .decode(ids, cache, seqs), .decode_equals_prefill
     cache          LatentCache used by nobody else
     max_batch      requests that run at once
     eos_ids        ids that end every request without ignore_eos
@@ -231,7 +231,10 @@ class Engine:
         seq, request.seq = request.seq, None
         if seq is None:
             return
-        computed = request.prompt_ids[: seq.length]
+        ids = request.prompt_ids
+        if self._model.decode_equals_prefill:
+            ids = ids + request.output_ids
+        computed = ids[: seq.length]
         if request.prefix is not None and computed and not failed:
             self._prefixes.keep(request.prefix, computed, seq)
         else:

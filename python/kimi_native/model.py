@@ -4,8 +4,9 @@ Shapes: tokens x features throughout; `tokens` are the positions of one prompt i
 sequence in `decode`. Module names are the checkpoint's tensor names. This file knows neither quantization nor
 parallelism: the loader replaces modules of a built model (a Linear by one with INT8 weights, Experts by INT4 ones).
 
-Two forms of attention, equal in exact arithmetic: prefill expands keys and values per head from the latent (few bytes,
-many queries); decode absorbs the up-projections into the query and the output and attends to the latent itself.
+Two forms of attention, equal in exact arithmetic. The absorbed one takes the up-projections into the query and the
+output and attends to the latent itself: a CPU's, for prefill and decode alike, so that a token's row is the same whoever
+computes it; and a GPU's for decode. There prefill expands keys and values per head, for torch's attention.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from kimi_native.cache import CachedSequence, LatentCache
 from kimi_native.config import LATENT_NORM_EPS, KimiConfig
 
 PREFILL_CHUNK = 1024  # tokens per pass: groups enough tokens per expert, bounds the working memory
-_EXPANDED_BYTES = 256 << 20  # keys and values rebuilt at once during prefill
+ATTENTION_ROWS = 128  # of them whose absorbed queries, heads x a cache row, are there at once
+_EXPANDED_BYTES = 256 << 20  # keys and values rebuilt at once during prefill on a GPU
 _ROPE_BLOCK = 512  # positions per block of the rotation table
 
 
@@ -96,9 +98,14 @@ class Step:
     slots: Tensor  # [tokens] int64: the cache rows of this pass's tokens
     cos: Tensor  # [tokens, rope / 2]
     sin: Tensor
-    prefix_slots: Tensor | None = None  # prefill: rows of all tokens so far, this pass's included
-    page_table: Tensor | None = None  # decode: [sequences, pages] int32
-    seq_lens: Tensor | None = None  # decode: [sequences] int32, this pass's token included
+    page_table: Tensor | None = None  # [tokens, pages] int32: of each token's sequence
+    seq_lens: Tensor | None = None  # [tokens] int32: how much of it the token sees, itself included
+    prefix_slots: Tensor | None = None  # expanded form: rows of all tokens so far
+
+    def part(self, rows: slice) -> Step:
+        """Some of the tokens, in the absorbed form."""
+        tensors = (self.slots, self.cos, self.sin, self.page_table, self.seq_lens)
+        return Step(self.cache, *(t[rows] for t in tensors))
 
     def on_device(self) -> Step:
         """The same where the cache is."""
@@ -144,8 +151,11 @@ class Attention(nn.Module):
         compressed = self.kv_a_proj_with_mqa(x)
         latent = self.kv_a_layernorm(compressed[:, : self.latent])
         k_rope = compressed[:, self.latent :]
-        attend = self._absorbed if step.prefix_slots is None else self._expanded
-        return self.o_proj(attend(q, latent, k_rope, step).flatten(1))
+        if step.prefix_slots is not None:
+            return self.o_proj(self._expanded(q, latent, k_rope, step).flatten(1))
+        blocks = (slice(i, i + ATTENTION_ROWS) for i in range(0, x.shape[0], ATTENTION_ROWS))
+        attended = [self._absorbed(q[b], latent[b], k_rope[b], step.part(b)) for b in blocks]
+        return self.o_proj((attended[0] if len(attended) == 1 else torch.cat(attended)).flatten(1))
 
     def _rope_append(
         self, q_rope: Tensor, latent: Tensor, k_rope: Tensor, step: Step, q_out: Tensor
@@ -159,9 +169,10 @@ class Attention(nn.Module):
         return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
 
     def _absorbed(self, q: Tensor, latent: Tensor, k_rope: Tensor, step: Step) -> Tensor:
-        """One new token per sequence; q . k = (q_nope Wk) . latent + q_rope . k_rope, and Wv after the sum."""
+        """Tokens after what is cached of their sequences, and after one another where they have one sequence:
+        q . k = (q_nope Wk) . latent + q_rope . k_rope, and Wv after the sum."""
         if self.key_up_t is None or self.value_up is None:
-            raise RuntimeError("model: decode needs Attention.absorb(), which the loader calls")
+            raise RuntimeError("model: Attention.absorb() must come first (the loader calls it)")
         # A GPU's tensor cores take BF16; a CPU loses nothing by keeping what the two products give.
         dtype = torch.bfloat16 if ops.uses_cuda(q.device) else torch.float32
         query = ops.empty((*q.shape[:2], self.latent + self.rope), dtype, q.device)
@@ -350,26 +361,47 @@ class KimiModel(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.rope = Rope(config)
 
+    @property
+    def decode_equals_prefill(self) -> bool:
+        """Whether a token's cache row and logits have the same bits whoever computes them: on a CPU."""
+        return not ops.uses_cuda(self.model.embed_tokens.weight.device)
+
     @torch.no_grad()
     def prefill(self, ids: Tensor, cache: LatentCache, seq: CachedSequence) -> Tensor:
         """Append tokens to a sequence and return the logits after the last one.
 
         ids      [tokens] int64 on the CPU, at least one; computed PREFILL_CHUNK at a time
-        returns  [vocab_size] float32 where the model is; on a CPU the same bits, here and in the cache, however a
-                 prompt is shared among calls
+        returns  [vocab_size] float32 where the model is; on a CPU the same bits, here and in the cache, however the
+                 tokens are shared among calls of prefill and decode
 
         Raises ValueError on an empty prompt or an id outside the vocabulary, RequestError when the cache is full.
         """
         self._check_ids(ids)
         cache.reserve(seq, ids.shape[0])
         for chunk in ids.split(PREFILL_CHUNK):
-            start, stop = seq.length, seq.length + chunk.shape[0]
-            prefix = cache.slots(seq, 0, stop)
-            cos, sin = self.rope.tables(torch.arange(start, stop))
-            step = Step(cache, prefix[start:], cos, sin, prefix_slots=prefix)
+            step = self.prefill_step(chunk, cache, seq)
             x, update = self.model(self.embed(chunk), step.on_device())
-            seq.length = stop
+            seq.length += chunk.shape[0]
         return self.logits(x[-1:], update[-1:])[0]
+
+    def prefill_step(self, ids: Tensor, cache: LatentCache, seq: CachedSequence) -> Step:
+        """Check the ids, reserve the cache, and say where a sequence's next tokens go (on the CPU)."""
+        self._check_ids(ids)
+        cache.reserve(seq, ids.shape[0])
+        start, stop = seq.length, seq.length + ids.shape[0]
+        positions = torch.arange(start, stop)
+        cos, sin = self.rope.tables(positions)
+        if ops.uses_cuda(cache.device):
+            prefix = cache.slots(seq, 0, stop)
+            return Step(cache, prefix[start:], cos, sin, prefix_slots=prefix)
+        return Step(
+            cache,
+            cache.slots(seq, start, stop),
+            cos,
+            sin,
+            page_table=cache.page_table([seq]).repeat(ids.shape[0], 1),
+            seq_lens=(positions + 1).to(torch.int32),
+        )
 
     @torch.no_grad()
     def decode(self, ids: Tensor, cache: LatentCache, seqs: list[CachedSequence]) -> Tensor:

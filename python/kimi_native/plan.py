@@ -26,8 +26,9 @@ from kimi_native.tensor_table import (
 from kimi_native.units import bytes_text
 
 PREFILL_CHUNK = 1024  # as in model.py, which this module does not import: planning needs no kernels
-QUERY_BLOCK = 32  # as in attention.py
-EXPANDED_BYTES = 256 << 20
+ATTENTION_ROWS = 128
+PARTIAL_BYTES = 64 << 20  # what mla_decode.cpp keeps of chunks before it adds them up
+ATTENTION_CHUNK = 512
 INTERPRETER_BYTES = (
     400 << 20
 )  # measured: 0.15 GB private after import, 0.23 GB with threads; room for the caller
@@ -282,26 +283,26 @@ def _prefill_bytes(c: KimiConfig, s: Settings) -> int:
     """The last chunk of a prompt that fills the context, in the layer that takes most.
 
     Per token of the chunk: 4 * hidden (residual, normed, output, sum) and the larger of
-      attention  heads * (query, its rotated parts and the fp32 copy that attends; the fp32 and rounded outputs)
+      attention  heads * (query; output, twice); the numbers of its sequence's pages, twice
       MLP        dense 3 * intermediate; experts topk * (3 * width + hidden in fp32), shared experts 3 * width
-    Per cached token: the gathered row three times; keys and values in fp32 of as many heads as model.py expands at
-    once, each as expanded, as joined, and padded twice. A mask of QUERY_BLOCK x context (6 bytes). The logits in fp32.
+    Of ATTENTION_ROWS tokens at a time, in fp32 for every head: the absorbed query, the attended latent, and its parts by
+    chunks of the context, of which PARTIAL_BYTES are kept at once, or one token's if that is more. The logits in fp32.
     """
     item, keys = ITEM_BYTES[s.dtype], s.max_context
     chunk = min(PREFILL_CHUNK, keys)
     heads = c.num_attention_heads
-    attention = heads * (c.qk_head_dim * (2 * item + 4) + c.v_head_dim * (4 + item))
+    pages = -(-keys // PAGE_SIZE)
+    attention = heads * (c.qk_head_dim + 2 * c.v_head_dim) * item + 2 * pages * 4
     width = c.moe_intermediate_size
     routed = c.num_experts_per_tok * (3 * width * item + c.hidden_size * 4)
     experts = routed + 3 * width * c.n_shared_experts * item
     dense = 3 * c.intermediate_size * item if "dense" in c.mlp_layer_types else 0
     tokens = max(chunk, s.max_batch) * (4 * c.hidden_size * item + max(attention, experts, dense))
-    padded = max(c.qk_head_dim, c.v_head_dim)
-    at_once = min(heads, max(1, EXPANDED_BYTES // (keys * padded * 12)))
-    floats = c.qk_nope_head_dim + c.v_head_dim + c.qk_head_dim + 4 * padded
-    expanded = keys * (at_once * floats * 4 + 3 * c.latent_width * 4)
-    mask = QUERY_BLOCK * keys * 6
-    return tokens + expanded + mask + s.max_batch * c.vocab_size * 4
+    rows, latent = min(ATTENTION_ROWS, chunk), heads * c.kv_lora_rank * 4
+    one_row = -(-keys // ATTENTION_CHUNK) * latent
+    partial = max(one_row, min(rows * one_row, PARTIAL_BYTES))
+    absorbed = rows * (heads * c.latent_width * 4 + latent)
+    return tokens + absorbed + partial + s.max_batch * c.vocab_size * 4
 
 
 def _notes(plan: MemoryPlan) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """Cache rows that a finished request leaves for the next one of the same conversation.
 
-Kept are the rows of the prompt, which prefill computed: prefill gives the same bits however a prompt is cut, so a
-request that starts from them equals one that starts from nothing. The rows of generated tokens are not kept: decode
-computes them in another form, with other last bits, and what follows would depend on what happened to be kept.
+Rows have the same bits however a prompt is cut, so a request that starts from kept ones equals one that starts from
+nothing. On a CPU decode's rows are prefill's too, and those of the generated tokens are kept with the prompt's. A GPU's
+decode has another form, with other last bits: there they are not kept, or what follows would depend on it.
 
 Kept pages count as free: who needs them gets them, from the conversation that was quiet longest.
 """

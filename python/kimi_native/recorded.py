@@ -1,6 +1,7 @@
-"""A model whose decode steps are replayed: the ops of one step are recorded once per batch size, then made again by a
-single native call, or on a GPU as a CUDA graph. The numbers are those of KimiModel.decode, to the bit; what goes is the
-Python between two ops.
+"""A model whose short steps are replayed: the ops of one step are recorded once per number of tokens, then made again
+by a single native call, or on a GPU as a CUDA graph. The numbers are those of KimiModel, to the bit; what goes is the
+Python between two ops. Steps are the decode of a batch and, on a CPU, where both are one form, the prefill of as few
+tokens, such as a tool's result.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from kimi_native.cache import CachedSequence, LatentCache
 from kimi_native.model import Experts, KimiModel, Step
 from kimi_native.placement import HostExperts
 
-MAX_RECORDED_BATCH = 16  # beyond it the Python between the ops hardly shows, and buffers grow
+MAX_RECORDED_TOKENS = 32  # beyond it the Python between the ops hardly shows, and buffers grow
 
 
 class RecordedModel:
@@ -31,43 +32,63 @@ class RecordedModel:
         self.config = model.config
         self.model = model
         self._cache = cache
-        self._steps: dict[int, _RecordedStep] = {}
+        self._steps: dict[tuple[int, bool], _RecordedStep] = {}
         self._recordable = not any(isinstance(m, Experts | HostExperts) for m in model.modules())
 
-    def prefill(self, ids: Tensor, cache: LatentCache, seq: CachedSequence) -> Tensor:
-        """See KimiModel.prefill."""
-        return self.model.prefill(ids, cache, seq).cpu()
+    @property
+    def decode_equals_prefill(self) -> bool:
+        """See KimiModel.decode_equals_prefill."""
+        return self.model.decode_equals_prefill
 
     # Under inference_mode torch shows a recording its composite operations whole, views and copies alike.
     @torch.inference_mode(mode=False)
     @torch.no_grad()
+    def prefill(self, ids: Tensor, cache: LatentCache, seq: CachedSequence) -> Tensor:
+        """See KimiModel.prefill."""
+        count = ids.shape[0]
+        if not self.decode_equals_prefill or not self._is_recorded(count, cache):
+            return self.model.prefill(ids, cache, seq).cpu()
+        step = self.model.prefill_step(ids, cache, seq)
+        logits = self._replay(ids, step, last_alone=True)
+        seq.length += count
+        return logits[0].clone()
+
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
     def decode(self, ids: Tensor, cache: LatentCache, seqs: list[CachedSequence]) -> Tensor:
         """See KimiModel.decode. The logits are overwritten by the next step of as many sequences."""
-        batch = len(seqs)
-        if (
-            not self._recordable
-            or cache is not self._cache
-            or not 1 <= batch <= MAX_RECORDED_BATCH
-            or ops.active_backend() != "native"
-        ):
+        if not self._is_recorded(len(seqs), cache):
             return self.model.decode(ids, cache, seqs).cpu()
         step = self.model.decode_step(ids, cache, seqs)
-        if batch not in self._steps:
-            self._steps[batch] = _RecordedStep(self.model, cache, batch)
-        logits = self._steps[batch].run(self.model.embed(ids), step)
+        logits = self._replay(ids, step, last_alone=False)
         for seq in seqs:
             seq.length += 1
         return logits.cpu()
 
+    def _is_recorded(self, tokens: int, cache: LatentCache) -> bool:
+        return (
+            self._recordable
+            and cache is self._cache
+            and 1 <= tokens <= MAX_RECORDED_TOKENS
+            and ops.active_backend() == "native"
+        )
+
+    def _replay(self, ids: Tensor, step: Step, *, last_alone: bool) -> Tensor:
+        """The logits after each of the tokens, or after the last one alone."""
+        kind = len(ids), last_alone and len(ids) > 1
+        if kind not in self._steps:
+            self._steps[kind] = _RecordedStep(self.model, self._cache, *kind)
+        return self._steps[kind].run(self.model.embed(ids), step)
+
 
 class _RecordedStep:
-    """One batch size: the buffers that change from step to step, and what reads them, a recording or a CUDA graph."""
+    """One number of tokens: buffers that change from step to step, and the recording or CUDA graph that reads them."""
 
-    def __init__(self, model: KimiModel, cache: LatentCache, batch: int) -> None:
+    def __init__(self, model: KimiModel, cache: LatentCache, batch: int, last_alone: bool) -> None:
         config = model.config
         pages = min(cache.num_pages, -(-config.max_position_embeddings // cache.page_size))
         half = config.qk_rope_head_dim // 2
-        self._model = model
+        self._model, self._logits_of = model, slice(-1 if last_alone else 0, None)
         where = {"device": cache.device}
         self._x = torch.empty(batch, config.hidden_size, dtype=model.dtype, **where)
         self._step = Step(
@@ -98,16 +119,20 @@ class _RecordedStep:
 
     def _record(self) -> Callable[[], None]:
         with ops.record() as recording:
-            self._logits = self._model.logits(*self._model.model(self._x, self._step))
+            self._compute()
         return recording.replay
+
+    def _compute(self) -> None:
+        x, update = self._model.model(self._x, self._step)
+        self._logits = self._model.logits(x[self._logits_of], update[self._logits_of])
 
     def _capture(self) -> Callable[[], None]:
         """Capturing runs nothing: the step is made before, which also sizes the scratch, and replayed after."""
-        self._model.logits(*self._model.model(self._x, self._step))
+        self._compute()
         torch.cuda.synchronize(self._x.device)
         self._scratch = ops.workspace(0, self._x.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._logits = self._model.logits(*self._model.model(self._x, self._step))
+            self._compute()
         graph.replay()
         return graph.replay

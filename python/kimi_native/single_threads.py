@@ -33,6 +33,7 @@ def _start(count: int) -> ThreadPoolExecutor:
     started = threading.Barrier(count + 1)
 
     def prepare() -> None:
+        torch.get_num_threads()  # or the thread's first operation would take over what holds for all
         torch.set_num_threads(1)
         started.wait()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kimi_native import ops
 from kimi_native.errors import KimiNativeError
-from kimi_native.recorded import MAX_RECORDED_BATCH
+from kimi_native.recorded import MAX_RECORDED_TOKENS
 
 MAX_ROTATION_BYTES = 2 << 30  # of each engine's weights
 
@@ -54,13 +54,13 @@ class Problem:
 
 
 class OurCalls:
-    """Our calls as the engine makes them: up to MAX_RECORDED_BATCH tokens, those of a decode step, recorded once and
+    """Our calls as the engine makes them: up to MAX_RECORDED_TOKENS tokens, those of a decode step, recorded once and
     made again by one native call each; beyond, those of a prefill, from Python."""
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
         self._recorded: list[tuple[ops.Recording, Tensor]] = []
-        if problem.tokens <= MAX_RECORDED_BATCH:
+        if problem.tokens <= MAX_RECORDED_TOKENS:
             self._recorded = [self._record(call) for call in range(problem.num_calls)]
 
     def _record(self, call: int) -> tuple[ops.Recording, Tensor]:

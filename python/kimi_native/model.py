@@ -5,8 +5,8 @@ sequence in `decode`. Module names are the checkpoint's tensor names. This file 
 parallelism: the loader replaces modules of a built model (a Linear by one with INT8 weights, Experts by INT4 ones).
 
 Two forms of attention, equal in exact arithmetic. The absorbed one takes the up-projections into the query and the
-output and attends to the latent itself: a CPU's, for prefill and decode alike, so that a token's row is the same whoever
-computes it; and a GPU's for decode. There prefill expands keys and values per head, for torch's attention.
+output and attends to the latent itself: a CPU's, for prefill and decode alike, so that a token's row is the same
+whoever computes it; and a GPU's for decode. There prefill expands keys and values per head, for torch's attention.
 """
 
 from __future__ import annotations

@@ -285,8 +285,8 @@ def _prefill_bytes(c: KimiConfig, s: Settings) -> int:
     Per token of the chunk: 4 * hidden (residual, normed, output, sum) and the larger of
       attention  heads * (query; output, twice); the numbers of its sequence's pages, twice
       MLP        dense 3 * intermediate; experts topk * (3 * width + hidden in fp32), shared experts 3 * width
-    Of ATTENTION_ROWS tokens at a time, in fp32 for every head: the absorbed query, the attended latent, and its parts by
-    chunks of the context, of which PARTIAL_BYTES are kept at once, or one token's if that is more. The logits in fp32.
+    Of ATTENTION_ROWS tokens at a time, in fp32 for every head: the absorbed query, the attended latent, and its parts
+    by chunks of the context, PARTIAL_BYTES of them at once, or one token's if that is more. The logits in fp32.
     """
     item, keys = ITEM_BYTES[s.dtype], s.max_context
     chunk = min(PREFILL_CHUNK, keys)

@@ -98,6 +98,7 @@ class FakeModel:
         self.spoil = spoil or (lambda ids: False)
         self.fail = fail or {}
         self.prefills: list[int] = []  # prompt length of every call
+        self.passes: list[int] = []  # prompts of every call of prefill_batch
         self.batches: list[int] = []  # rows of every decode
 
     def logits(self, ids: list[int]) -> torch.Tensor:
@@ -121,6 +122,11 @@ class FakeModel:
         self._count("prefill", self.prefills, ids.shape[0])
         cache.append(seq, ids.tolist())
         return self.logits(cache.read(seq))
+
+    def prefill_batch(self, prompts, cache, seqs) -> torch.Tensor:
+        self.passes.append(len(seqs))
+        pairs = zip(prompts, seqs, strict=True)
+        return torch.stack([self.prefill(ids, cache, seq) for ids, seq in pairs])
 
     def decode(self, ids, cache, seqs) -> torch.Tensor:
         assert ids.dtype == torch.int64

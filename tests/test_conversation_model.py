@@ -48,6 +48,10 @@ class Directed:
         self.raw.append(self._network.prefill(ids, cache, seq).clone())
         return self._directed(self.raw[-1])
 
+    def prefill_batch(self, prompts, cache, seqs):
+        (ids,), (seq,) = prompts, seqs
+        return self.prefill(ids, cache, seq)[None]
+
     def decode(self, ids, cache, seqs):
         assert len(seqs) == 1
         self._ids += ids.tolist()

@@ -120,6 +120,21 @@ def test_engine_decodes_everything_that_runs_in_one_call():
     assert model.batches == [3, 3, 3]
 
 
+def test_engine_computes_prompts_together_while_they_fit_into_a_pass(monkeypatch):
+    monkeypatch.setattr("kimi_native.engine.BATCHED_PREFILL", 10)
+    engine, model, _ = make_engine(max_batch=5, eos_ids=())
+    for length in (12, 1, 5, 4, 1, 2):
+        engine.add([1] * length, SamplingParams(max_tokens=2))
+    run(engine)
+    # The first is too long for company, the next three fill a pass; the last finds a place when they have ended.
+    assert model.passes == [1, 3, 1, 1]
+    engine, model, _ = make_engine(FakeModel(decode_equals_prefill=False))
+    for _ in range(3):
+        engine.add([1], SamplingParams(max_tokens=2))
+    run(engine)
+    assert model.passes == [1, 1, 1]
+
+
 def test_engine_never_runs_more_than_max_batch():
     engine, model, _ = make_engine(max_batch=2)
     for _ in range(7):
@@ -261,15 +276,19 @@ def test_engine_non_finite_logits_end_that_request_only(spoiled_length):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("op failed"), KeyboardInterrupt()], ids=repr)
-def test_engine_failed_prefill_ends_its_request_and_passes_the_error_on(error):
-    engine, _, cache = make_engine(FakeModel(fail={("prefill", 2): error}), eos_ids=())
-    kept, lost, later = (engine.add([i], SamplingParams(max_tokens=4)) for i in range(3))
+@pytest.mark.parametrize("together", [True, False])
+def test_engine_failed_prefill_ends_its_requests_and_passes_the_error_on(together, error):
+    model = FakeModel(fail={("prefill", 2): error}, decode_equals_prefill=together)
+    engine, _, cache = make_engine(model, eos_ids=())
+    kept = engine.add([0], SamplingParams(max_tokens=4))
     engine.step()
+    lost, later = (engine.add([i], SamplingParams(max_tokens=4)) for i in (1, 2))
     with pytest.raises(type(error)):
         engine.step()
-    assert [engine.is_active(i) for i in (kept, lost, later)] == [True, False, True]
+    assert [engine.is_active(i) for i in (kept, lost, later)] == [True, False, not together]
     tokens, _ = run(engine)
-    assert (len(tokens[kept]), len(tokens[later])) == (3, 4)
+    assert len(tokens[kept]) == 3
+    assert together or len(tokens[later]) == 4
     assert_idle(engine, cache)
 
 
@@ -277,7 +296,7 @@ def test_engine_failed_prefill_ends_its_request_and_passes_the_error_on(error):
 def test_engine_failed_decode_ends_its_batch_and_passes_the_error_on(error):
     engine, _, cache = make_engine(FakeModel(fail={("decode", 2): error}), max_batch=2, eos_ids=())
     first, second, waiting = (engine.add([i], SamplingParams(max_tokens=4)) for i in range(3))
-    for _ in range(3):
+    for _ in range(2):  # both prompts, then their first decode
         engine.step()
     with pytest.raises(type(error)):
         engine.step()

@@ -48,6 +48,26 @@ def test_prefill_gives_the_same_bits_however_a_prompt_is_cut(folder, dtype):
             assert_same_bits(actual[1], rows)
 
 
+def test_prefill_of_several_sequences_gives_each_its_own_bits(folder):
+    """In one pass, some of them after what they have in the cache; in two where they are too many tokens for one."""
+    model = kn.load(folder, max_context=1500, max_batch=4)
+    network, cache = model._engine._model, model._engine._cache
+    g = torch.Generator().manual_seed(2)
+    for lengths in ((1, 2, 70, 530), (700, 1, 400)):
+        prompts = [torch.randint(0, 1900, (n,), generator=g) for n in lengths]
+        seqs = [cache.new_sequence() for _ in prompts]
+        network.prefill(prompts[2][:33], cache, seqs[2])
+        rest = [*prompts[:2], prompts[2][33:], *prompts[3:]]
+        logits = network.prefill_batch(rest, cache, seqs)
+        for ids, seq, row in zip(prompts, seqs, logits, strict=True):
+            assert seq.length == len(ids)
+            expected, rows = prefill_in(network, cache, ids, [])
+            assert_same_bits(row, expected)
+            for layer, layer_rows in enumerate(rows):
+                assert_same_bits(cache.read(layer, cache.slots(seq, 0, len(ids))), layer_rows)
+            cache.free(seq)
+
+
 def test_prefill_in_pieces_on_other_threads_gives_the_same_bits(folder):
     model = kn.load(folder, max_context=512, max_batch=1, dtype="float32")
     network, cache = model._engine._model, model._engine._cache

@@ -1,10 +1,11 @@
 """Token ids in, token ids out: many requests over one model and one paged cache.
 
-One step is one forward pass: the prefill of the oldest waiting request if a place and enough pages are free, else one
-decode of everything that runs. A request is admitted only when the pages for its prompt and all the tokens it may
-generate are free, and they are reserved at once: what has started can never run out of memory. Order is first come,
-first served; a large request at the head waits for pages and is not overtaken. Requests given the same KeptPrefix, one
-after the other, compute only what their prompts do not share; the results are those of requests without it.
+One step is one forward pass: the prefill of the oldest waiting request if a place and enough pages are free, and of
+those behind it that fit into the same pass; else one decode of everything that runs. A request is admitted only when
+the pages for its prompt and all the tokens it may generate are free, and they are reserved at once: what has started
+can never run out of memory. Order is first come, first served; a large request at the head waits for pages and is not
+overtaken. Requests given the same KeptPrefix, one after the other, compute only what their prompts do not share; the
+results are those of requests without it.
 
 Text is not known here: stop strings, templates and parsing live in generate.py.
 """
@@ -36,11 +37,14 @@ if TYPE_CHECKING:
 # Tokens a request may generate if it does not say: long enough for an answer, short enough that the pages reserved
 # for it do not keep others waiting.
 DEFAULT_MAX_TOKENS = 2048
+BATCHED_PREFILL = (
+    1024  # new tokens of prompts that are computed together; a longer one is computed alone
+)
 
 
 @dataclass
 class RequestReport:
-    """What a request cost. Seconds of wall clock; a decode step counts for every request that took part in it.
+    """What a request cost. Seconds of wall clock; a step counts for every request that took part in it.
 
     reused_tokens  of the prompt, that were in the cache already
     """
@@ -87,6 +91,11 @@ def check_prompt(prompt_ids: Sequence[int], config: KimiConfig, max_context: int
             f"engine: prompt and at least one new token must fit the context of {max_context} tokens "
             f"(got a prompt of {len(prompt_ids)} tokens){way_out}"
         )
+    if (
+        set(map(type, prompt_ids)) == {int}
+        and 0 <= min(prompt_ids) <= max(prompt_ids) < config.vocab_size
+    ):
+        return
     for position, i in enumerate(prompt_ids):
         if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < config.vocab_size:
             raise RequestError(
@@ -123,7 +132,8 @@ class _Request:
 class Engine:
     """Runs requests over one model and one cache. Not thread-safe: one caller at a time.
 
-    model          KimiModel: .config, .prefill(ids, cache, seq), .decode(ids, cache, seqs), .decode_equals_prefill
+    model          KimiModel: .config, .prefill_batch(prompts, cache, seqs), .decode(ids, cache, seqs),
+                   .decode_equals_prefill
     cache          LatentCache used by nobody else
     max_batch      requests that run at once
     eos_ids        ids that end every request without ignore_eos
@@ -249,15 +259,30 @@ class Engine:
         frees their pages, and is passed on; the others can go on with the next step.
         """
         if self._waiting and len(self._running) < self.max_batch:
-            head = self._waiting[0]
-            if self._has_room(head):
-                return [self._prefill(head)]
+            if batch := self._admit():
+                return self._prefill(batch)
             if not self._running:
                 raise RuntimeError(
-                    f"engine: an idle cache must hold the next request's {head.cached_tokens} tokens "
+                    f"engine: an idle cache must hold the next request's {self._waiting[0].cached_tokens} tokens "
                     f"(got {self._cache.free_tokens} free: someone else holds pages)"
                 )
         return self._decode() if self._running else []
+
+    def _admit(self) -> list[_Request]:
+        """The waiting requests that the next pass computes, oldest first, their pages reserved."""
+        batch: list[_Request] = []
+        tokens, places = 0, self.max_batch - len(self._running)
+        for request in itertools.islice(self._waiting, places):
+            if not self._has_room(request):
+                break
+            tokens += len(request.prompt_ids) - request.seq.length
+            if batch and tokens > BATCHED_PREFILL:
+                break
+            self._cache.reserve(request.seq, request.cached_tokens - request.seq.length)
+            batch.append(request)
+            if not self._model.decode_equals_prefill:
+                break  # a GPU's prefill takes one sequence
+        return batch
 
     def _has_room(self, request: _Request) -> bool:
         """Gives a waiting request the rows kept for it, and says whether the pages it still needs are free."""
@@ -267,22 +292,24 @@ class Engine:
         held = len(request.seq.pages) * self._cache.page_size
         return self._prefixes.make_room(request.cached_tokens - held)
 
-    def _prefill(self, request: _Request) -> StepOutput:
+    def _prefill(self, batch: list[_Request]) -> list[StepOutput]:
         started = time.perf_counter()
-        request.report.waiting_s = started - request.added
         with ExitStack() as undo:
-            undo.callback(self._end, request, failed=True)
-            reused = request.seq.length
-            self._cache.reserve(request.seq, request.cached_tokens - reused)
-            ids = torch.tensor(request.prompt_ids[reused:], dtype=torch.int64)
-            logits = self._model.prefill(ids, self._cache, request.seq)
+            for request in batch:
+                request.report.waiting_s = started - request.added
+                undo.callback(self._end, request, failed=True)
+            prompts = [torch.tensor(r.prompt_ids[r.seq.length :], dtype=torch.int64) for r in batch]
+            logits = self._model.prefill_batch(prompts, self._cache, [r.seq for r in batch])
             self._check_weights()
-            self._waiting.remove(request)
-            self._running.append(request)
-            output = self._choose(request, logits)
+            for request in batch:
+                self._waiting.remove(request)
+                self._running.append(request)
+            outputs = [self._choose(r, logits[row]) for row, r in enumerate(batch)]
             undo.pop_all()
-        request.report.prefill_s = time.perf_counter() - started
-        return output
+        elapsed = time.perf_counter() - started
+        for request in batch:
+            request.report.prefill_s = elapsed
+        return outputs
 
     def _decode(self) -> list[StepOutput]:
         started = time.perf_counter()

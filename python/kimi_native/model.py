@@ -379,28 +379,54 @@ class KimiModel(nn.Module):
         self._check_ids(ids)
         cache.reserve(seq, ids.shape[0])
         for chunk in ids.split(PREFILL_CHUNK):
-            step = self.prefill_step(chunk, cache, seq)
+            step = self.prefill_step([chunk], cache, [seq])
             x, update = self.model(self.embed(chunk), step.on_device())
             seq.length += chunk.shape[0]
         return self.logits(x[-1:], update[-1:])[0]
 
-    def prefill_step(self, ids: Tensor, cache: LatentCache, seq: CachedSequence) -> Step:
-        """Check the ids, reserve the cache, and say where a sequence's next tokens go (on the CPU)."""
-        self._check_ids(ids)
-        cache.reserve(seq, ids.shape[0])
-        start, stop = seq.length, seq.length + ids.shape[0]
-        positions = torch.arange(start, stop)
-        cos, sin = self.rope.tables(positions)
+    @torch.no_grad()
+    def prefill_batch(
+        self, prompts: list[Tensor], cache: LatentCache, seqs: list[CachedSequence]
+    ) -> Tensor:
+        """`prefill` of several sequences; on a CPU in one pass, if it is one of PREFILL_CHUNK tokens at most.
+
+        returns  [sequences, vocab_size] float32 where the model is; a row does not depend on the other sequences
+        """
+        tokens = sum(ids.shape[0] for ids in prompts)
+        if len(seqs) == 1 or tokens > PREFILL_CHUNK or not self.decode_equals_prefill:
+            rows = [self.prefill(ids, cache, seq) for ids, seq in zip(prompts, seqs, strict=True)]
+            return torch.stack(rows)
+        step = self.prefill_step(prompts, cache, seqs)
+        x, update = self.model(self.embed(torch.cat(prompts)), step)
+        for ids, seq in zip(prompts, seqs, strict=True):
+            seq.length += ids.shape[0]
+        last = torch.tensor([ids.shape[0] for ids in prompts]).cumsum(0) - 1
+        return self.logits(x[last], update[last])
+
+    def prefill_step(
+        self, prompts: list[Tensor], cache: LatentCache, seqs: list[CachedSequence]
+    ) -> Step:
+        """Check the ids, reserve the cache, and say where each sequence's next tokens go (on the CPU).
+
+        A GPU's expanded form takes one sequence.
+        """
+        slots, positions = [], []
+        for ids, seq in zip(prompts, seqs, strict=True):
+            self._check_ids(ids)
+            cache.reserve(seq, ids.shape[0])
+            start, stop = seq.length, seq.length + ids.shape[0]
+            slots.append(cache.slots(seq, start, stop))
+            positions.append(torch.arange(start, stop))
+        position = torch.cat(positions)
+        where = cache, torch.cat(slots), *self.rope.tables(position)
         if ops.uses_cuda(cache.device):
-            prefix = cache.slots(seq, 0, stop)
-            return Step(cache, prefix[start:], cos, sin, prefix_slots=prefix)
+            (seq,) = seqs
+            return Step(*where, prefix_slots=cache.slots(seq, 0, int(position[-1]) + 1))
+        counts = torch.tensor([ids.shape[0] for ids in prompts])
         return Step(
-            cache,
-            cache.slots(seq, start, stop),
-            cos,
-            sin,
-            page_table=cache.page_table([seq]).repeat(ids.shape[0], 1),
-            seq_lens=(positions + 1).to(torch.int32),
+            *where,
+            page_table=cache.page_table(seqs).repeat_interleave(counts, 0),
+            seq_lens=(position + 1).to(torch.int32),
         )
 
     @torch.no_grad()

@@ -280,7 +280,7 @@ def _cache_bytes(c: KimiConfig, s: Settings) -> int:
 
 
 def _prefill_bytes(c: KimiConfig, s: Settings) -> int:
-    """The last chunk of a prompt that fills the context, in the layer that takes most.
+    """The last chunk of a prompt that fills the context, or as many tokens of several, in the layer that takes most.
 
     Per token of the chunk: 4 * hidden (residual, normed, output, sum) and the larger of
       attention  heads * (query; output, twice); the numbers of its sequence's pages, twice
@@ -289,7 +289,7 @@ def _prefill_bytes(c: KimiConfig, s: Settings) -> int:
     by chunks of the context, PARTIAL_BYTES of them at once, or one token's if that is more. The logits in fp32.
     """
     item, keys = ITEM_BYTES[s.dtype], s.max_context
-    chunk = min(PREFILL_CHUNK, keys)
+    chunk = min(PREFILL_CHUNK, keys * s.max_batch)
     heads = c.num_attention_heads
     pages = -(-keys // PAGE_SIZE)
     attention = heads * (c.qk_head_dim + 2 * c.v_head_dim) * item + 2 * pages * 4

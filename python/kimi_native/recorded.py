@@ -48,10 +48,18 @@ class RecordedModel:
         count = ids.shape[0]
         if not self.decode_equals_prefill or not self._is_recorded(count, cache):
             return self.model.prefill(ids, cache, seq).cpu()
-        step = self.model.prefill_step(ids, cache, seq)
+        step = self.model.prefill_step([ids], cache, [seq])
         logits = self._replay(ids, step, last_alone=True)
         seq.length += count
         return logits[0].clone()
+
+    def prefill_batch(
+        self, prompts: list[Tensor], cache: LatentCache, seqs: list[CachedSequence]
+    ) -> Tensor:
+        """See KimiModel.prefill_batch."""
+        if len(seqs) == 1:
+            return self.prefill(prompts[0], cache, seqs[0])[None]
+        return self.model.prefill_batch(prompts, cache, seqs).cpu()
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()

@@ -72,7 +72,8 @@ void time_tokens(const Shape& s, const std::string& text, int64_t tokens, const 
   check(s, x, weight_of(weights, 0), y, tokens);
   const Work work{.bytes = double(2 * s.weights() + tokens * s.heads * (2 * s.in + 4 * s.out)),
                   .flops = 2.0 * double(tokens * s.weights()),
-                  .cached = weights.fits_cache()};
+                  .cached = weights.fits_cache(),
+                  .dots = true};
   report.time({"bf16_gemm", text, tokens, work}, run);
 }
 

@@ -122,6 +122,8 @@ Report::Share Report::share_of_limit(const Timing& t, const Work& w) const {
     if (rate > unit.second) unit = {name, rate};
   };
   if (w.limbs) consider("int8_dot/2", l.peak("int8_dot") / 2);
+  if (w.dots && active_isa().starts_with("a") && active_isa() != "avx2")
+    consider("bf16_dot", l.peak("bf16_dot"));
   if (active_isa() == "amx") {
     consider("amx_bf16", l.peak("amx_bf16"));
     if (w.limbs) consider("amx_int8/2", l.peak("amx_int8") / 2);

@@ -13,10 +13,11 @@ function(kn_defaults target)
   endif()
 endfunction()
 
-# kn_add_isa(NAME flags...): csrc/cpu/kernels.cpp compiled for one tier and added to kn_core. A weak symbol in such an
-# object could replace another tier's copy at link time and hand it to an older processor, so one fails the build.
-function(kn_add_isa name)
-  add_library(kn_${name} OBJECT csrc/cpu/kernels.cpp)
+# kn_add_isa(NAME SOURCE flags...): a source of csrc/cpu compiled for some processors only and added to kn_core. A weak
+# symbol in such an object could replace another one's copy at link time and hand it to an older processor, so one fails
+# the build.
+function(kn_add_isa name source)
+  add_library(kn_${name} OBJECT csrc/cpu/${source})
   kn_defaults(kn_${name})
   # GCC 12's own AVX-512 headers trip its uninitialized-use warnings.
   # With sanitizers -O1: checks around every array element of the generic tier take -O3 many minutes to compile.

@@ -21,7 +21,13 @@ from kimi_native.errors import RequestError
 from kimi_native.loader import load_model
 from kimi_native.make_checkpoint import make_checkpoint
 
-PEAKS = {"fp32": 100.0, "int8_dot": 400.0, "amx_bf16": 1000.0, "amx_int8": 2001.0}
+PEAKS = {
+    "fp32": 100.0,
+    "int8_dot": 400.0,
+    "bf16_dot": 160.0,
+    "amx_bf16": 1000.0,
+    "amx_int8": 2001.0,
+}
 LIMITS = Limits(threads=1, read_gb_per_s=10.0, gflop_per_s=PEAKS)
 
 
@@ -196,6 +202,11 @@ def test_bench_says_when_the_program_is_missing(monkeypatch, tmp_path, capsys):
 )
 def test_limits_share_is_of_what_binds(isa, nbytes, flops, limbs, limit, percent):
     assert LIMITS.share(1.0, nbytes, flops, limbs=limbs, isa=isa) == (limit, percent)
+
+
+def test_limits_share_counts_dots_where_both_factors_are_bf16():
+    assert LIMITS.share(1.0, 1e9, 80e9, limbs=False, dots=True, isa="avx512") == ("bf16_dot", 50.0)
+    assert LIMITS.share(1.0, 1e9, 50e9, limbs=False, dots=True, isa="avx2") == ("fp32", 50.0)
 
 
 def test_row_is_the_median_with_its_spread():

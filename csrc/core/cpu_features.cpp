@@ -33,6 +33,8 @@ bool request_tiles() {
 CpuFeatures detect() {
   CpuFeatures f;
   uint32_t a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid(0, &a, &b, &c, &d)) return f;
+  const bool amd = b == signature_AMD_ebx && c == signature_AMD_ecx && d == signature_AMD_edx;
   if (!__get_cpuid(1, &a, &b, &c, &d)) return f;
   const bool osxsave = c >> 27 & 1, avx = c >> 28 & 1;
   if (!osxsave || !avx) return f;
@@ -56,6 +58,7 @@ CpuFeatures detect() {
   if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) {
     f.avxvnni = os_ymm && (a >> 4 & 1);
     f.avx512bf16 = os_zmm && (a >> 5 & 1);
+    f.fast_bf16_dots = f.avx512bf16 && amd;
   }
   return f;
 }

@@ -33,20 +33,19 @@ struct Plan {
   int64_t packed_bytes, scratch_bytes;  // of the workspace; scratch per thread
 };
 
-Plan plan(const Bf16GemmArgs& a, const Kernels& k) {
+Plan plan(const Bf16GemmArgs& a, const Bf16GemmKernels& k) {
   check_op(a);
   const int64_t tokens = std::max<int64_t>(a.tokens, 1);
   Plan p;
   // Groups, passes and blocks of nearly equal size.
-  p.group = ceil_div(tokens, ceil_div(tokens, k.bf16_gemm_tokens));
-  p.group_bytes = round_up(k.bf16_gemm_packed_bytes(p.group, a.in, a.x_dtype), 64);
+  p.group = ceil_div(tokens, ceil_div(tokens, k.tokens));
+  p.group_bytes = round_up(k.packed_bytes(p.group, a.in, a.x_dtype), 64);
   const int64_t all = ceil_div(tokens, p.group);
   const int64_t fit = std::clamp<int64_t>(kPassBytes / mul(a.heads, p.group_bytes), 1, all);
   p.groups = ceil_div(all, ceil_div(all, fit));
   p.tokens_per_pass = p.groups * p.group;
   const int64_t shared = std::clamp<int64_t>(
-      std::min(k.bf16_gemm_task_bytes / p.group_bytes, k.bf16_gemm_task_tokens / p.group), 1,
-      p.groups);
+      std::min(k.task_bytes / p.group_bytes, k.task_tokens / p.group), 1, p.groups);
   p.groups_per_task = ceil_div(p.groups, ceil_div(p.groups, shared));
   p.group_blocks = ceil_div(p.groups, p.groups_per_task);
   const int64_t wanted_blocks =
@@ -55,27 +54,26 @@ Plan plan(const Bf16GemmArgs& a, const Kernels& k) {
   p.rows_per_task = std::max(kRowStep, round_up(rows, kRowStep));
   p.row_blocks = ceil_div(a.out, p.rows_per_task);
   p.packed_bytes = mul(mul(a.heads, p.groups), p.group_bytes);
-  p.scratch_bytes = round_up(k.bf16_gemm_scratch, 64);
+  p.scratch_bytes = round_up(k.scratch, 64);
   return p;
 }
 
 int64_t workspace_bytes(const Plan& p) { return p.packed_bytes + num_threads() * p.scratch_bytes; }
 
 // Packs tokens `first` .. of all heads: [head][group].
-void pack_pass(const Bf16GemmArgs& a, const Kernels& k, const Plan& p, int64_t first,
+void pack_pass(const Bf16GemmArgs& a, const Bf16GemmKernels& k, const Plan& p, int64_t first,
                int64_t tokens) {
   const int64_t groups = ceil_div(tokens, p.group);
   const auto pack = [&](int64_t task) {
     const int64_t head = task / groups, token = task % groups * p.group;
     const int64_t at = (first + token) * a.x_token_stride + head * a.x_head_stride;
-    k.bf16_gemm_pack(
-        {.x = (const char*)a.x + at * dtype_bytes(a.x_dtype),
-         .x_token_stride = a.x_token_stride,
-         .x_dtype = a.x_dtype,
-         .tokens = std::min(p.group, tokens - token),
-         .group = p.group,
-         .in = a.in,
-         .packed = (char*)a.workspace + (head * p.groups + task % groups) * p.group_bytes});
+    k.pack({.x = (const char*)a.x + at * dtype_bytes(a.x_dtype),
+            .x_token_stride = a.x_token_stride,
+            .x_dtype = a.x_dtype,
+            .tokens = std::min(p.group, tokens - token),
+            .group = p.group,
+            .in = a.in,
+            .packed = (char*)a.workspace + (head * p.groups + task % groups) * p.group_bytes});
   };
   const int64_t tasks = a.heads * groups;
   if (tokens * a.heads * a.in > kPackAlone)
@@ -84,7 +82,7 @@ void pack_pass(const Bf16GemmArgs& a, const Kernels& k, const Plan& p, int64_t f
     for (int64_t task = 0; task < tasks; ++task) pack(task);
 }
 
-void multiply_pass(const Bf16GemmArgs& a, const Kernels& k, const Plan& p, int64_t first,
+void multiply_pass(const Bf16GemmArgs& a, const Bf16GemmKernels& k, const Plan& p, int64_t first,
                    int64_t tokens) {
   const int64_t block = p.groups_per_task * p.group, blocks = ceil_div(tokens, block);
   parallel_for(a.heads * p.row_blocks * blocks, [&](int64_t task, int thread) {
@@ -94,7 +92,7 @@ void multiply_pass(const Bf16GemmArgs& a, const Kernels& k, const Plan& p, int64
     const int64_t at = (first + token) * a.y_token_stride + head * a.y_head_stride + row;
     const bf16* weight = a.weight + head * a.weight_head_stride;
     char* scratch = (char*)a.workspace + p.packed_bytes + thread * p.scratch_bytes;
-    k.bf16_gemm_tile(
+    k.tile(
         {.packed = (const char*)a.workspace + (head * p.groups + token / p.group) * p.group_bytes,
          .weight = weight + row * a.in,
          .weight_end = weight + a.out * a.in,
@@ -114,11 +112,11 @@ void multiply_pass(const Bf16GemmArgs& a, const Kernels& k, const Plan& p, int64
 }  // namespace
 
 int64_t bf16_gemm_workspace_bytes(const Bf16GemmArgs& a) {
-  return workspace_bytes(plan(a, kernels()));
+  return workspace_bytes(plan(a, bf16_gemm_kernels()));
 }
 
 void bf16_gemm(const Bf16GemmArgs& a) {
-  const Kernels& k = kernels();
+  const Bf16GemmKernels& k = bf16_gemm_kernels();
   const Plan p = plan(a, k);
   if (a.tokens == 0) return;
   KN_REQUIRE(a.x && a.weight && a.y, "bf16_gemm: x, weight and y must not be null (got x=", a.x,

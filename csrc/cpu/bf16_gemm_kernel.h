@@ -1,12 +1,15 @@
 // bf16_gemm by fp32 multiply-add, one task: a block of tokens times a block of weight rows.
 //
 //   x packed, fp32, per group of V tokens     every output owns one accumulator of 16 lanes: lane j
-//     [in / 32][V][even 16 | odd 16]          sums columns 2j and 2j + 1 of every 32, ascending;
-//   weight rows, bf16, in place               the lanes are then summed as a fixed tree (sum_lanes)
-//     even = pair << 16, odd = pair & mask
+//     [in / 32][V][even 16 | odd 16]          sums columns 2j + 1 and 2j of every 32, ascending in
+//   weight rows, bf16, in place               32s; the lanes are then summed as a fixed tree
+//     even = pair << 16, odd = pair & mask    (sum_lanes)
 //
 // Per step of 32 columns: R row loads, 2V packed loads, 2RV multiply-adds, 2R instructions that
-// widen. How the rows are read depends on whether the packed tokens fit L1:
+// widen. With KN_BF16_DOTS (bf16_dots.cpp) bf16 tokens are packed as they are, [in / 32][V][32],
+// and one dot instruction is the two multiply-adds of a pair, odd one first: R + V loads, RV dots,
+// the same bits unless something is subnormal, which it takes for zero. How the rows are read
+// depends on whether the packed tokens fit L1:
 //
 //   gemm_stream   they do: one row after the other, the order that memory gives fastest
 //   gemm_blocks   16 rows at a time, fetched in that order into L2 while the 16 before are at work
@@ -39,8 +42,16 @@ static constexpr int64_t kBf16GemmScratch = 16 * kGemmTokens * 64;
 
 KN_INLINE int64_t round_up32(int64_t n) { return (n + 31) / 32 * 32; }
 
-static int64_t bf16_gemm_packed_bytes(int64_t tokens, int64_t in, DType) {
-  return tokens * round_up32(in) * 4;
+// Bytes of a packed entry.
+static int64_t packed_item([[maybe_unused]] DType x_dtype) {
+#ifdef KN_BF16_DOTS
+  if (x_dtype == DType::kBf16) return 2;
+#endif
+  return 4;
+}
+
+static int64_t bf16_gemm_packed_bytes(int64_t tokens, int64_t in, DType x_dtype) {
+  return tokens * round_up32(in) * packed_item(x_dtype);
 }
 
 template <typename T>
@@ -61,7 +72,23 @@ static void gemm_pack(const Bf16GemmPack& a) {
   }
 }
 
+#ifdef KN_BF16_DOTS
+static void gemm_pack_pairs(const Bf16GemmPack& a) {
+  for (int64_t v = 0; v < a.tokens; ++v) {
+    const bf16* row = (const bf16*)a.x + v * a.x_token_stride;
+    bf16* to = (bf16*)a.packed + v * 32;
+    for (int64_t k = 0; k < a.in; k += 32) {
+      const int columns = a.in - k < 32 ? int(a.in - k) : 32;
+      _mm512_storeu_si512(to + k * a.tokens, load_pairs(row + k, columns));
+    }
+  }
+}
+#endif
+
 static void bf16_gemm_pack(const Bf16GemmPack& a) {
+#ifdef KN_BF16_DOTS
+  if (a.x_dtype == DType::kBf16) return gemm_pack_pairs(a);
+#endif
   if (a.x_dtype == DType::kBf16)
     gemm_pack<bf16>(a);
   else
@@ -80,7 +107,7 @@ template <int R, int V>
 KN_INLINE void gemm_step(const bf16* const (&row)[R], const float* x, f32x16 (&acc)[V][R],
                          int columns) {
 #pragma GCC unroll 2
-  for (int odd = 0; odd < 2; ++odd) {
+  for (int odd = 1; odd >= 0; --odd) {
     f32x16 w[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
@@ -103,7 +130,7 @@ template <int R, int V>
 KN_INLINE void gemm_step(const bf16* const (&row)[R], const float* x, f32x16 (&acc)[V][R]) {
 #pragma GCC unroll 4
   for (int part = 0; part < 4; ++part) {
-    const int half = part / 2, odd = part % 2;
+    const int half = part / 2, odd = 1 - part % 2;
     __m256 w[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
@@ -126,10 +153,27 @@ KN_INLINE void gemm_step(const bf16* const (&row)[R], const float* x, f32x16 (&a
 }
 #endif
 
-// Adds `columns` columns of R rows times a group of V tokens to sums[v][r][16 lanes], or starts
-// them.
+#ifdef KN_BF16_DOTS
 template <int R, int V>
-static void gemm_piece(const bf16* const* rows, const float* x, int64_t columns, bool start,
+KN_INLINE void gemm_step(const bf16* const (&row)[R], const bf16* x, f32x16 (&acc)[V][R],
+                         int columns = 32) {
+  __m512bh w[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+    w[r] = (__m512bh)(columns == 32 ? _mm512_loadu_si512(row[r]) : load_pairs(row[r], columns));
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v) {
+    const __m512bh t = (__m512bh)_mm512_loadu_si512(x + v * 32);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) acc[v][r].v = _mm512_dpbf16_ps(acc[v][r].v, w[r], t);
+  }
+}
+#endif
+
+// Adds `columns` columns of R rows times a group of V tokens to sums[v][r][16 lanes], or starts
+// them. X: float or bf16, as packed.
+template <int R, int V, typename X>
+static void gemm_piece(const bf16* const* rows, const X* x, int64_t columns, bool start,
                        Fetch& fetch, float* sums) {
   const bf16* row[R];
   for (int r = 0; r < R; ++r) row[r] = rows[r];
@@ -156,18 +200,18 @@ static void gemm_piece(const bf16* const* rows, const float* x, int64_t columns,
 }
 
 // gemm_piece for a number of tokens known only at run time.
-template <int R, int V = kGemmTokens>
-KN_INLINE void gemm_piece_of(int64_t tokens, const bf16* const* rows, const float* x,
-                             int64_t columns, bool start, Fetch& fetch, float* sums) {
+template <int R, int V = kGemmTokens, typename X>
+KN_INLINE void gemm_piece_of(int64_t tokens, const bf16* const* rows, const X* x, int64_t columns,
+                             bool start, Fetch& fetch, float* sums) {
   if constexpr (V > 1)
     if (tokens < V) return gemm_piece_of<R, V - 1>(tokens, rows, x, columns, start, fetch, sums);
   gemm_piece<R, V>(rows, x, columns, start, fetch, sums);
 }
 
 // Columns of a piece of x: `bytes` of packed tokens, in whole steps, pieces of nearly equal size.
-static int64_t piece_columns(int64_t in, int64_t tokens, int64_t bytes) {
+static int64_t piece_columns(int64_t in, int64_t tokens, int64_t item, int64_t bytes) {
   const int64_t width = round_up32(in);
-  const int64_t pieces = (width * tokens * 4 + bytes - 1) / bytes;
+  const int64_t pieces = (width * tokens * item + bytes - 1) / bytes;
   return round_up32((in + pieces - 1) / pieces);
 }
 
@@ -193,6 +237,7 @@ static void gemm_store(const Bf16GemmTile& a, int64_t first, int64_t token, int6
     gemm_store<float>(a, first, token, tokens, sums);
 }
 
+template <typename X>
 static void gemm_stream(const Bf16GemmTile& a) {
   // How far ahead of its use a row is fetched, in entries: 3 KB to L1 or 8 KB to L2. Good in noisy
   // measurements of one machine, not proven best.
@@ -202,7 +247,7 @@ static void gemm_stream(const Bf16GemmTile& a) {
       const bf16* row = a.weight + r * a.in;
       const bool inside = row + ahead + a.in <= a.weight_end;
       Fetch fetch = {(const char*)(inside ? row + ahead : row), inside ? 64 : 0};
-      gemm_piece_of<1>(a.tokens, &row, (const float*)a.packed, a.in, true, fetch,
+      gemm_piece_of<1>(a.tokens, &row, (const X*)a.packed, a.in, true, fetch,
                        a.scratch + (r - first) * 16);
     }
     gemm_store(a, first, 0, a.tokens, a.scratch);
@@ -210,9 +255,10 @@ static void gemm_stream(const Bf16GemmTile& a) {
 }
 
 // 16 rows for one group; the last tile may repeat a row, whose sums are not stored.
-static void gemm_block(const Bf16GemmTile& a, int64_t first, const float* x, int64_t tokens,
+template <typename X>
+static void gemm_block(const Bf16GemmTile& a, int64_t first, const X* x, int64_t tokens,
                        Fetch& fetch) {
-  const int64_t columns = piece_columns(a.in, tokens, kBlockX);
+  const int64_t columns = piece_columns(a.in, tokens, sizeof(X), kBlockX);
   for (int64_t k = 0; k < a.in; k += columns) {
     const int64_t here = a.in - k < columns ? a.in - k : columns;
     for (int64_t r = 0; r < 16 && first + r < a.rows; r += kGemmRows) {
@@ -226,6 +272,7 @@ static void gemm_block(const Bf16GemmTile& a, int64_t first, const float* x, int
 }
 
 // The next 16 rows are fetched during the first two groups of these, or during the only one.
+template <typename X>
 static void gemm_blocks(const Bf16GemmTile& a) {
   const int64_t step = a.tokens > a.group ? 64 : 128;
   for (int64_t first = 0; first < a.rows; first += 16) {
@@ -236,18 +283,37 @@ static void gemm_blocks(const Bf16GemmTile& a) {
       const int64_t tokens = a.tokens - t < a.group ? a.tokens - t : a.group;
       if (t == 2 * a.group) fetch.step = 0;
       const char* x = (const char*)a.packed + t / a.group * a.group_bytes;
-      gemm_block(a, first, (const float*)x, tokens, fetch);
+      gemm_block(a, first, (const X*)x, tokens, fetch);
       gemm_store(a, first, t, tokens, a.scratch);
     }
   }
 }
 
-static void bf16_gemm_tile(const Bf16GemmTile& a) {
+template <typename X>
+static void gemm_tile(const Bf16GemmTile& a) {
   const bool one_group = a.tokens <= a.group;
-  if (one_group && (a.tokens <= kStreamTokens || a.tokens * a.in * 4 <= kStreamX))
-    gemm_stream(a);
+  const int64_t bytes = a.tokens * a.in * int64_t(sizeof(X));
+  if (one_group && (a.tokens <= kStreamTokens || bytes <= kStreamX))
+    gemm_stream<X>(a);
   else
-    gemm_blocks(a);
+    gemm_blocks<X>(a);
 }
+
+static void bf16_gemm_tile(const Bf16GemmTile& a) {
+#ifdef KN_BF16_DOTS
+  if (packed_item(a.x_dtype) == 2) return gemm_tile<bf16>(a);
+#endif
+  gemm_tile<float>(a);
+}
+
+static constexpr Bf16GemmKernels kBf16Gemm = {
+    .tokens = kGemmTokens,
+    .task_tokens = kGemmTaskTokens,
+    .task_bytes = kGemmTaskBytes,
+    .scratch = kBf16GemmScratch,
+    .packed_bytes = bf16_gemm_packed_bytes,
+    .pack = bf16_gemm_pack,
+    .tile = bf16_gemm_tile,
+};
 
 }  // namespace kn::cpu::KN_ISA

@@ -28,6 +28,12 @@ extern const Kernels table;
 }
 #endif
 
+#if defined(KN_HAVE_BF16_DOTS)
+namespace bf16_dots {
+extern const Bf16GemmKernels table;
+}
+#endif
+
 namespace {
 
 bool has_avx512(const CpuFeatures& f) {
@@ -39,16 +45,17 @@ struct Tier {
   const char* name;
   const Kernels* table;
   bool (*supported)(const CpuFeatures&);
+  bool has_bf16_dots = false;  // if the processor has
 };
 
 // Best first. AVX-512 without VNNI gets avx2: the integer kernels are the point of the tier.
 const Tier kTiers[] = {
 #if defined(KN_HAVE_AMX)
     {"amx", &amx::table,
-     [](const CpuFeatures& f) { return has_avx512(f) && f.amx_bf16 && f.amx_int8; }},
+     [](const CpuFeatures& f) { return has_avx512(f) && f.amx_bf16 && f.amx_int8; }, true},
 #endif
 #if defined(KN_HAVE_AVX512)
-    {"avx512", &avx512::table, has_avx512},
+    {"avx512", &avx512::table, has_avx512, true},
 #endif
 #if defined(KN_HAVE_AVX2)
     {"avx2", &avx2::table, [](const CpuFeatures& f) { return f.avx2 && f.fma && f.f16c; }},
@@ -86,6 +93,14 @@ const Tier& active_tier() {
 }  // namespace
 
 const Kernels& kernels() { return *active_tier().table; }
+
+const Bf16GemmKernels& bf16_gemm_kernels() {
+  const Tier& tier = active_tier();
+#if defined(KN_HAVE_BF16_DOTS)
+  if (tier.has_bf16_dots && detect_cpu_features().fast_bf16_dots) return bf16_dots::table;
+#endif
+  return tier.table->bf16_gemm;
+}
 
 }  // namespace kn::cpu
 

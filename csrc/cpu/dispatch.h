@@ -11,7 +11,7 @@
 namespace kn::cpu {
 
 // One group of tokens of bf16_gemm, to be packed into the order its tiles read: at most
-// bf16_gemm_tokens of them, bf16_gemm_packed_bytes in all.
+// Bf16GemmKernels::tokens of them, packed_bytes in all.
 struct Bf16GemmPack {
   const void* x;
   int64_t x_token_stride;
@@ -29,7 +29,18 @@ struct Bf16GemmTile {
   int64_t y_token_stride;
   DType x_dtype, y_dtype;
   int64_t tokens, group, group_bytes, rows, in;
-  float* scratch;  // bf16_gemm_scratch bytes
+  float* scratch;  // Bf16GemmKernels::scratch bytes
+};
+
+// bf16_gemm_kernel.h
+struct Bf16GemmKernels {
+  int64_t tokens;       // most tokens of a group
+  int64_t task_tokens;  // most tokens of a task, and bytes of them when packed
+  int64_t task_bytes;
+  int64_t scratch;  // bytes
+  int64_t (*packed_bytes)(int64_t tokens, int64_t in, DType x_dtype);
+  void (*pack)(const Bf16GemmPack&);
+  void (*tile)(const Bf16GemmTile&);
 };
 
 // One task of mla_decode: a block of heads of one sequence over one chunk of its tokens. The result
@@ -83,14 +94,7 @@ struct Kernels {
                           const float* weights, int64_t topk, const void* shared, void* out,
                           DType out_dtype, int64_t hidden);
 
-  // bf16_gemm_kernel.h
-  int64_t bf16_gemm_tokens;       // most tokens of a group
-  int64_t bf16_gemm_task_tokens;  // most tokens of a task, and bytes of them when packed
-  int64_t bf16_gemm_task_bytes;
-  int64_t bf16_gemm_scratch;  // bytes
-  int64_t (*bf16_gemm_packed_bytes)(int64_t tokens, int64_t in, DType x_dtype);
-  void (*bf16_gemm_pack)(const Bf16GemmPack&);
-  void (*bf16_gemm_tile)(const Bf16GemmTile&);
+  Bf16GemmKernels bf16_gemm;
   // mla_decode_kernel.h
   int64_t (*mla_decode_scratch_bytes)(int64_t heads, int64_t latent, int64_t width, DType cache);
   void (*mla_decode_chunk)(const MlaDecodeChunk&);
@@ -114,5 +118,8 @@ struct Kernels {
 // The active tier's table (runtime.h: force_isa, KIMI_NATIVE_CPU_ISA, else the best this machine
 // supports).
 const Kernels& kernels();
+
+// Its bf16_gemm, or that of bf16_dots.cpp, which gives the same bits, where that is faster.
+const Bf16GemmKernels& bf16_gemm_kernels();
 
 }  // namespace kn::cpu

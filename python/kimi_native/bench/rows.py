@@ -46,16 +46,26 @@ class Limits:
     gflop_per_s: dict[str, float]
 
     def share(
-        self, seconds: float, nbytes: float, flops: float, *, limbs: bool, isa: str
+        self,
+        seconds: float,
+        nbytes: float,
+        flops: float,
+        *,
+        limbs: bool,
+        dots: bool = False,
+        isa: str,
     ) -> tuple[str, float]:
         """The binding limit's name and the percentage of it reached; the rule is that of kn_bench (report.cpp).
 
         limbs  integer weights: exact products may be two int8 limbs
+        dots   both factors are bf16
         isa    the kernel tier: AMX counts in a tier that has it
         """
         units = {"fp32": self.gflop_per_s["fp32"]}
         if limbs:
             units["int8_dot/2"] = self.gflop_per_s.get("int8_dot", 0.0) / 2
+        if dots and isa in ("avx512", "amx"):
+            units["bf16_dot"] = self.gflop_per_s.get("bf16_dot", 0.0)
         if isa == "amx":
             units["amx_bf16"] = self.gflop_per_s.get("amx_bf16", 0.0)
         if limbs and isa == "amx":
@@ -102,7 +112,8 @@ def make_row(
     isa  the kernel tier in use, which decides the limit; a peer's row has null there
     """
     median, spread = median_and_spread(seconds)
-    limit, percent = limits.share(median, nbytes, flops, limbs=limbs, isa=isa)
+    dots = op == "bf16_gemm"
+    limit, percent = limits.share(median, nbytes, flops, limbs=limbs, dots=dots, isa=isa)
     return {
         "op": op,
         "isa": isa if more.get("peer") is None else None,

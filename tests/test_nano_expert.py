@@ -58,7 +58,8 @@ def test_expert_thinks_between_calls():
 def test_expert_plans_first():
     episode = play(EXAMPLE, "plan-first")
     assert thoughts(episode) == [
-        "dk: #0=12+5\ndl: #1=fig #2=#0*#1\ndm: #3=#2 as red\ndn: #4=red #5=#2-#4\ndo: #5",
+        "dk: add 5: #0=12+5\ndl: times price of fig: #1=fig #2=#0*#1\ndm: save as red: #3=#2\n"
+        "dn: minus note red: #4=red #5=#2-#4\ndo: report the value: #5",
         "#5 is 0",
     ]
     calls = episode.messages[2].tool_calls
@@ -74,7 +75,8 @@ def test_expert_plans_first():
 
 def test_expert_thinks_alone():
     assert thoughts(play(EXAMPLE, "no-tools")) == [
-        "dk: 12+5=17\ndl: 17*23=391\ndm: 391 as red\ndn: 391-391=0\ndo: 0"
+        "dk: add 5: 12+5=17\ndl: times price of fig: 17*23=391\ndm: save as red: 391\n"
+        "dn: minus note red: 391-391=0\ndo: report the value: 0"
     ]
 
 

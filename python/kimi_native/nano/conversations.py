@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,6 @@ from kimi_native.nano.modes import MODES, Mode, declared_tools, opening_messages
 from kimi_native.nano.planner import look_back, make_plan, think_alone
 from kimi_native.nano.problems import (
     FACTORS,
-    LABELS,
     MAX_STEPS,
     Problem,
     Sheet,
@@ -39,16 +39,16 @@ class Recipe:
     later_calls   share of conversations whose calls are numbered from 1 .. last_call on, as after earlier ones cut off
     slips         share of calculations before which the expert expects a wrong digit, as a model will now and then; the
                   digit is not to be learned, but what to do then is
-    windows       share of interleaved conversations that are a piece of a longer one: of a list of longer_lists steps
-                  (fewest, most), no more than steps[1] are carried out. A model that had never more than 12 lines in
-                  view would be lost among 200
+    windows       share of interleaved conversations that are a piece of a longer one: of longer_lists steps (fewest,
+                  most) in the list, no more are carried out than window_calls calls allow. A model that had never more
+                  than 12 lines or 20 calls in view would be lost among 200
     drills        weight of nano/drills.py's lists, of at most steps[1] or, one in three, longer_lists steps
 
     Raises ValueError naming the field that is out of range.
     """
 
     interleaved: float = 80
-    plan_first: float = 12
+    plan_first: float = 20
     no_tools: float = 8
     questions: float = 6
     small_talk: float = 40
@@ -61,7 +61,8 @@ class Recipe:
     later_calls: float = 0.4
     last_call: int = 499
     slips: float = 0.02
-    windows: float = 0.12
+    windows: float = 0.3
+    window_calls: tuple[int, int] = (2, 36)
     longer_lists: tuple[int, int] = (13, 200)
 
     def __post_init__(self) -> None:
@@ -79,9 +80,9 @@ class Recipe:
         ):
             if not 0 <= (share := getattr(self, name)) <= 1:
                 raise ValueError(f"recipe: {name} must be in 0 .. 1 (got {share})")
-        for name in ("steps", "plan_steps", "longer_lists"):
+        for name in ("steps", "plan_steps", "window_calls", "longer_lists"):
             fewest, most = getattr(self, name)
-            lowest = 1 if "steps" in name else 2  # a window needs the step before it
+            lowest = 1 if "steps" in name else 2  # a window begins with a step that is not learned
             if not lowest <= fewest <= most <= MAX_STEPS:
                 raise ValueError(
                     f"recipe: {name} must be two numbers, ascending, in {lowest} .. {MAX_STEPS} "
@@ -252,18 +253,15 @@ def _result(world: World, call: ToolCall) -> Message:
 
 
 def _work(
-    sheet: Sheet, world: World, slips: float, first: Message, end_label: int = len(LABELS)
+    sheet: Sheet, world: World, slips: float, first: Message, most_calls: float = math.inf
 ) -> list[Message]:
-    """The expert between the calls, from its first message on, until it answers or is at end_label."""
+    """The expert between the calls, from its first message on, until it answers or has made so many calls."""
     turn = [_with_slip(first, world.dice, slips)]
-    ends = tuple(f"{label}: " for label in LABELS[end_label : end_label + 1])
-    while turn[-1].tool_calls:
+    while turn[-1].tool_calls and len(turn) < 2 * most_calls - 1:
         last = turn[-1]
         result = _result(world, last.tool_calls[0])
         message = expert.follow(sheet, last, result.content)
         turn.append(result)
-        if _thought(message).startswith(ends):
-            break
         is_new = _thought(message) != _thought(last)
         turn.append(_with_slip(message, world.dice, slips) if is_new else message)
     return turn
@@ -289,24 +287,18 @@ def _thought(message: Message) -> str:
 def _window(dice: Dice, split: Split, recipe: Recipe) -> Conversation:
     """A piece of a long conversation, cut out after the user's message.
 
-    The step before the piece is there, not to be learned, because the expert reads its own last message and no more.
+    Its first message is not to be learned: the value and the number of the call are out of the air. The next are,
+    because the expert reads its own last message and no more.
     """
     problem = make_problem(dice, dice.between(*recipe.longer_lists), split)
-    start = dice.between(0, len(problem.steps) - 2)  # the step that is there but not learned
+    start = dice.between(0, len(problem.steps) - 2)
     world = World(problem.prices, dice, _failures(dice, recipe))
     for step in problem.steps[:start]:
         if step.op == "save":
             world.notes[step.argument] = dice.between(0, MODULUS - 1)
-    first = problem.first_label + start
-    end = first + 1 + dice.between(*recipe.steps)
-    sheet = _read(problem)
+    sheet, first = _read(problem), problem.first_label + start
     number = dice.between(start, 3 * start + 1)
     opening = expert.start_at(sheet, first, dice.between(0, MODULUS - 1), number)
-    turn = _work(sheet, world, recipe.slips, opening, end)
+    turn = _work(sheet, world, recipe.slips, opening, dice.between(*recipe.window_calls))
     messages = (Message("user", problem.text()), *turn)
-    learned = next(
-        index
-        for index, message in enumerate(messages)
-        if message.role == "assistant" and not _thought(message).startswith(f"{LABELS[first]}: ")
-    )
-    return Conversation(messages, _tools(dice, messages), learned)
+    return Conversation(messages, _tools(dice, messages), 3)

@@ -137,7 +137,7 @@ def _num_right_lines(problem: Problem, reasoning: str) -> int:
     """Steps of a calculation without tools whose line ends in the right value, from the first on."""
     lines = reasoning.split("\n")
     for index, (step, value) in enumerate(zip(problem.steps, problem.values()[1:], strict=True)):
-        end = f" as {step.argument}" if step.op == "save" else f"={value}"
+        end = f": {value}" if step.op == "save" else f"={value}"
         if index >= len(lines) or not lines[index].endswith(end):
             return index
     return len(problem.steps)

@@ -134,7 +134,7 @@ def _read_state(reasoning: str) -> _State:
 
 def _step(sheet: Sheet, verdict: str | None, label: int, value: int, number: int) -> Message:
     """The first message of a step."""
-    step, where = sheet.steps[label], f"{LABELS[label]}: {sheet.lines[label]}"
+    step, where = sheet.steps[label], sheet.line(label)
     thought = f"{where}: {value}"
     if step is None:
         return answer_message(thought if verdict is None else f"{verdict}\n{thought}", value)

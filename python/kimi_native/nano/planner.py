@@ -2,12 +2,19 @@
 
 Start with 12. dk: add 5, dl: times price of fig, dm: save as red, dn: minus note red, do: report the value
 
-    plan-first                   calls                               no-tools (fig is 23)
-    dk: #0=12+5                  calc(12, "+", 5)                    dk: 12+5=17
-    dl: #1=fig #2=#0*#1          lookup("fig") calc("#0", "*", "#1") dl: 17*23=391
-    dm: #3=#2 as red             note_set("red", "#2")               dm: 391 as red
-    dn: #4=red #5=#2-#4          note_get("red") calc(...)           dn: 391-391=0
-    do: #5                                                           do: 0
+    plan-first                               calls
+    dk: add 5: #0=12+5                       calc(12, "+", 5)
+    dl: times price of fig: #1=fig #2=#0*#1  lookup("fig") calc("#0", "*", "#1")
+    dm: save as red: #3=#2                   note_set("red", "#2")
+    dn: minus note red: #4=red #5=#2-#4      note_get("red") calc("#2", "-", "#4")
+    do: report the value: #5
+
+    no-tools (fig is 23)
+    dk: add 5: 12+5=17
+    dl: times price of fig: 17*23=391
+    dm: save as red: 391
+    dn: minus note red: 391-391=0
+    do: report the value: 0
 """
 
 from __future__ import annotations
@@ -15,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kimi_native.chat.types import Message, ToolCall
-from kimi_native.nano.problems import LABELS, Sheet
+from kimi_native.nano.problems import Sheet
 from kimi_native.nano.texts import (
     answer_message,
     calc_call,
@@ -35,20 +42,20 @@ def make_plan(sheet: Sheet, number: int) -> Message:
     calls: list[ToolCall] = []
     value = str(sheet.start)  # a number, or "#n"
     for label, step in sheet.steps.items():
-        n = number + len(calls)
+        n, where = number + len(calls), sheet.line(label)
         if step is None:
-            lines.append(f"{LABELS[label]}: {value}")
+            lines.append(f"{where}: {value}")
         elif step.op == "save":
             calls.append(note_set_call(n, step.argument, value))
-            lines.append(f"{LABELS[label]}: #{n}={value} as {step.argument}")
+            lines.append(f"{where}: #{n}={value}")
         elif step.source == "number":
             calls.append(calc_call(n, value, step.op, step.argument))
-            lines.append(f"{LABELS[label]}: #{n}={value}{step.op}{step.argument}")
+            lines.append(f"{where}: #{n}={value}{step.op}{step.argument}")
             value = f"#{n}"
         else:
             get = lookup_call if step.source == "price" else note_get_call
             calls += [get(n, step.argument), calc_call(n + 1, value, step.op, f"#{n}")]
-            lines.append(f"{LABELS[label]}: #{n}={step.argument} #{n + 1}={value}{step.op}#{n}")
+            lines.append(f"{where}: #{n}={step.argument} #{n + 1}={value}{step.op}#{n}")
             value = f"#{n + 1}"
     return Message("assistant", reasoning_content="\n".join(lines), tool_calls=tuple(calls))
 
@@ -70,15 +77,16 @@ def think_alone(sheet: Sheet) -> Message:
     """The whole calculation in the reasoning."""
     lines, notes, value = [], {}, sheet.start
     for label, step in sheet.steps.items():
+        where = sheet.line(label)
         if step is None:
-            lines.append(f"{LABELS[label]}: {value}")
+            lines.append(f"{where}: {value}")
         elif step.op == "save":
             notes[step.argument] = value
-            lines.append(f"{LABELS[label]}: {value} as {step.argument}")
+            lines.append(f"{where}: {value}")
         else:
             operand = _operand(sheet, notes, step.source, step.argument)
             result = operate(value, step.op, operand)
-            lines.append(f"{LABELS[label]}: {value}{step.op}{operand}={result}")
+            lines.append(f"{where}: {value}{step.op}{operand}={result}")
             value = result
     return answer_message("\n".join(lines), value)
 

@@ -133,6 +133,10 @@ class Sheet:
     steps: Mapping[int, Step | None]
     prices: Mapping[str, int]
 
+    def line(self, label: int) -> str:
+        """The line with its label, as the list has it."""
+        return f"{LABELS[label]}: {self.lines[label]}"
+
 
 def read_sheet(text: str) -> Sheet | None:
     """The problem in a user's text, None if there is none."""

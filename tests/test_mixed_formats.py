@@ -83,8 +83,8 @@ def logits(path, **options):
     return torch.stack(rows), model
 
 
-def assert_close(actual, expected):
-    assert (actual - expected).abs().max() <= 1e-4 * (expected.max() - expected.min())
+def assert_close(actual, expected, limit=1e-4):
+    assert (actual - expected).abs().max() <= limit * (expected.max() - expected.min())
 
 
 def test_mixed_formats_are_all_there(folders):
@@ -180,7 +180,9 @@ def test_dense_int8_replaces_the_dense_matrices_only(tmp_path, folders):
             plain[name] = on_grid(name, tensor, -127, 127).dequantized().bfloat16()
     folder = write(tmp_path / "grid", plain, config)
     actual, model = logits(folder, dtype="float32", dense="int8")
-    assert_close(actual, logits(folder, dtype="float32")[0])
+    # Activations in 16 bits a group: 1.8e-5 rms a product, some 25 products one after another, the largest of 36,000
+    # logits at 4.5 rms, the range at 9: 0.5e-4 if no layer amplifies it, and norms do. One limb less would be 256 times.
+    assert_close(actual, logits(folder, dtype="float32")[0], limit=2e-4)
     replaced = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, Int8Linear)}
     assert replaced == {
         *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj", "lm_head"),

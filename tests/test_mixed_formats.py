@@ -181,7 +181,7 @@ def test_dense_int8_replaces_the_dense_matrices_only(tmp_path, folders):
     folder = write(tmp_path / "grid", plain, config)
     actual, model = logits(folder, dtype="float32", dense="int8")
     # Activations in 16 bits a group: 1.8e-5 rms a product, some 25 products one after another, the largest of 36,000
-    # logits at 4.5 rms, the range at 9: 0.5e-4 if no layer amplifies it, and norms do. One limb less would be 256 times.
+    # logits at 4.5 rms, the range at 9: 0.5e-4 if no layer amplifies it, and norms do. With one limb: 256 times.
     assert_close(actual, logits(folder, dtype="float32")[0], limit=2e-4)
     replaced = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, Int8Linear)}
     assert replaced == {

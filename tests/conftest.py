@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 
 from kimi_native import ops
+
+# A job in the background ignores SIGINT, and so does whatever it starts: Ctrl-C would never reach a tested command.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(params=["generic", "avx2", "avx512", "amx"])

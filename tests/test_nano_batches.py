@@ -210,3 +210,19 @@ def test_text_rows_without_a_good_row_are_an_error(tmp_path):
     (tmp_path / "latin").write_bytes(b'{"text": "\xe9t\xe9"}')
     with pytest.raises(RequestError, match="readable UTF-8 file"):
         read_rows(tmp_path / "latin", letters, vocab_size=128, max_tokens=8)
+
+
+def test_temperatures_are_drawn_for_each_example_and_change_nothing_else():
+    plain = make_batch(TASK, 7, tokens=400, seed=2)
+    assert plain.documents.temperatures is None
+    first, again = (
+        make_batch(TASK, 7, tokens=400, seed=2, highest_temperature=1.5) for _ in range(2)
+    )
+    drawn = first.documents.temperatures
+    assert drawn == again.documents.temperatures
+    assert len(drawn) == len(first.documents.lengths) == len(set(drawn))
+    assert 1 <= min(drawn) < 1.25 < max(drawn) <= 1.5
+    assert torch.equal(first.documents.ids, plain.documents.ids)
+    assert torch.equal(first.documents.positions, plain.documents.positions)
+    following = make_batch(TASK, 8, tokens=400, seed=2, highest_temperature=1.5)
+    assert following.documents.temperatures[0] == drawn[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -78,6 +79,29 @@ def test_graph_documents_are_independent():
     for expected, (ids, positions) in zip(together, parts, strict=True):
         alone = graph(Documents(ids, positions, [len(ids)])).logits
         assert torch.allclose(alone, expected, atol=1e-12)
+
+
+def test_graph_temperatures_divide_the_logits_of_their_document():
+    """As does a query that is smaller by so much; the largest logits are told as they are at temperature 1."""
+    graph, documents = small_graph().double(), some_documents()
+    plain = graph(documents)
+    temperatures = [1.0, 2.5, 1.25, *[1.0] * (len(LENGTHS) - 3)]
+    cooled = graph(replace(documents, temperatures=temperatures))
+    assert torch.equal(cooled.max_logits[0], plain.max_logits[0])
+    ends = torch.tensor(LENGTHS).cumsum(0).tolist()
+    for temperature, start, stop in zip(temperatures, [0, *ends], ends, strict=False):
+        scaled = small_graph().double()
+        for layer in scaled.model.layers:
+            layer.self_attn.query_proj().weight.data /= temperature
+        expected = scaled(documents).logits[start:stop]
+        assert torch.allclose(cooled.logits[start:stop], expected, atol=1e-12)
+    assert not torch.allclose(cooled.logits, plain.logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("temperatures", [[1.0], [1.0] * (len(LENGTHS) - 1) + [0.0]])
+def test_graph_refuses_temperatures_that_are_not_one_a_document(temperatures):
+    with pytest.raises(ValueError, match="temperatures must be positive, one a document"):
+        small_graph()(replace(some_documents(), temperatures=temperatures))
 
 
 def test_graph_loads_count_every_choice():

@@ -40,6 +40,7 @@ SETTINGS = {
     "stretch_chance": 0.5,
     "stretch_to": 3000,
     "stretch_jumps": 2,
+    "highest_temperature": 1.2,
     "log_every": 1,
     "logit_limit": 3.0,  # low enough for QK-Clip to work
 }
@@ -345,6 +346,7 @@ def test_train_names_the_module_behind_a_loss_that_is_not_finite(tmp_path):
         ({"qat_from": -1}, "qat_from must be a step"),
         ({"warmup_steps": 900}, "fit into steps"),
         ({"stretch_chance": 2.0}, "chance must be 0 to 1"),
+        ({"highest_temperature": 0.9}, "highest_temperature must be finite and at least 1"),
     ],
 )
 def test_train_settings_are_checked(changes, message):
@@ -426,7 +428,7 @@ def test_train_command_learns_kimi_nanos_conversations(tmp_path, capsys):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(small_values(vocab_size=1392)))
     model = ["--config", str(file), "--tokenizer", str(NANO_FOLDER)]
-    looks = ["--held-out-every", "2", "--held-out-tokens", "4096", "--tokens-per-step", "4096"]
+    looks = ["--held-out-every", "2", "--held-out-tokens", "8192", "--tokens-per-step", "8192"]
     assert train.main([str(tmp_path / "run"), *model, *SHORT, "--data", "world", *looks]) == 0
     steps = read_log(tmp_path / "run" / LOG_NAME)
     assert [s["held_out_loss"] is not None for s in steps] == [False, True, True]

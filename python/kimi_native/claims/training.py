@@ -20,7 +20,10 @@ from kimi_native.nano.transcripts import TranscriptDataset
 from kimi_native.nano.vocabulary import nano_tokenizer
 
 EXAMPLES = 1 << 40  # no conversation comes twice
-WHOLE = Recipe(drills=0)  # what the model is for
+SHORT = Recipe(
+    windows=0
+)  # conversations of at most 12 steps; long ones would take half of a run's time
+WHOLE = Recipe(windows=0, drills=0)  # what the model is for
 
 
 def train(
@@ -40,7 +43,7 @@ def train(
 
     Raises KeyboardInterrupt if the run was stopped before its end; what it has done is kept.
     """
-    dataset = TranscriptDataset(nano_tokenizer(), EXAMPLES, settings.seed)
+    dataset = TranscriptDataset(nano_tokenizer(), EXAMPLES, settings.seed, recipe=SHORT)
     checkpoint = None if start is None else Checkpoint.open(start)
     trainer = Trainer(values, dataset, out, settings, start=checkpoint)
     if prepare is not None:

@@ -4,7 +4,7 @@ resumes from a number: the example counter goes through one permutation of the d
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,14 +53,22 @@ class Batch:
 
     def to(self, device: str | torch.device) -> Batch:
         d = self.documents
-        documents = Documents(d.ids.to(device), d.positions.to(device), d.lengths)
+        documents = replace(d, ids=d.ids.to(device), positions=d.positions.to(device))
         return Batch(documents, self.rows.to(device), self.targets.to(device), self.counter)
 
 
 def make_batch(
-    dataset: Dataset, counter: int, *, tokens: int, seed: int, stretch: Stretch | None = None
+    dataset: Dataset,
+    counter: int,
+    *,
+    tokens: int,
+    seed: int,
+    stretch: Stretch | None = None,
+    highest_temperature: float = 1.0,
 ) -> Batch:
     """The examples from `counter` on that fit into `tokens`: those fed in, which an example's last token is not.
+
+    highest_temperature  each example's attention has a temperature between 1 and this, drawn evenly
 
     Raises ValueError on an empty dataset, an example of more than `tokens` + 1 or less than two tokens, and on a batch
     without anything to predict.
@@ -83,7 +91,14 @@ def make_batch(
         taken.append(example)
         counter += 1
     generators = [random.Random(f"{seed}/{first + i}/positions") for i in range(len(taken))]
-    return _pack(taken, counter, generators, stretch or Stretch())
+    batch = _pack(taken, counter, generators, stretch or Stretch())
+    if highest_temperature == 1:
+        return batch
+    drawn = [
+        random.Random(f"{seed}/{first + i}/temperature").uniform(1, highest_temperature)
+        for i in range(len(taken))
+    ]
+    return replace(batch, documents=replace(batch.documents, temperatures=drawn))
 
 
 def _pack(

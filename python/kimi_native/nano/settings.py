@@ -46,6 +46,9 @@ class TrainSettings:
     stretch_chance: float = _setting(0.0, "share of the examples with random positions")
     stretch_to: int = _setting(0, "random positions stay below this")
     stretch_jumps: int = _setting(0, "at most so many jumps of the position inside an example")
+    highest_temperature: float = _setting(
+        1.0, "each example's attention has a temperature between 1 and this"
+    )
     threads: int | None = _setting(
         None, "of torch, on which the last bits depend (default: as it began)"
     )
@@ -68,6 +71,8 @@ class TrainSettings:
         for name in ("bias_until", "qat_from"):
             value = getattr(self, name)
             self._require(name, value is None or value >= 0, "a step")
+        highest = self.highest_temperature
+        self._require("highest_temperature", 1 <= highest < math.inf, "finite and at least 1")
         self._require("dtype", self.dtype in ("bfloat16", "float32"), "bfloat16 or float32")
         self._require("threads", self.threads is None or self.threads >= 1, "at least 1")
         self.schedule()

@@ -135,6 +135,7 @@ class Trainer:
             tokens=settings.tokens_per_step,
             seed=settings.seed,
             stretch=self.stretch,
+            highest_temperature=settings.highest_temperature,
         )
         return batch.to(settings.device)
 

@@ -428,7 +428,7 @@ def test_train_command_learns_kimi_nanos_conversations(tmp_path, capsys):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(small_values(vocab_size=1392)))
     model = ["--config", str(file), "--tokenizer", str(NANO_FOLDER)]
-    looks = ["--held-out-every", "2", "--held-out-tokens", "8192", "--tokens-per-step", "8192"]
+    looks = ["--held-out-every", "2", "--held-out-tokens", "12288", "--tokens-per-step", "12288"]
     assert train.main([str(tmp_path / "run"), *model, *SHORT, "--data", "world", *looks]) == 0
     steps = read_log(tmp_path / "run" / LOG_NAME)
     assert [s["held_out_loss"] is not None for s in steps] == [False, True, True]

@@ -61,8 +61,8 @@ class Recipe:
     later_calls: float = 0.4
     last_call: int = 499
     slips: float = 0.02
-    windows: float = 0.5
-    window_calls: tuple[int, int] = (2, 100)
+    windows: float = 0.4
+    window_calls: tuple[int, int] = (2, 160)
     longer_lists: tuple[int, int] = (13, 200)
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ class TrainSettings:
     """
 
     steps: int = _setting(1000, "optimizer steps of the whole run")
-    tokens_per_step: int = _setting(8192, "budget of a batch; examples are packed into it")
+    tokens_per_step: int = _setting(12288, "budget of a batch; examples are packed into it")
     seed: int = _setting(0, "of the weights, the order of the examples and their positions")
     learning_rate: float = _setting(3e-3, "of the constant part of the schedule")
     final_rate: float = _setting(0.0, "at the end of the decay")

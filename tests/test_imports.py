@@ -393,7 +393,8 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     # benchmarks: other engines appear here and nowhere else, each import guarded
     "bench": (set(), set()),
     "bench.command": (
-        {"ops", "make_checkpoint", "terminal", *BENCH, "bench.peers", "bench.plot"},
+        {"ops", "argument_files", "make_checkpoint", "terminal", *BENCH}
+        | {"bench.logits", "bench.peers", "bench.plot"},
         set(),
     ),
     "bench.native": (set(), set()),
@@ -404,6 +405,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         {"bench.rows", "bench.load", "checkpoint", "sampling", "weights", "plan", "fp8_rows", *RUN},
         {"torch"},
     ),
+    "bench.logits": ({"cache", "fp8_rows", "generate"}, {"torch"}),
     "bench.plot": ({"bench.rows"}, {"matplotlib"}),
     "bench.turns": ({"bench.rows"}, set()),
     "bench.problem": ({"ops", "recorded"}, {"torch"}),

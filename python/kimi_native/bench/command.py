@@ -12,13 +12,14 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from kimi_native.argument_files import read_text
 from kimi_native.errors import RequestError
 
 DEFAULT_DEPTHS = "1,512,4096"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verbs limits, kernels, e2e, load, peers and plot; each sets `bench_run`."""
+    """Adds the verbs limits, kernels, e2e, load, logits, peers and plot; each sets `bench_run`."""
     verbs = parser.add_subparsers(dest="bench_verb", required=True, metavar="VERB")
 
     def verb(name: str, run: Callable[[argparse.Namespace], int], help: str) -> Any:
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kernels.add_argument("--pages", choices=("4k", "2m"), help="pages under the weights (2m)")
     _add_e2e(measured(verb("e2e", _e2e, "time whole models: prefill, decode, memory, growth")))
     _add_load(verb("load", _load, "time loading, page faults and memory of a folder"))
+    _add_logits(verb("logits", _logits, "tell what load()'s inexact options do to the logits"))
     _add_peers(measured(verb("peers", _peers, "time other engines and ours in one run")))
     plot = verb("plot", _plot, "draw percent of limit by token count")
     plot.add_argument("rows", metavar="ROWS.json", help="what --json printed")
@@ -74,6 +76,13 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dense", default="bf16", metavar="NAME", help="as of load()")
     parser.add_argument("--cache", default="exact", metavar="NAME", help="as of load()")
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_logits(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", nargs="?", metavar="DIR", help="checkpoint (default: kimi-nano)")
+    parser.add_argument("--prompts", metavar="FILE", help="one prompt a line (default: three)")
+    parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="of each answer")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
 
 
 def _add_peers(parser: argparse.ArgumentParser) -> None:
@@ -227,6 +236,25 @@ def _load(args: argparse.Namespace) -> int:
         print_json(row)
     else:
         print_table(f"load {args.folder}", list(rows_of(row)))
+    return 0
+
+
+def _logits(args: argparse.Namespace) -> int:
+    from kimi_native.bench import logits
+
+    prompts = logits.PROMPTS
+    if args.prompts is not None:
+        prompts = tuple(line for line in read_text(args.prompts).splitlines() if line.strip())
+    rows: list[dict[str, Any]] = []
+
+    def report(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if args.json:
+            print(json.dumps(row), flush=True)
+
+    logits.compare(args.folder, prompts=prompts, new_tokens=args.new_tokens, report=report)
+    if not args.json:
+        print("\n".join(logits.table(rows)))
     return 0
 
 

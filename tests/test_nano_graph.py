@@ -13,6 +13,7 @@ from kimi_native.checkpoint import Checkpoint
 from kimi_native.config import KimiConfig
 from kimi_native.errors import ModelFormatError
 from kimi_native.make_checkpoint import make_checkpoint
+from kimi_native.nano import graph as graph_module
 from kimi_native.nano.experts import GroupedExperts, sort_rows
 from kimi_native.nano.graph import Documents, KimiGraph
 from kimi_native.nano.published import published_tensors, read_published
@@ -143,6 +144,31 @@ def test_graph_max_logits_are_bounded_below_the_limit_and_exact_above():
     assert (bound > exact).any()
     graph.logit_limit = 1e-3
     assert torch.equal(graph(documents).max_logits, exact)
+
+
+def test_max_logits_in_blocks_are_those_of_all_pairs(monkeypatch):
+    """Exact wherever they exceed the limit, and never below what is there; only blocks left open are multiplied."""
+    monkeypatch.setattr(graph_module, "LOGIT_BLOCK", 8)
+    g = torch.Generator().manual_seed(2)
+    lengths, scale = [29, 1, 16], 0.25
+    q, k = (torch.randn(46, 3, 5, generator=g) * 4 for _ in range(2))
+    q[:, 2] /= 8  # a head far below the limit
+    visible = torch.block_diag(*(torch.ones(n, n) for n in lengths)).tril().bool()
+    logits = torch.einsum("ihd,jhd->hij", q, k) * scale
+    exact = logits.masked_fill(~visible, -torch.inf).amax((1, 2))
+    blocks = []
+    largest = graph_module._largest
+    monkeypatch.setattr(
+        graph_module, "_largest", lambda *a, **o: blocks.append(1) or largest(*a, **o)
+    )
+    assert torch.allclose(graph_module.max_logits(q, k, scale, lengths, None), exact, atol=1e-5)
+    assert len(blocks) == 4 * 5 // 2 + 1 + 3
+    blocks.clear()
+    limit = float(exact[:2].min()) - 0.01
+    found = graph_module.max_logits(q, k, scale, lengths, limit)
+    assert torch.allclose(found[:2], exact[:2], atol=1e-5)
+    assert exact[2] <= found[2] <= limit
+    assert 0 < len(blocks) < 14
 
 
 @pytest.mark.parametrize("lengths", [[64], [0, 65], [66, -1], []])

@@ -178,20 +178,31 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scales: list[float], lengths: list[i
 def max_logits(
     q: Tensor, k: Tensor, scale: float, lengths: list[int], limit: float | None
 ) -> Tensor:
-    """[heads] float32: the largest visible logit of each head, or if no head's bound exceeds `limit` the bounds.
+    """[heads] float32: the largest visible logit of each head, or an upper bound where that does not exceed `limit`.
 
-    |q . k| <= |q| |k|: in almost every step that is all QK-Clip needs to know, for none of attention's arithmetic.
+    |q . k| <= |q| |k|: for almost all blocks of queries and keys that is all QK-Clip needs to know, for none of
+    attention's arithmetic. What the bound leaves open is multiplied out.
     """
-    if limit is not None:
-        bound = q.norm(dim=2).amax(0) * k.norm(dim=2).amax(0) * scale
-        if not bool((bound > limit).any()):
-            return bound.float()
-    largest = []
+    largest = torch.full((q.shape[1],), -torch.inf, dtype=torch.float32, device=q.device)
     for query, key in zip(q.split(lengths), k.split(lengths), strict=True):
-        logits = query.transpose(0, 1) @ key.permute(1, 2, 0)
+        queries, keys = query.split(LOGIT_BLOCK), key.split(LOGIT_BLOCK)
+        q_norms, k_norms = ([t.norm(dim=2).amax(0) for t in side] for side in (queries, keys))
+        for i, rows in enumerate(queries):
+            for j in range(i + 1):
+                bound = (q_norms[i] * k_norms[j] * scale).float()
+                if limit is None or bool((bound > limit).any()):
+                    bound = (_largest(rows, keys[j], is_diagonal=i == j) * scale).float()
+                largest = torch.maximum(largest, bound)
+    return largest
+
+
+def _largest(q: Tensor, k: Tensor, *, is_diagonal: bool) -> Tensor:
+    """[heads]: the largest product of a block's queries and keys; on the diagonal, of no key after its query."""
+    logits = q.transpose(0, 1) @ k.permute(1, 2, 0)
+    if is_diagonal:
         future = torch.ones(logits.shape[1:], dtype=torch.bool, device=q.device).triu(1)
-        largest.append(logits.masked_fill(future, -torch.inf).amax((1, 2)))
-    return (torch.stack(largest).amax(0) * scale).float()
+        logits = logits.masked_fill(future, -torch.inf)
+    return logits.amax((1, 2))
 
 
 class MLP(nn.Module):
@@ -411,4 +422,5 @@ class KimiGraph(nn.Module):
         )
 
 
+LOGIT_BLOCK = 256  # queries and keys that max_logits bounds together
 EMBEDDING_STD = 0.5  # of the layers' own order: norms see the token from the first step

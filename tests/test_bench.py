@@ -341,6 +341,7 @@ def test_e2e_of_several_folders_runs_each_in_its_own_process(folder, capfd):
         (["GOOD", "nowhere"], "nowhere: must be a model folder (found none)"),
         (["GOOD", "--depths", "9000"], "e2e: max_context must be 1 to 8192 (got 9034)"),
         (["GOOD", "--new-tokens", "-1"], "e2e: new_tokens must be at least 1 (got [-1])"),
+        (["GOOD", "--prompt-tokens", "0"], "e2e: prompt_tokens must be at least 1 (got [0])"),
     ],
     ids=" ".join,
 )
@@ -350,6 +351,14 @@ def test_e2e_refuses_before_it_measures(folder, monkeypatch, capsys, arguments, 
     arguments = [str(folder) if word == "GOOD" else word for word in arguments]
     assert cli.main(["bench", "e2e", *arguments]) == 1
     assert capsys.readouterr() == ("", f"kimi-native: error: {says}\n")
+
+
+@pytest.mark.parametrize("option", ["--dtype", "--dense", "--cache"])
+@pytest.mark.parametrize("verb", ["e2e", "load"])
+def test_bench_knows_the_forms_of_a_model(capsys, verb, option):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", verb, "a", option, "bf17"])
+    assert f"{option}: invalid choice: 'bf17'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -393,7 +393,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     # benchmarks: other engines appear here and nowhere else, each import guarded
     "bench": (set(), set()),
     "bench.command": (
-        {"ops", "argument_files", "make_checkpoint", "terminal", *BENCH}
+        {"ops", "argument_files", "make_checkpoint", "model_arguments", "terminal", *BENCH}
         | {"bench.logits", "bench.peers", "bench.plot"},
         set(),
     ),

@@ -72,22 +72,31 @@ def add_settings(parser: Any) -> None:
         metavar="N",
         help="tokens of prompt and answer (default: the model's, at most 8192)",
     )
+    add_forms(parser)
+    add_ignored_keys(parser)
+
+
+def add_forms(parser: Any) -> None:
+    """The forms of activations, dense matrices and cache."""
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="activations and cache"
     )
-    parser.add_argument(
-        "--dense",
-        choices=("bf16", "int8", "int4"),
-        default="bf16",
-        help="dense matrices: as published, or rounded to 8 or 4 bits",
-    )
+    add_dense(parser)
     parser.add_argument(
         "--cache",
         choices=("exact", "fp8"),
         default="exact",
         help="the latent cache: of --dtype, or rounded to FP8",
     )
-    add_ignored_keys(parser)
+
+
+def add_dense(parser: Any) -> None:
+    parser.add_argument(
+        "--dense",
+        choices=("bf16", "int8", "int4"),
+        default="bf16",
+        help="dense matrices: as published, or rounded to 8 or 4 bits",
+    )
 
 
 def add_ignored_keys(parser: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from kimi_native.argument_files import read_text
 from kimi_native.errors import RequestError
+from kimi_native.model_arguments import add_dense, add_forms
 
 DEFAULT_DEPTHS = "1,512,4096"
 
@@ -60,9 +61,7 @@ def _add_e2e(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=int, metavar="N", help="of the timed prefill (512)")
     parser.add_argument("--new-tokens", type=int, metavar="N", help="decoded at each depth (32)")
     parser.add_argument("--depths", metavar="N,...", help=f"tokens before ({DEFAULT_DEPTHS})")
-    parser.add_argument("--dtype", default="bfloat16", metavar="NAME", help="as of load()")
-    parser.add_argument("--dense", default="bf16", metavar="NAME", help="as of load()")
-    parser.add_argument("--cache", default="exact", metavar="NAME", help="as of load()")
+    add_forms(parser)
 
 
 def _add_load(parser: argparse.ArgumentParser) -> None:
@@ -72,9 +71,7 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
         "--no-prefetch", dest="prefetch", action="store_false", help="as of generate"
     )
     parser.add_argument("--max-context", type=int, default=2048, metavar="N", help="tokens (2048)")
-    parser.add_argument("--dtype", default="bfloat16", metavar="NAME", help="as of load()")
-    parser.add_argument("--dense", default="bf16", metavar="NAME", help="as of load()")
-    parser.add_argument("--cache", default="exact", metavar="NAME", help="as of load()")
+    add_forms(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -94,7 +91,7 @@ def _add_peers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--time-budget", type=float, metavar="S", help="seconds for one pair (2)")
     parser.add_argument("--model", metavar="DIR", help="checkpoint folder for e2e")
     parser.add_argument("--gguf", metavar="FILE", help="the same model for llama.cpp, for e2e")
-    parser.add_argument("--dense", default="bf16", metavar="NAME", help="as of load(), for e2e")
+    add_dense(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -143,9 +140,11 @@ def _e2e(args: argparse.Namespace) -> int:
 
 def _e2e_counts(args: argparse.Namespace) -> dict[str, Any]:
     return {
-        "prompt_tokens": args.prompt_tokens or (64 if args.quick else 512),
-        "new_tokens": args.new_tokens or (4 if args.quick else 32),
-        "depths": _counts("--depths", args.depths or ("1,256" if args.quick else DEFAULT_DEPTHS)),
+        "prompt_tokens": _given(args.prompt_tokens, 64 if args.quick else 512),
+        "new_tokens": _given(args.new_tokens, 4 if args.quick else 32),
+        "depths": _counts(
+            "--depths", _given(args.depths, "1,256" if args.quick else DEFAULT_DEPTHS)
+        ),
     }
 
 
@@ -307,6 +306,10 @@ def _counts(option: str, text: str) -> list[int]:
     if not all(p.isascii() and p.isdigit() and int(p) > 0 for p in parts):
         raise RequestError(f"bench: {option} must be counts such as 1,16 (got {text})")
     return [int(p) for p in parts]
+
+
+def _given(value: Any, default: Any) -> Any:
+    return default if value is None else value
 
 
 def _print_limits(args: argparse.Namespace, limits: Any) -> None:

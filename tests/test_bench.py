@@ -207,6 +207,9 @@ def test_limits_share_is_of_what_binds(isa, nbytes, flops, limbs, limit, percent
 def test_limits_share_counts_dots_where_both_factors_are_bf16():
     assert LIMITS.share(1.0, 1e9, 80e9, limbs=False, dots=True, isa="avx512") == ("bf16_dot", 50.0)
     assert LIMITS.share(1.0, 1e9, 50e9, limbs=False, dots=True, isa="avx2") == ("fp32", 50.0)
+    one_limb = {"limbs": True, "compute": "int8"}
+    assert LIMITS.share(1.0, 1e9, 200e9, isa="avx512", **one_limb) == ("int8_dot", 50.0)
+    assert LIMITS.share(1.0, 1e9, 1000e9, isa="amx", **one_limb) == ("amx_int8", 49.98)
 
 
 def test_row_is_the_median_with_its_spread():
@@ -249,15 +252,15 @@ def test_e2e_counts_the_bytes_that_a_token_reads(folder):
 
 # Bytes of a cached token: 4 layers of 64 + 16 bf16 values, or of 64 bytes, a scale and 16 bf16 values.
 @pytest.mark.parametrize(
-    ("dense", "cache", "token_bytes"),
+    ("dense", "cache", "compute", "token_bytes"),
     [
-        ("bf16", "exact", 640),
-        ("int8", "exact", 640),
-        ("int4", "exact", 640),
-        ("bf16", "fp8", 4 * (64 + 4 + 32)),
+        ("bf16", "exact", "exact", 640),
+        ("int8", "exact", "exact", 640),
+        ("int4", "exact", "int8", 640),
+        ("bf16", "fp8", "exact", 4 * (64 + 4 + 32)),
     ],
 )
-def test_e2e_measures_a_folder(folder, one_thread, dense, cache, token_bytes):
+def test_e2e_measures_a_folder(folder, one_thread, dense, cache, compute, token_bytes):
     rows = []
     e2e.measure(
         str(folder),
@@ -267,12 +270,14 @@ def test_e2e_measures_a_folder(folder, one_thread, dense, cache, token_bytes):
         depths=[1, 100],
         dense=dense,
         cache=cache,
+        compute=compute,
         report=rows.append,
     )
     assert [row["op"] for row in rows] == ["e2e_prefill", "e2e_decode", "e2e_decode", "e2e_load"]
     for row in rows:
         assert_row(row)
         assert (row["threads"], row["dense"], row["cache"]) == (1, dense, cache)
+        assert row["compute"] == compute
     prefill, first, last, load = rows
     assert prefill["tokens_per_s"] == pytest.approx(8e6 / prefill["time_us"], rel=1e-3)
     grown = last["cache_bytes"] - first["cache_bytes"]

@@ -190,8 +190,8 @@ def test_generate_passes_options_on(loaded, monkeypatch, capsys):
     )
     options = "--max-tokens 3 --temperature 0.5 --top-p 0.9 --top-k 4 --min-p 0.1 --seed 0 --stop a --stop b"
     machine = (
-        "--threads 2 --max-context 99 --dtype float32 --dense int8 --cache fp8 --isa avx2 --no-prefetch "
-        "--ignore-config-key k --device cuda:1 --experts cpu"
+        "--threads 2 --max-context 99 --dtype float32 --dense int8 --cache fp8 --compute int8 --isa avx2 "
+        "--no-prefetch --ignore-config-key k --device cuda:1 --experts cpu"
     )
     argv = f"generate --model m Hi --raw-prompt {options} {machine}".split()
     assert run(*argv) == 0
@@ -215,6 +215,7 @@ def test_generate_passes_options_on(loaded, monkeypatch, capsys):
         "dtype": "float32",
         "dense": "int8",
         "cache": "fp8",
+        "compute": "int8",
         "device": "cuda:1",
         "experts": "cpu",
         "isa": "avx2",

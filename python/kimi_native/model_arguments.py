@@ -17,7 +17,7 @@ from kimi_native.terminal import note
 if TYPE_CHECKING:
     from kimi_native.generate import Model
 
-_LOAD_OPTIONS = "max_context threads dtype dense cache device experts isa prefetch".split()  # noqa: SIM905
+_LOAD_OPTIONS = "max_context threads dtype dense cache compute device experts isa prefetch".split()  # noqa: SIM905
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
 
 
@@ -52,6 +52,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 def add_machine(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("model and machine")
     add_settings(machine)
+    add_compute(machine)
     machine.add_argument("--threads", type=int, metavar="N", help="default: the cores there are")
     machine.add_argument("--device", default="cpu", help="cpu (default), cuda, or cuda:N")
     machine.add_argument("--experts", choices=["cpu"], help="keep the routed experts off the GPU")
@@ -87,6 +88,15 @@ def add_forms(parser: Any) -> None:
         choices=("exact", "fp8"),
         default="exact",
         help="the latent cache: of --dtype, or rounded to FP8",
+    )
+
+
+def add_compute(parser: Any) -> None:
+    parser.add_argument(
+        "--compute",
+        choices=("exact", "int8"),
+        default="exact",
+        help="activations that meet INT4 matrices: exact, or rounded to 8 bits",
     )
 
 

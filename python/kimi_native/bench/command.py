@@ -14,7 +14,7 @@ from typing import Any
 
 from kimi_native.argument_files import read_text
 from kimi_native.errors import RequestError
-from kimi_native.model_arguments import add_dense, add_forms
+from kimi_native.model_arguments import add_compute, add_dense, add_forms
 
 DEFAULT_DEPTHS = "1,512,4096"
 
@@ -62,6 +62,7 @@ def _add_e2e(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=int, metavar="N", help="decoded at each depth (32)")
     parser.add_argument("--depths", metavar="N,...", help=f"tokens before ({DEFAULT_DEPTHS})")
     add_forms(parser)
+    add_compute(parser)
 
 
 def _add_load(parser: argparse.ArgumentParser) -> None:
@@ -193,6 +194,7 @@ def _e2e_one(args: argparse.Namespace, folder: str) -> None:
         dtype=args.dtype,
         dense=args.dense,
         cache=args.cache,
+        compute=args.compute,
         report=report,
     )
     if not args.json:
@@ -206,7 +208,16 @@ def _e2e_folders(args: argparse.Namespace) -> int:
 
     rows: list[dict[str, Any]] = []
     options = [f"--{name}" for name in ("quick",) if getattr(args, name)]
-    for name in ("threads", "prompt_tokens", "new_tokens", "depths", "dtype", "dense", "cache"):
+    for name in (
+        "threads",
+        "prompt_tokens",
+        "new_tokens",
+        "depths",
+        "dtype",
+        "dense",
+        "cache",
+        "compute",
+    ):
         if (value := getattr(args, name)) is not None:
             options += ["--" + name.replace("_", "-"), str(value)]
     for folder in args.folders:

@@ -53,9 +53,10 @@ class LoadedModel:
         dtype: str = "bfloat16",
         dense: str = "bf16",
         cache: str = "exact",
+        compute: str = "exact",
     ) -> None:
         started = time.perf_counter()
-        options = {"dtype": dtype, "dense": dense, "cache": cache}
+        options = {"dtype": dtype, "dense": dense, "cache": cache, "compute": compute}
         network, checkpoint = load_model(folder, max_context=max_context, **options)
         pages = -(-max_context // PAGE_SIZE)
         rows = fp8_rows.DTYPE if cache == "fp8" else DTYPES[dtype]
@@ -203,6 +204,7 @@ def measure(
     dtype: str = "bfloat16",
     dense: str = "bf16",
     cache: str = "exact",
+    compute: str = "exact",
     report: Callable[[dict[str, Any]], None],
 ) -> None:
     """Times one checkpoint folder; gives each row to `report` when it is known.
@@ -210,16 +212,16 @@ def measure(
     prompt_tokens  of the timed prefill
     new_tokens     decoded at each depth
     depths         tokens cached before them
-    dtype, dense, cache  as of load()
+    dtype, dense, cache, compute  as of load()
 
     Raises what check and load_model raise.
     """
     max_context = check(folder, prompt_tokens=prompt_tokens, new_tokens=new_tokens, depths=depths)
     ops.set_num_threads(limits.threads)
     torch.set_num_threads(limits.threads)
-    loaded = LoadedModel(folder, max_context=max_context, dtype=dtype, dense=dense, cache=cache)
+    shared = {"dense": dense, "dtype": dtype, "cache": cache, "compute": compute}
+    loaded = LoadedModel(folder, max_context=max_context, **shared)
     loaded.prefill_seconds(WARM_UP_TOKENS)
-    shared = {"dense": dense, "dtype": dtype, "cache": cache}
     report(_prefill_row(loaded, prompt_tokens, limits, shared))
     for depth in depths:
         report(_decode_row(loaded, depth, new_tokens, limits, shared))

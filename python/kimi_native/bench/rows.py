@@ -54,22 +54,25 @@ class Limits:
         limbs: bool,
         dots: bool = False,
         isa: str,
+        compute: str = "exact",
     ) -> tuple[str, float]:
         """The binding limit's name and the percentage of it reached; the rule is that of kn_bench (report.cpp).
 
         limbs  integer weights: exact products may be two int8 limbs
         dots   both factors are bf16
         isa    the kernel tier: AMX counts in a tier that has it
+        compute  as of load(): activations in 8 bits are one limb
         """
         units = {"fp32": self.gflop_per_s["fp32"]}
+        suffix, num_limbs = ("", 1) if compute == "int8" else ("/2", 2)
         if limbs:
-            units["int8_dot/2"] = self.gflop_per_s.get("int8_dot", 0.0) / 2
+            units[f"int8_dot{suffix}"] = self.gflop_per_s.get("int8_dot", 0.0) / num_limbs
         if dots and isa in ("avx512", "amx"):
             units["bf16_dot"] = self.gflop_per_s.get("bf16_dot", 0.0)
         if isa == "amx":
             units["amx_bf16"] = self.gflop_per_s.get("amx_bf16", 0.0)
         if limbs and isa == "amx":
-            units["amx_int8/2"] = self.gflop_per_s.get("amx_int8", 0.0) / 2
+            units[f"amx_int8{suffix}"] = self.gflop_per_s.get("amx_int8", 0.0) / num_limbs
         unit = max(units, key=units.get)
         read, compute = nbytes / self.read_gb_per_s / 1e9, flops / units[unit] / 1e9
         limit, best = ("read", read) if read >= compute else (unit, compute)
@@ -113,7 +116,9 @@ def make_row(
     """
     median, spread = median_and_spread(seconds)
     dots = op == "bf16_gemm"
-    limit, percent = limits.share(median, nbytes, flops, limbs=limbs, dots=dots, isa=isa)
+    limit, percent = limits.share(
+        median, nbytes, flops, limbs=limbs, dots=dots, isa=isa, compute=compute
+    )
     return {
         "op": op,
         "isa": isa if more.get("peer") is None else None,

@@ -6,7 +6,8 @@
 // wgmma m64nNk16 (PTX ISA, "wgmma.mma_async"): warp w of four has rows 16w .. 16w + 15; with
 // g = lane / 4 and t = lane % 4, d[4j + r] is row 16w + g + 8 (r / 2), column 8j + 2t + r % 2. An a
 // from registers is laid out as in mma m16n8k16. Matrices in shared memory are k-major: rows of a
-// (m) or b (n), k along a row, in groups of eight rows.
+// (m) or b (n), k along a row, in groups of eight rows. A b may be n-major: rows of k, n along a
+// row, so a k-major matrix is multiplied with its rows as columns, or with its columns.
 #pragma once
 #include "cuda/ptx.cuh"
 #include "cuda/tensor_map.h"
@@ -89,8 +90,12 @@ __device__ __forceinline__ void tma_load_2d(void* to, const TensorMap* map, int 
 
 // ---- warpgroup matrix products ------------------------------------------------------------------
 
-// A k-major matrix in shared memory (PTX ISA, "matrix descriptor"). stride_bytes: from eight rows
-// to the next eight. leading_bytes: without swizzle, from eight columns to the next; else not used.
+// A matrix in shared memory (PTX ISA, "matrix descriptor"), which lies there in rows as wide as its
+// swizzle (16 bytes without one).
+//   k-major   stride_bytes: from eight rows to the next eight. leading_bytes: without swizzle, from
+//             eight columns to the next; else not used.
+//   n-major   with a swizzle: leading_bytes from a row's width of columns to the next, stride_bytes
+//             from eight rows (of k) to the next eight. Without one the two change places.
 __device__ __forceinline__ uint64_t matrix_descriptor(const void* p, Swizzle swizzle,
                                                       int leading_bytes, int stride_bytes) {
   const uint64_t mode = swizzle == Swizzle::k128  ? 1
@@ -101,6 +106,9 @@ __device__ __forceinline__ uint64_t matrix_descriptor(const void* p, Swizzle swi
          uint64_t((leading_bytes & 0x3ffff) >> 4) << 16 |
          uint64_t((stride_bytes & 0x3ffff) >> 4) << 32 | mode << 62;
 }
+
+// How b lies in shared memory: the immediate of the instruction.
+enum class Major { kK = 0, kN = 1 };
 
 // Before the first wgmma after registers it uses were written.
 __device__ __forceinline__ void wgmma_fence() {
@@ -146,40 +154,43 @@ __device__ __forceinline__ void wgmma_settle(float (&d)[kCount]) {
   "119,%120,%121,%122,%123,%124,%125,%126,%127"
 
 // n columns = r registers; the operands behind the registers are %r, %(r + 1), ...
-#define KN_WGMMA_SHARED(n, r, a_at, b_at, p_at)                                                   \
+#define KN_WGMMA_SHARED(n, r, a_at, b_at, p_at, major_at)                                         \
   asm volatile("{.reg .pred p; setp.ne.b32 p, %" p_at ", 0; wgmma.mma_async.sync.aligned.m64n" #n \
-               "k16.f32.bf16.bf16 {" KN_P##r "}, %" a_at ", %" b_at ", p, 1, 1, 0, 0;}"           \
+               "k16.f32.bf16.bf16 {" KN_P##r "}, %" a_at ", %" b_at ", p, 1, 1, 0, %" major_at    \
+                                             ";}"                                                 \
                : KN_D##r(0)                                                                       \
-               : "l"(a), "l"(b), "r"(int(accumulate)))
-#define KN_WGMMA_REGISTERS(n, r, a0, a1, a2, a3, b_at, p_at)                                      \
+               : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kB)))
+#define KN_WGMMA_REGISTERS(n, r, a0, a1, a2, a3, b_at, p_at, major_at)                            \
   asm volatile("{.reg .pred p; setp.ne.b32 p, %" p_at ", 0; wgmma.mma_async.sync.aligned.m64n" #n \
                "k16.f32.bf16.bf16 {" KN_P##r "}, {%" a0 ",%" a1 ",%" a2 ",%" a3 "}, %" b_at       \
-                                             ", p, 1, 1, 0;}"                                     \
+                                             ", p, 1, 1, %" major_at ";}"                         \
                : KN_D##r(0)                                                                       \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)))
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)),        \
+                 "n"(int(kB)))
 
 // d = a * b (+ d if accumulate), 64 x kN, 16 along k; a and b are descriptors.
-template <int kN>
+template <int kN, Major kB = Major::kK>
 __device__ __forceinline__ void wgmma_m64k16_bf16(float (&d)[kN / 2], uint64_t a, uint64_t b,
                                                   bool accumulate) {
   static_assert(kN == 16 || kN == 32 || kN == 64 || kN == 128 || kN == 256);
-  if constexpr (kN == 16) KN_WGMMA_SHARED(16, 8, "8", "9", "10");
-  if constexpr (kN == 32) KN_WGMMA_SHARED(32, 16, "16", "17", "18");
-  if constexpr (kN == 64) KN_WGMMA_SHARED(64, 32, "32", "33", "34");
-  if constexpr (kN == 128) KN_WGMMA_SHARED(128, 64, "64", "65", "66");
-  if constexpr (kN == 256) KN_WGMMA_SHARED(256, 128, "128", "129", "130");
+  if constexpr (kN == 16) KN_WGMMA_SHARED(16, 8, "8", "9", "10", "11");
+  if constexpr (kN == 32) KN_WGMMA_SHARED(32, 16, "16", "17", "18", "19");
+  if constexpr (kN == 64) KN_WGMMA_SHARED(64, 32, "32", "33", "34", "35");
+  if constexpr (kN == 128) KN_WGMMA_SHARED(128, 64, "64", "65", "66", "67");
+  if constexpr (kN == 256) KN_WGMMA_SHARED(256, 128, "128", "129", "130", "131");
 }
 
 // The same with a from registers.
-template <int kN>
+template <int kN, Major kB = Major::kK>
 __device__ __forceinline__ void wgmma_m64k16_bf16(float (&d)[kN / 2], const uint32_t (&a)[4],
                                                   uint64_t b, bool accumulate) {
   static_assert(kN == 16 || kN == 32 || kN == 64 || kN == 128 || kN == 256);
-  if constexpr (kN == 16) KN_WGMMA_REGISTERS(16, 8, "8", "9", "10", "11", "12", "13");
-  if constexpr (kN == 32) KN_WGMMA_REGISTERS(32, 16, "16", "17", "18", "19", "20", "21");
-  if constexpr (kN == 64) KN_WGMMA_REGISTERS(64, 32, "32", "33", "34", "35", "36", "37");
-  if constexpr (kN == 128) KN_WGMMA_REGISTERS(128, 64, "64", "65", "66", "67", "68", "69");
-  if constexpr (kN == 256) KN_WGMMA_REGISTERS(256, 128, "128", "129", "130", "131", "132", "133");
+  if constexpr (kN == 16) KN_WGMMA_REGISTERS(16, 8, "8", "9", "10", "11", "12", "13", "14");
+  if constexpr (kN == 32) KN_WGMMA_REGISTERS(32, 16, "16", "17", "18", "19", "20", "21", "22");
+  if constexpr (kN == 64) KN_WGMMA_REGISTERS(64, 32, "32", "33", "34", "35", "36", "37", "38");
+  if constexpr (kN == 128) KN_WGMMA_REGISTERS(128, 64, "64", "65", "66", "67", "68", "69", "70");
+  if constexpr (kN == 256)
+    KN_WGMMA_REGISTERS(256, 128, "128", "129", "130", "131", "132", "133", "134");
 }
 
 #undef KN_WGMMA_SHARED

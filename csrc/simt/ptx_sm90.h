@@ -32,17 +32,19 @@ void wgmma_wait() {
 template <int kCount>
 void wgmma_settle(float (&)[kCount]) {}
 
+enum class Major { kK = 0, kN = 1 };
+
 // a: four registers, or null for the descriptor a_shared.
-void wgmma(float* d, int columns, const uint32_t* a, uint64_t a_shared, uint64_t b,
+void wgmma(float* d, int columns, const uint32_t* a, uint64_t a_shared, uint64_t b, Major b_major,
            bool accumulate);
 
-template <int kN>
+template <int kN, Major kB = Major::kK>
 void wgmma_m64k16_bf16(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
-  wgmma(d, kN, nullptr, a, b, accumulate);
+  wgmma(d, kN, nullptr, a, b, kB, accumulate);
 }
-template <int kN>
+template <int kN, Major kB = Major::kK>
 void wgmma_m64k16_bf16(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  wgmma(d, kN, a, 0, b, accumulate);
+  wgmma(d, kN, a, 0, b, kB, accumulate);
 }
 
 template <int kRegisters>

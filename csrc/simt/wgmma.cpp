@@ -23,6 +23,7 @@ struct Product {
   int columns, warp;  // warp of the warpgroup
   bool accumulate, a_in_registers;
   uint64_t a_shared, b;
+  Major b_major;
   uint32_t a[32][4];
   float* d[32];
   std::vector<float> start;  // accumulators of the lanes, if they were not in flight before
@@ -30,24 +31,42 @@ struct Product {
 
 Warp& this_warp() { return self->block->warps[size_t(self->warp)]; }
 
-// Offset in shared memory of element (row, k) of a k-major matrix.
-size_t element_offset(uint64_t descriptor, int row, int k) {
-  const size_t start = size_t(descriptor & 0x3fff) << 4;
-  const size_t leading = size_t(descriptor >> 16 & 0x3fff) << 4;
-  const size_t stride = size_t(descriptor >> 32 & 0x3fff) << 4;
-  const unsigned mode = unsigned(descriptor >> 62);
-  if (mode == 0)
-    return start + size_t(row / 8) * stride + size_t(k / 8) * leading + size_t(row % 8) * 16 +
-           size_t(k % 8) * 2;
-  const size_t width = mode == 1 ? 128 : mode == 2 ? 64 : 32;
-  const size_t mask = width / 16 - 1;
-  const size_t linear = start + size_t(row / 8) * stride + size_t(row % 8) * width + size_t(k) * 2;
-  return linear ^ ((linear >> 7 & mask) << 4);
-}
+// A matrix as its descriptor gives it, bytes.
+struct Matrix {
+  size_t start, leading, stride;
+  size_t width;  // of a row: the swizzle, or 16 without one
+  bool swizzled;
 
-float element(uint64_t descriptor, int row, int k) {
+  explicit Matrix(uint64_t descriptor)
+      : start(size_t(descriptor & 0x3fff) << 4),
+        leading(size_t(descriptor >> 16 & 0x3fff) << 4),
+        stride(size_t(descriptor >> 32 & 0x3fff) << 4) {
+    const unsigned mode = unsigned(descriptor >> 62);
+    width = mode == 0 ? 16 : mode == 1 ? 128 : mode == 2 ? 64 : 32;
+    swizzled = mode != 0;
+  }
+
+  size_t swizzle(size_t at) const {
+    return swizzled ? at ^ ((at >> 7 & (width / 16 - 1)) << 4) : at;
+  }
+
+  // Offset in shared memory of element (row of a or b, k).
+  size_t offset(Major major, int row, int k) const {
+    // Lines of `width` bytes, eight of them one after the other.
+    const size_t line = size_t(major == Major::kK ? row : k);
+    const size_t along = size_t(major == Major::kK ? k : row) * 2;
+    const bool as_named = swizzled || major == Major::kK;
+    const size_t lines = as_named ? stride : leading, columns = as_named ? leading : stride;
+    // A k-major matrix with a swizzle is no wider than a line.
+    const size_t parts = swizzled && major == Major::kK ? 0 : along / width;
+    return swizzle(start + line / 8 * lines + line % 8 * width + parts * columns +
+                   (along - parts * width));
+  }
+};
+
+float element(uint64_t descriptor, Major major, int row, int k) {
   SharedMemory& shared = self->block->shared;
-  const char* p = shared.data() + element_offset(descriptor, row, k);
+  const char* p = shared.data() + Matrix(descriptor).offset(major, row, k);
   shared.offset(p, 2, 2, "wgmma");
   shared.read(p, 2, simt::By::kAsyncProxy, "wgmma");
   uint16_t bits;
@@ -58,7 +77,8 @@ float element(uint64_t descriptor, int row, int k) {
 void load_a(const Product& p, float (&a)[kRows][kDepth]) {
   if (!p.a_in_registers) {
     for (int m = 0; m < kRows; ++m)
-      for (int k = 0; k < kDepth; ++k) a[m][k] = element(p.a_shared, p.warp * kRows + m, k);
+      for (int k = 0; k < kDepth; ++k)
+        a[m][k] = element(p.a_shared, Major::kK, p.warp * kRows + m, k);
     return;
   }
   for (int l = 0; l < 32; ++l)
@@ -76,7 +96,7 @@ void run(const Product& p) {
   load_a(p, a);
   for (int n = 0; n < p.columns; ++n) {
     float b[kDepth];
-    for (int k = 0; k < kDepth; ++k) b[k] = element(p.b, n, k);
+    for (int k = 0; k < kDepth; ++k) b[k] = element(p.b, p.b_major, n, k);
     for (int m = 0; m < kRows; ++m) {
       // Row m, column n is register 4 (n / 8) + 2 (m / 8) + n % 2 of lane 4 (m % 8) + n % 8 / 2.
       float& d = p.d[4 * (m % 8) + n % 8 / 2][4 * (n / 8) + 2 * (m / 8) + n % 2];
@@ -89,9 +109,8 @@ void run(const Product& p) {
 
 void check(int columns, uint64_t descriptor) {
   if (!this_warp().matrix_fenced) fail("wgmma: no wgmma_fence since the last wgmma_wait");
-  const unsigned mode = unsigned(descriptor >> 62);
-  const size_t width = mode == 0 ? 16 : mode == 1 ? 128 : mode == 2 ? 64 : 32;
-  if (mode != 0 && ((descriptor & 0x3fff) << 4) % (8 * width) >= width)
+  const Matrix m(descriptor);
+  if (m.swizzled && m.start % (8 * m.width) >= m.width)
     fail("wgmma: a matrix of " + std::to_string(columns) +
          " columns must start at a group of eight rows of its swizzle");
 }
@@ -127,7 +146,7 @@ uint64_t matrix_descriptor(const void* p, Swizzle swizzle, int leading_bytes, in
          uint64_t((stride_bytes & 0x3ffff) >> 4) << 32 | mode << 62;
 }
 
-void wgmma(float* d, int columns, const uint32_t* a, uint64_t a_shared, uint64_t b,
+void wgmma(float* d, int columns, const uint32_t* a, uint64_t a_shared, uint64_t b, Major b_major,
            bool accumulate) {
   check(columns, b);
   if (!a) check(columns, a_shared);
@@ -139,7 +158,7 @@ void wgmma(float* d, int columns, const uint32_t* a, uint64_t a_shared, uint64_t
   struct Nothing {
   } out;
   meet(kWholeWarp, "wgmma", in, out, [&](const In** ins, Nothing**) {
-    Product p{columns, self->warp % 4, accumulate, a != nullptr, a_shared, b, {}, {}, {}};
+    Product p{columns, self->warp % 4, accumulate, a != nullptr, a_shared, b, b_major, {}, {}, {}};
     for (int l = 0; l < 32; ++l) {
       p.d[l] = ins[l]->d;
       if (a) std::memcpy(p.a[l], ins[l]->a, sizeof(p.a[l]));

@@ -125,9 +125,10 @@ HOPPER = {
             (10 * n + swizzle, (64 + n) * 32 + 64 * n, 64 * n, make, compare)
             for n in (16, 32, 64, 128, 256)
             for swizzle in range(4)
+            if not name.endswith("_n") or n >= 8 << swizzle  # a row of b is as wide as the swizzle
             for make, compare in ((wgmma_operands, same_sums), (exact_operands, same_bits))
         ]
-        for name in ("wgmma_shared", "wgmma_registers")
+        for name in ("wgmma_shared", "wgmma_registers", "wgmma_shared_n", "wgmma_registers_n")
     },
 }
 IS_HOPPER = os.environ.get("KIMI_NATIVE_GPU_ARCH", "90a").startswith("90")

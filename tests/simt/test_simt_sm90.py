@@ -48,12 +48,27 @@ def test_simt_tma_brings_a_swizzled_box_with_zeros_outside(column, row, swizzle,
 
 # Every schedule with the small tiles; the large ones differ in nothing but size.
 TILES = [(n, s) for n in (16, 32, 64) for s in SCHEDULES] + [(n, SCHEDULES[2]) for n in (128, 256)]
+WIDTHS = (16, 32, 64, 128)  # bytes of a row in shared memory, by swizzle
 
 
 @pytest.mark.parametrize("program", ["wgmma_shared", "wgmma_registers"])
 @pytest.mark.parametrize("swizzle", [0, 1, 2, 3])
 @pytest.mark.parametrize(("n", "schedule"), TILES, ids=str)
 def test_simt_wgmma_is_the_matrix_product(n, swizzle, program, schedule):
+    check_wgmma(program, n, swizzle, schedule)
+
+
+@pytest.mark.parametrize("program", ["wgmma_shared_n", "wgmma_registers_n"])
+@pytest.mark.parametrize(
+    ("n", "schedule", "swizzle"),
+    [(n, s, w) for n, s in TILES for w in range(4) if n * 2 >= WIDTHS[w]],
+    ids=str,
+)
+def test_simt_wgmma_is_the_matrix_product_with_an_n_major_matrix(n, swizzle, program, schedule):
+    check_wgmma(program, n, swizzle, schedule)
+
+
+def check_wgmma(program, n, swizzle, schedule):
     r = rng(3)
     a, b = bf16_bits(r.normal(size=(64, 64))), bf16_bits(r.normal(size=(n, 64)))
     d = r.normal(size=(64, n)).astype(np.float32)

@@ -82,8 +82,7 @@ void tma_load_2d(const Buffers& b) {
   launch({"tma_load_2d", dim3(1), dim3(64), size_t(a.bytes) + 8, b.stream}, tma_load_2d_kernel, a);
 }
 
-// ---- wgmma: 64 x n x 64, both operands k-major in shared memory, a also from registers ----------
-// --------------
+// ---- wgmma: 64 x n x 64, operands in shared memory, a also from registers, b also n-major -------
 
 template <Swizzle kSwizzle>
 struct Tile {
@@ -115,15 +114,43 @@ __device__ void store_tile(SharedPtr<char> to, const uint4* from, int rows) {
   }
 }
 
+// b^T, a matrix of 64 rows (k) and n columns, for a product that takes it n-major.
+template <Swizzle kSwizzle>
+struct TileN {
+  static constexpr int kWidth = Tile<kSwizzle>::kWidth;
+  static constexpr int kAtom = 8 * kWidth;         // eight rows, one behind the other
+  static constexpr int kLeading = kK / 8 * kAtom;  // to the next kWidth bytes of a row
+
+  __device__ static void store(SharedPtr<char> to, const char* b, int n) {
+    for (int i = int(threadIdx.x); i < n * kK; i += int(blockDim.x)) {
+      const int k = i / n, column = i % n;
+      const int at = column * 2 / kWidth * kLeading + k * kWidth + column * 2 % kWidth;
+      const int swizzled =
+          kSwizzle == Swizzle::kNone ? at : at ^ (at >> 7 & (kWidth / 16 - 1)) << 4;
+      *shared_cast<uint16_t>(to + swizzled) = reinterpret_cast<const uint16_t*>(b)[column * kK + k];
+    }
+  }
+  // The descriptor of rows 16k .. 16k + 15.
+  __device__ static uint64_t descriptor(SharedPtr<char> start, int k) {
+    const auto at = start + 2 * k * kAtom;
+    if constexpr (kSwizzle == Swizzle::kNone)
+      return ptx::matrix_descriptor(at, kSwizzle, kAtom, kLeading);
+    return ptx::matrix_descriptor(at, kSwizzle, kLeading, kAtom);
+  }
+};
+
 // in: a [64, 64] bf16, b [n, 64] bf16, d [64, n] fp32; out: d + a * b^T
-template <int kN, Swizzle kSwizzle, bool kRegisters>
+template <int kN, Swizzle kSwizzle, bool kRegisters, ptx::Major kB>
 __global__ void wgmma_kernel(const char* in, float* out) {
   KN_SHARED(shared);
   const auto a = shared_at<char>(shared, 0), b = shared_at<char>(shared, kM * kK * 2);
   const auto* a_in = reinterpret_cast<const uint4*>(in);
   const auto* d_in = reinterpret_cast<const float*>(in + (kM + kN) * kK * 2);
   store_tile<kSwizzle>(a, a_in, kM);
-  store_tile<kSwizzle>(b, a_in + kM * kK / 8, kN);
+  if constexpr (kB == ptx::Major::kK)
+    store_tile<kSwizzle>(b, a_in + kM * kK / 8, kN);
+  else
+    TileN<kSwizzle>::store(b, in + kM * kK * 2, kN);
   ptx::fence_proxy_async();
   __syncthreads();
   const int warp = int(threadIdx.x) / 32, g = int(threadIdx.x) % 32 / 4, t = int(threadIdx.x) % 4;
@@ -137,11 +164,12 @@ __global__ void wgmma_kernel(const char* in, float* out) {
           in)[(warp * 16 + g + r % 2 * 8) * kK / 2 + k * 8 + r / 2 * 4 + t];
   ptx::wgmma_fence();
   for (int k = 0; k < kK / 16; ++k) {
-    const uint64_t db = Tile<kSwizzle>::descriptor(b, kN, k);
+    const uint64_t db = kB == ptx::Major::kK ? Tile<kSwizzle>::descriptor(b, kN, k)
+                                             : TileN<kSwizzle>::descriptor(b, k);
     if constexpr (kRegisters)
-      ptx::wgmma_m64k16_bf16<kN>(d, fragment[k], db, true);
+      ptx::wgmma_m64k16_bf16<kN, kB>(d, fragment[k], db, true);
     else
-      ptx::wgmma_m64k16_bf16<kN>(d, Tile<kSwizzle>::descriptor(a, kM, k), db, true);
+      ptx::wgmma_m64k16_bf16<kN, kB>(d, Tile<kSwizzle>::descriptor(a, kM, k), db, true);
   }
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
@@ -150,32 +178,32 @@ __global__ void wgmma_kernel(const char* in, float* out) {
     out[(warp * 16 + g + i / 2 % 2 * 8) * kN + i / 4 * 8 + 2 * t + i % 2] = d[i];
 }
 
-template <int kN, Swizzle kSwizzle, bool kRegisters>
+template <int kN, Swizzle kSwizzle, bool kRegisters, ptx::Major kB>
 void run_wgmma(const Buffers& b) {
   launch({"wgmma", dim3(1), dim3(128), (kM + kN) * kK * 2, b.stream},
-         wgmma_kernel<kN, kSwizzle, kRegisters>, static_cast<const char*>(b.in),
+         wgmma_kernel<kN, kSwizzle, kRegisters, kB>, static_cast<const char*>(b.in),
          static_cast<float*>(b.out));
 }
 
-template <Swizzle kSwizzle, bool kRegisters>
+template <Swizzle kSwizzle, bool kRegisters, ptx::Major kB>
 void choose_n(const Buffers& b) {
   const int n = b.variant / 10;
-  if (n == 16) return run_wgmma<16, kSwizzle, kRegisters>(b);
-  if (n == 32) return run_wgmma<32, kSwizzle, kRegisters>(b);
-  if (n == 64) return run_wgmma<64, kSwizzle, kRegisters>(b);
-  if (n == 128) return run_wgmma<128, kSwizzle, kRegisters>(b);
-  if (n == 256) return run_wgmma<256, kSwizzle, kRegisters>(b);
+  if (n == 16) return run_wgmma<16, kSwizzle, kRegisters, kB>(b);
+  if (n == 32) return run_wgmma<32, kSwizzle, kRegisters, kB>(b);
+  if (n == 64) return run_wgmma<64, kSwizzle, kRegisters, kB>(b);
+  if (n == 128) return run_wgmma<128, kSwizzle, kRegisters, kB>(b);
+  if (n == 256) return run_wgmma<256, kSwizzle, kRegisters, kB>(b);
   throw std::invalid_argument("wgmma: no such variant");
 }
 
 // variant: 10 n + swizzle (0 none, 1 32 bytes, 2 64, 3 128)
-template <bool kRegisters>
+template <bool kRegisters, ptx::Major kB>
 void wgmma(const Buffers& b) {
   const int swizzle = b.variant % 10;
-  if (swizzle == 0) return choose_n<Swizzle::kNone, kRegisters>(b);
-  if (swizzle == 1) return choose_n<Swizzle::k32, kRegisters>(b);
-  if (swizzle == 2) return choose_n<Swizzle::k64, kRegisters>(b);
-  return choose_n<Swizzle::k128, kRegisters>(b);
+  if (swizzle == 0) return choose_n<Swizzle::kNone, kRegisters, kB>(b);
+  if (swizzle == 1) return choose_n<Swizzle::k32, kRegisters, kB>(b);
+  if (swizzle == 2) return choose_n<Swizzle::k64, kRegisters, kB>(b);
+  return choose_n<Swizzle::k128, kRegisters, kB>(b);
 }
 
 KN_PROGRAM(bulk_copy, [](const Buffers& b) {
@@ -183,7 +211,9 @@ KN_PROGRAM(bulk_copy, [](const Buffers& b) {
          static_cast<const char*>(b.in), static_cast<int32_t*>(b.out), int(b.in_bytes / kPiece));
 });
 KN_PROGRAM(tma_load_2d, tma_load_2d);
-KN_PROGRAM(wgmma_shared, wgmma<false>);
-KN_PROGRAM(wgmma_registers, wgmma<true>);
+KN_PROGRAM(wgmma_shared, wgmma<false, ptx::Major::kK>);
+KN_PROGRAM(wgmma_registers, wgmma<true, ptx::Major::kK>);
+KN_PROGRAM(wgmma_shared_n, wgmma<false, ptx::Major::kN>);
+KN_PROGRAM(wgmma_registers_n, wgmma<true, ptx::Major::kN>);
 
 }  // namespace

@@ -1,11 +1,13 @@
 // mla_decode: a schedule of splits made on the device from seq_lens, attention over each split
-// (mla_decode.cuh), and the combination of a sequence's splits in ascending order. The host never
-// learns a length: it launches two blocks a multiprocessor, which go through the schedule.
+// (mla_decode.cuh, on Hopper mla_decode_sm90.cuh where it suits), and the combination of a
+// sequence's splits in ascending order. The host never learns a length: it launches two blocks a
+// multiprocessor, which go through the schedule.
 //
 // Supports kv_lora_rank 512, qk_rope_head_dim 64, bf16 queries, a cache in bf16 or fp8 rows, pages
 // of a multiple of 32 tokens.
 #include "core/op_checks.h"
 #include "cuda/mla_decode.cuh"
+#include "cuda/mla_decode_sm90.h"
 
 namespace kn::cuda {
 namespace {
@@ -173,7 +175,9 @@ void mla_decode_scheduled(const MlaDecodeArgs& a, void* stream) {
              ": cache and page_table must not be null (got cache=", a.cache,
              ", page_table=", a.page_table, ")");
   const bool fp8 = a.cache_dtype == DType::kFp8;
-  if (a.heads > kMlaHeads)
+  if (suits_mla_sm90(p) && is_hopper(kOp))
+    mla_decode_sm90(kOp, p, fp8, split_capacity(a), stream);
+  else if (a.heads > kMlaHeads)
     fp8 ? attend<2, true>(a, p, stream) : attend<2, false>(a, p, stream);
   else
     fp8 ? attend<1, true>(a, p, stream) : attend<1, false>(a, p, stream);

@@ -20,25 +20,20 @@
 // sequence alone.
 #pragma once
 #include "cuda/bf16_fragments.cuh"
-#include "cuda/reduce.cuh"
-#include "kimi_native/cache_layout.h"
-#include "kimi_native/ops.h"
+#include "cuda/mla_splits.cuh"
 
 namespace kn::cuda {
 
-constexpr int kLatent = 512, kRope = 64, kWidth = kLatent + kRope;
 constexpr int kWidthChunks = kWidth / kChunkColumns;
 constexpr int kKeptChunks = 6;  // of a query, in registers; the others are in shared memory
-constexpr int kSplitTokens = 512;
 constexpr int kMlaTileTokens = 32;
 constexpr int kMlaHeads = 16;  // of a group of four warps
 constexpr int kGroupWarps = 4;
 constexpr int kCachePieces = kWidth / kPieceColumns;
 constexpr int kMlaStageBytes = kMlaTileTokens * kWidth * 2;
 constexpr int kMlaStages = 2;
-constexpr int kFp8RowBytes = int(fp8_row_bytes(kLatent, kRope));
 constexpr int kFp8RowPieces = kFp8RowBytes / 16;
-static_assert(kFp8RowBytes % 16 == 0 && kMlaTileTokens * kFp8RowBytes <= kMlaStageBytes);
+static_assert(kMlaTileTokens * kFp8RowBytes <= kMlaStageBytes);
 constexpr int kWeightRow = kMlaTileTokens + 8;  // bf16 of a head's weights, and 16 bytes of padding
 constexpr int kWeightBytes = kMlaHeads * kWeightRow * 2;
 constexpr int kRowValueBytes = kGroupWarps * kMlaHeads * 4;  // one float for each warp and head
@@ -52,30 +47,6 @@ template <int kGroups>
 constexpr int kMlaSharedBytes = kMlaStages * kMlaStageBytes + kGroups * kGroupSharedBytes;
 static_assert(kMlaSharedBytes<2> <= 99 * 1024);  // what sm_86, sm_89 and sm_120 have
 
-// Results of the splits; split s of the schedule is row s.
-struct SplitResults {
-  float* values;  // [splits, heads, 512], not yet divided by the sum
-  float2* stats;  // [splits, heads]: maximum of the scores (base 2), sum of the weights
-};
-
-// The schedule: splits of all sequences, in order.
-struct Schedule {
-  int32_t* first;  // [batch + 1]: sequence b has splits first[b] .. first[b + 1]
-  int2* splits;    // sequence, first token
-};
-
-struct MlaProblem {
-  const bf16* q;
-  const void* cache;
-  const int32_t* page_table;
-  const int32_t* seq_lens;
-  int64_t batch, heads, pages, max_pages;
-  int page_size;
-  float scale;  // of the scores, times log2(e)
-  Schedule schedule;
-  SplitResults results;
-};
-
 // What a thread is: warp `part` of group `group`; rows g and g + 8 of 16 heads.
 struct MlaThread {
   int group, part, g, t, lane;
@@ -88,14 +59,6 @@ __device__ __forceinline__ MlaThread mla_thread() {
 
 __device__ __forceinline__ int place_of(int row, int piece) {
   return row * kCachePieces + (piece ^ ((row & 1) << 2 | (row >> 1 & 3)));
-}
-
-// The page of a tile; a tile never straddles two. 0 past the last token, where nothing is read.
-__device__ __forceinline__ int64_t page_of(const MlaProblem& p, int sequence, int token, int end) {
-  if (token >= end) return 0;
-  const int32_t page = p.page_table[sequence * p.max_pages + token / p.page_size];
-  device_require(page >= 0 && page < p.pages, "mla_decode: used page ids must be 0 to pages - 1");
-  return page;
 }
 
 // Starts the copy of the tile that begins with `token`; rows from `end` on are zeros.
@@ -132,17 +95,6 @@ __device__ __forceinline__ void copy_fp8_tile(const MlaProblem& p, SharedPtr<uin
       ptx::cp_async_16(raw + i * 16, i < present ? rows + i * 16 : rows, i < present);
   }
   ptx::cp_async_commit();
-}
-
-// The e4m3 byte at the top of a word, times scale: in fp32's places its exponent is 120 too small,
-// which the first product, exact for subnormal numbers too, puts right.
-__device__ __forceinline__ float widen_e4m3(uint32_t byte_at_top, float scale) {
-  const uint32_t bits = uint32_t(int32_t(byte_at_top) >> 4) & 0x87f00000u;
-  return __fmul_rn(__fmul_rn(__uint_as_float(bits), 0x1p120f), scale);
-}
-__device__ __forceinline__ uint32_t widen_pair(uint32_t low_at_top, uint32_t high_at_top,
-                                               float scale) {
-  return ptx::to_bf16x2(widen_e4m3(low_at_top, scale), widen_e4m3(high_at_top, scale));
 }
 
 // A tile of fp8 rows to a bf16 tile, where the products expect it.
@@ -258,18 +210,6 @@ __device__ __forceinline__ void multiply_scores(const MlaThread& th, const Group
 #pragma unroll
   for (int r = 0; r < 4; ++r) s[r] = __fadd_rn(sums[0][r], sums[1][r]);
 }
-
-// The larger of a value and those of the three other lanes of the head.
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
-  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
-}
-
-// Online softmax of a lane's two heads, rows g and g + 8.
-struct RunningSoftmax {
-  float maximum[2] = {-INFINITY, -INFINITY};
-  float sum[2] = {0.0f, 0.0f};  // of this lane's weights
-};
 
 // Scores (base 2) to weights in shared memory; `rescale` takes earlier sums to the new maximum.
 // One barrier inside, and one is needed before the weights are read.

@@ -101,34 +101,46 @@ __device__ __forceinline__ MlaSplit find_split(const MlaProblem& p, int64_t spli
   return {place.x, place.y, min(p.seq_lens[place.x], place.y + kSplitTokens)};
 }
 
-// Block i: heads i % head_blocks of splits i / head_blocks, and every `workers` on.
+// Block i: heads i % head_blocks of splits i / head_blocks, and every `workers` on. The next split
+// is looked up while f has this one.
 template <typename F>
 __device__ __forceinline__ void for_each_split(const MlaSm90Problem& p, F f) {
   const int64_t splits = p.a.schedule.first[p.a.batch];
-  for (int64_t split = blockIdx.x / p.head_blocks; split < splits; split += p.workers)
-    f(split, find_split(p.a, split), int64_t(blockIdx.x) % p.head_blocks * kSm90Heads);
+  const int64_t head = int64_t(blockIdx.x) % p.head_blocks * kSm90Heads;
+  int64_t split = blockIdx.x / p.head_blocks;
+  MlaSplit next{};
+  if (split < splits) next = find_split(p.a, split);
+  while (split < splits) {
+    const MlaSplit s = next;
+    const int64_t row = split * p.a.heads + head;
+    split += p.workers;
+    if (split < splits) next = find_split(p.a, split);
+    f(s, row, head);
+  }
 }
 
 // ---- the producer -------------------------------------------------------------------------------
 
-// 64 rows of 576 bf16.
-__device__ __forceinline__ void load_matrix(SharedPtr<uint8_t> to, const TensorMap* map, int row,
-                                            SharedPtr<uint64_t> full) {
+// The queries of a split, from row `row` on. They stay in L2 for the other splits of the sequence.
+__device__ __forceinline__ void load_queries(const TensorMap* map, int row, SharedPtr<uint8_t> to,
+                                             SharedPtr<uint64_t> full) {
   ptx::mbarrier_arrive_expect(full, kMatrixBytes);
   for (int box = 0; box < kBoxes; ++box)
     ptx::tma_load_2d(to + box * kBoxBytes, map, box * kBoxColumns, row, full);
 }
 
+// A tile, from row `row` of the cache on.
 template <bool kFp8, typename Bytes>
 __device__ __forceinline__ void load_tile(const MlaSm90Problem& p, const MlaRing<kFp8, Bytes>& ring,
                                           int64_t row) {
+  ptx::mbarrier_arrive_expect(ring.full(), MlaSm90Layout<kFp8>::kRowsBytes);
   if constexpr (kFp8) {
-    using Layout = MlaSm90Layout<kFp8>;
-    ptx::mbarrier_arrive_expect(ring.full(), Layout::kRowsBytes);
-    ptx::bulk_copy(ring.rows(), static_cast<const uint8_t*>(p.a.cache) + row * kFp8RowBytes,
-                   Layout::kRowsBytes, ring.full());
+    ptx::bulk_copy_once(ring.rows(), static_cast<const uint8_t*>(p.a.cache) + row * kFp8RowBytes,
+                        MlaSm90Layout<kFp8>::kRowsBytes, ring.full());
   } else {
-    load_matrix(ring.rows(), &p.cache, int(row), ring.full());
+    for (int box = 0; box < kBoxes; ++box)
+      ptx::tma_load_2d_once(ring.rows() + box * kBoxBytes, &p.cache, box * kBoxColumns, int(row),
+                            ring.full());
   }
 }
 
@@ -139,7 +151,7 @@ __device__ __forceinline__ void bring_splits(const MlaSm90Problem& p, Bytes shar
   const auto queries_empty = shared_at<uint64_t>(shared, Layout::kQueriesEmpty);
   MlaRing<kFp8, Bytes> ring{shared};
   int parity = 0;  // of the queries
-  for_each_split(p, [&](int64_t, const MlaSplit& s, int64_t head) {
+  for_each_split(p, [&](const MlaSplit& s, int64_t, int64_t head) {
     for (int token = s.begin; token < s.end; token += kSm90Tokens) {
       const int64_t page = page_of(p.a, s.sequence, token, s.end);
       ptx::mbarrier_wait(ring.empty(), ring.parity ^ 1);
@@ -147,9 +159,9 @@ __device__ __forceinline__ void bring_splits(const MlaSm90Problem& p, Bytes shar
       ring.advance();
       if (token > s.begin) continue;
       ptx::mbarrier_wait(queries_empty, parity ^ 1);
-      load_matrix(shared_at<uint8_t>(shared, Layout::kQueries), &p.queries,
-                  int(s.sequence * p.a.heads + head),
-                  shared_at<uint64_t>(shared, Layout::kQueriesFull));
+      load_queries(&p.queries, int(s.sequence * p.a.heads + head),
+                   shared_at<uint8_t>(shared, Layout::kQueries),
+                   shared_at<uint64_t>(shared, Layout::kQueriesFull));
       parity ^= 1;
     }
   });
@@ -358,7 +370,7 @@ __device__ __forceinline__ void attend_first(const MlaSm90Problem& p, Bytes shar
                                 shared_at<float>(shared, Layout::kRescale)};
   MlaRing<kFp8, Bytes> ring{shared};
   int parity = 0;  // of the queries
-  for_each_split(p, [&](int64_t split, const MlaSplit& s, int64_t head) {
+  for_each_split(p, [&](const MlaSplit& s, int64_t row, int64_t) {
     RunningSoftmax softmax;
     MlaValues acc = {};
     ptx::mbarrier_wait(queries_full, parity);
@@ -380,8 +392,8 @@ __device__ __forceinline__ void attend_first(const MlaSm90Problem& p, Bytes shar
       if constexpr (!kFp8) release(ring.empty());
       ring.advance();
     }
-    write_stats(p.a, split * p.a.heads + head, softmax);
-    write_values(p.a, split * p.a.heads + head, 0, acc);
+    write_stats(p.a, row, softmax);
+    write_values(p.a, row, 0, acc);
   });
 }
 
@@ -392,7 +404,7 @@ __device__ __forceinline__ void attend_second(const MlaSm90Problem& p, Bytes sha
   const PassedWeights passed = {shared_at<uint8_t>(shared, Layout::kWeights),
                                 shared_at<float>(shared, Layout::kRescale)};
   MlaRing<kFp8, Bytes> ring{shared};
-  for_each_split(p, [&](int64_t split, const MlaSplit& s, int64_t head) {
+  for_each_split(p, [&](const MlaSplit& s, int64_t row, int64_t) {
     MlaValues acc = {};
     const uint64_t weights = rows_matrix(passed.weights);
     for (int token = s.begin; token < s.end; token += kSm90Tokens) {
@@ -406,7 +418,7 @@ __device__ __forceinline__ void attend_second(const MlaSm90Problem& p, Bytes sha
       if constexpr (!kFp8) release(ring.empty());
       ring.advance();
     }
-    write_values(p.a, split * p.a.heads + head, kLatent / 2, acc);
+    write_values(p.a, row, kLatent / 2, acc);
   });
 }
 

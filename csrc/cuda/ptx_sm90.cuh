@@ -77,6 +77,17 @@ __device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes,
       : "memory");
 }
 
+// The same of what is read once: the first to leave the L2 cache.
+__device__ __forceinline__ void bulk_copy_once(void* to, const void* from, int bytes,
+                                               void* barrier) {
+  asm volatile(
+      "{.reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy;\n"
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1], %2, [%3], policy;}" ::"r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+
 // The box of `map` that starts at (column, row); all its bytes count for `barrier`. `to` is
 // 128-byte aligned.
 __device__ __forceinline__ void tma_load_2d(void* to, const TensorMap* map, int column, int row,
@@ -84,6 +95,16 @@ __device__ __forceinline__ void tma_load_2d(void* to, const TensorMap* map, int 
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, "
       "%3}], [%4];" ::"r"(shared_address(to)),
+      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
+      : "memory");
+}
+
+__device__ __forceinline__ void tma_load_2d_once(void* to, const TensorMap* map, int column,
+                                                 int row, void* barrier) {
+  asm volatile(
+      "{.reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy;\n"
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], policy;}" ::"r"(shared_address(to)),
       "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
       : "memory");
 }

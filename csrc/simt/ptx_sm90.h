@@ -19,6 +19,12 @@ void mbarrier_wait(void* barrier, int parity);
 void fence_proxy_async();
 void bulk_copy(void* to, const void* from, int bytes, void* barrier);
 void tma_load_2d(void* to, const TensorMap* map, int column, int row, void* barrier);
+inline void bulk_copy_once(void* to, const void* from, int bytes, void* barrier) {
+  bulk_copy(to, from, bytes, barrier);
+}
+inline void tma_load_2d_once(void* to, const TensorMap* map, int column, int row, void* barrier) {
+  tma_load_2d(to, map, column, row, barrier);
+}
 
 uint64_t matrix_descriptor(const void* p, Swizzle swizzle, int leading_bytes, int stride_bytes);
 void wgmma_fence();

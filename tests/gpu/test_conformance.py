@@ -108,18 +108,24 @@ CASES = {
     "chain_of_blocks": [(0, 4, 2, indices, same_bits)],
 }
 HOPPER = {
-    "bulk_copy": [(0, 64 * pieces, 64 * pieces, indices, same_bits) for pieces in (1, 2, 3, 9)],
-    "tma_load_2d": [
-        (
-            swizzle * 10000 + (row + 20) * 100 + column + 20,
-            40 * 44,
-            (swizzle // 2 or 64) * 8,
-            bits,
-            same_bits,
-        )
-        for swizzle in (0, 32, 64, 128)
-        for column, row in ((0, 0), (24, 31), (-5, -3), (70, 2), (8, 16))
-    ],
+    **{
+        name: [(0, 64 * pieces, 64 * pieces, indices, same_bits) for pieces in (1, 2, 3, 9)]
+        for name in ("bulk_copy", "bulk_copy_once")
+    },
+    **{
+        name: [
+            (
+                swizzle * 10000 + (row + 20) * 100 + column + 20,
+                40 * 44,
+                (swizzle // 2 or 64) * 8,
+                bits,
+                same_bits,
+            )
+            for swizzle in (0, 32, 64, 128)
+            for column, row in ((0, 0), (24, 31), (-5, -3), (70, 2), (8, 16))
+        ]
+        for name in ("tma_load_2d", "tma_load_2d_once")
+    },
     **{
         name: [
             (10 * n + swizzle, (64 + n) * 32 + 64 * n, 64 * n, make, compare)

@@ -13,6 +13,7 @@ using namespace kn::cuda;  // NOLINT
 constexpr int kPiece = 256;  // bytes
 constexpr int kStages = 2;
 
+template <bool kOnce>
 __global__ void bulk_copy_kernel(const char* in, int32_t* out, int pieces) {
   KN_SHARED(shared);
   const auto full = shared_at<uint64_t>(shared, kStages * kPiece);
@@ -31,7 +32,10 @@ __global__ void bulk_copy_kernel(const char* in, int32_t* out, int pieces) {
       const int s = p % kStages;
       if (p >= kStages) ptx::mbarrier_wait(empty + s, (p / kStages - 1) & 1);
       ptx::mbarrier_arrive_expect(full + s, kPiece);
-      ptx::bulk_copy(shared_at<char>(shared, s * kPiece), in + p * kPiece, kPiece, full + s);
+      if constexpr (kOnce)
+        ptx::bulk_copy_once(shared_at<char>(shared, s * kPiece), in + p * kPiece, kPiece, full + s);
+      else
+        ptx::bulk_copy(shared_at<char>(shared, s * kPiece), in + p * kPiece, kPiece, full + s);
     }
   } else {
     const auto words = shared_at<int32_t>(shared, 0);
@@ -45,6 +49,13 @@ __global__ void bulk_copy_kernel(const char* in, int32_t* out, int pieces) {
   }
 }
 
+template <bool kOnce>
+void bulk_copy(const Buffers& b) {
+  launch({"bulk_copy", dim3(1), dim3(64), kStages * (kPiece + 16), b.stream},
+         bulk_copy_kernel<kOnce>, static_cast<const char*>(b.in), static_cast<int32_t*>(b.out),
+         int(b.in_bytes / kPiece));
+}
+
 // ---- TMA: one box, its bytes as they lie in shared memory ---------------------------------------
 
 struct BoxArgs {
@@ -53,6 +64,7 @@ struct BoxArgs {
   int column, row, bytes;
 };
 
+template <bool kOnce>
 __global__ void tma_load_2d_kernel(const __grid_constant__ BoxArgs a) {
   KN_SHARED(shared);
   const auto barrier = shared_at<uint64_t>(shared, a.bytes);
@@ -60,7 +72,10 @@ __global__ void tma_load_2d_kernel(const __grid_constant__ BoxArgs a) {
     ptx::mbarrier_init(barrier, 1);
     ptx::mbarrier_init_fence();
     ptx::mbarrier_arrive_expect(barrier, a.bytes);
-    ptx::tma_load_2d(shared_at<char>(shared, 0), &a.map, a.column, a.row, barrier);
+    if constexpr (kOnce)
+      ptx::tma_load_2d_once(shared_at<char>(shared, 0), &a.map, a.column, a.row, barrier);
+    else
+      ptx::tma_load_2d(shared_at<char>(shared, 0), &a.map, a.column, a.row, barrier);
   }
   __syncthreads();
   ptx::mbarrier_wait(barrier, 0);
@@ -70,6 +85,7 @@ __global__ void tma_load_2d_kernel(const __grid_constant__ BoxArgs a) {
 
 // in: a tensor of 40 rows and 72 columns of two bytes, rows 176 bytes apart. The box has 16 rows.
 // variant: column + 20 + 100 (row + 20) + 10000 swizzle
+template <bool kOnce>
 void tma_load_2d(const Buffers& b) {
   const int column = b.variant % 100, row = b.variant / 100 % 100, swizzle = b.variant / 10000;
   const int box_columns = swizzle == 0 ? 64 : swizzle / 2;
@@ -79,7 +95,8 @@ void tma_load_2d(const Buffers& b) {
   a.column = column - 20;
   a.row = row - 20;
   a.bytes = box_columns * 16 * 2;
-  launch({"tma_load_2d", dim3(1), dim3(64), size_t(a.bytes) + 8, b.stream}, tma_load_2d_kernel, a);
+  launch({"tma_load_2d", dim3(1), dim3(64), size_t(a.bytes) + 8, b.stream},
+         tma_load_2d_kernel<kOnce>, a);
 }
 
 // ---- wgmma: 64 x n x 64, operands in shared memory, a also from registers, b also n-major -------
@@ -206,11 +223,10 @@ void wgmma(const Buffers& b) {
   return choose_n<Swizzle::k128, kRegisters, kB>(b);
 }
 
-KN_PROGRAM(bulk_copy, [](const Buffers& b) {
-  launch({"bulk_copy", dim3(1), dim3(64), kStages * (kPiece + 16), b.stream}, bulk_copy_kernel,
-         static_cast<const char*>(b.in), static_cast<int32_t*>(b.out), int(b.in_bytes / kPiece));
-});
-KN_PROGRAM(tma_load_2d, tma_load_2d);
+KN_PROGRAM(bulk_copy, bulk_copy<false>);
+KN_PROGRAM(bulk_copy_once, bulk_copy<true>);
+KN_PROGRAM(tma_load_2d, tma_load_2d<false>);
+KN_PROGRAM(tma_load_2d_once, tma_load_2d<true>);
 KN_PROGRAM(wgmma_shared, wgmma<false, ptx::Major::kK>);
 KN_PROGRAM(wgmma_registers, wgmma<true, ptx::Major::kK>);
 KN_PROGRAM(wgmma_shared_n, wgmma<false, ptx::Major::kN>);

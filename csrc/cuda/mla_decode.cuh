@@ -109,9 +109,7 @@ __device__ __forceinline__ void widen_tile(SharedPtr<uint8_t> raw, SharedPtr<uin
     const uint2 e = shared_cast<uint2>(raw + row * kFp8RowBytes)[piece];
     const float scale = shared_cast<float>(
         raw + row * kFp8RowBytes + fp8_scale_offset(kLatent))[piece / (kFp8Group / kPieceColumns)];
-    pieces[place_of(row, piece)] =
-        make_uint4(widen_pair(e.x << 24, e.x << 16, scale), widen_pair(e.x << 8, e.x, scale),
-                   widen_pair(e.y << 24, e.y << 16, scale), widen_pair(e.y << 8, e.y, scale));
+    pieces[place_of(row, piece)] = widen_run(e, scale);
   }
 #pragma unroll 1
   for (int i = int(threadIdx.x); i < kMlaTileTokens * kRopePieces; i += kThreads) {

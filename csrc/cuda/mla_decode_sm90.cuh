@@ -207,9 +207,7 @@ __device__ __forceinline__ void widen_rows(SharedPtr<uint8_t> rows, SharedPtr<ui
     const uint2 e = shared_cast<uint2>(from)[piece];
     const float scale =
         shared_cast<float>(from + int(fp8_scale_offset(kLatent)))[piece / (int(kFp8Group) / kRun)];
-    const uint4 wide =
-        make_uint4(widen_pair(e.x << 24, e.x << 16, scale), widen_pair(e.x << 8, e.x, scale),
-                   widen_pair(e.y << 24, e.y << 16, scale), widen_pair(e.y << 8, e.y, scale));
+    const uint4 wide = widen_run(e, scale);
     pieces[sm90_place(row, piece)] = row < present ? wide : make_uint4(0, 0, 0, 0);
   }
 #pragma unroll 1

@@ -56,6 +56,28 @@ __device__ __forceinline__ uint32_t widen_pair(uint32_t low_at_top, uint32_t hig
   return ptx::to_bf16x2(widen_e4m3(low_at_top, scale), widen_e4m3(high_at_top, scale));
 }
 
+// Two e4m3 numbers, the bytes of a word that `selector` puts at the tops of its halves, times a
+// scale that is a bf16 number, twice in `scales`: again 120 too small at first. Rounded once, as
+// above.
+__device__ __forceinline__ uint32_t widen_both(uint32_t bytes, uint32_t selector, uint32_t scales) {
+  constexpr uint32_t k2To120 = 0x7b807b80u, kMinusZero = 0x80008000u;
+  const uint32_t tops = ptx::prmt(bytes, 0, selector);
+  const uint32_t bits = (tops >> 4 & 0x07f007f0u) | (tops & 0x80008000u);
+  return ptx::fma_bf16x2(ptx::fma_bf16x2(bits, k2To120, kMinusZero), scales, kMinusZero);
+}
+
+// Eight latents of an fp8 row in bf16. Scales as rope_append writes them are bf16 numbers.
+__device__ __forceinline__ uint4 widen_run(const uint2& e, float scale) {
+  const uint32_t bits = __float_as_uint(scale);
+  if (bits << 16 == 0) {
+    const uint32_t scales = bits | bits >> 16;
+    return make_uint4(widen_both(e.x, 0x1404, scales), widen_both(e.x, 0x3424, scales),
+                      widen_both(e.y, 0x1404, scales), widen_both(e.y, 0x3424, scales));
+  }
+  return make_uint4(widen_pair(e.x << 24, e.x << 16, scale), widen_pair(e.x << 8, e.x, scale),
+                    widen_pair(e.y << 24, e.y << 16, scale), widen_pair(e.y << 8, e.y, scale));
+}
+
 // The larger of a value and those of the three other lanes of the head.
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));

@@ -9,7 +9,7 @@ import torch
 
 from kimi_native import fp8_rows, reference
 from oracle_dense import assert_close, assert_same_bits
-from simt import SCHEDULES
+from simt import SCHEDULES, Schedule
 from test_cuda_mla_decode import expect, mla_decode
 from test_cuda_ops import rope_append
 from test_fp8_rows import Fp8Case, latents
@@ -97,3 +97,24 @@ def test_cuda_mla_decode_shows_a_nan_in_fp8_rows(column):
     out = mla_decode(case)
     assert out[0].isnan().all()
     assert_same_bits(out[1], clean[1])
+
+
+# rope_append's smallest scale, others of its form, the largest, and two that it never writes: a bf16 number, and none.
+SCALES = [2.0**-110, 2.0**-9, 1.0, 2.0**100, 2.0**119, 1.5 * 2.0**-20, 1 / 3]
+
+
+@pytest.mark.parametrize(
+    ("heads", "schedule"), [(3, Schedule()), (64, Schedule(hopper=True))], ids=str
+)
+@pytest.mark.parametrize("scale", SCALES)
+def test_cuda_mla_decode_of_one_fp8_row_is_the_row(scale, heads, schedule):
+    """Every e4m3 byte but NaN, rounded to bf16 once."""
+    case = Case([1], heads=heads)
+    case.q.zero_()
+    codes = torch.arange(512) % 256
+    codes[codes & 0x7F == 0x7F] = 0
+    page = int(case.page_table[0, 0])
+    case.cache[page, 0, :512] = codes.to(torch.uint8)
+    case.cache[page, 0, 512:528] = torch.full((4,), scale).view(torch.uint8)
+    values = fp8_rows.dequantize(case.cache[page, :1], 512, 64)[0, :512]
+    assert_same_bits(mla_decode(case, schedule=schedule)[0], values.to(BF16).expand(heads, 512))

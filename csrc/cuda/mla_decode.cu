@@ -16,6 +16,9 @@ constexpr const char* kOp = "mla_decode";
 constexpr int kScheduleThreads = 256;
 constexpr int kCombineThreads = 128;
 constexpr int kCombineColumns = kLatent / kCombineThreads;
+constexpr int kCombineSplits = 512;
+constexpr int kCombineAhead = 8;
+constexpr int kCombineSharedBytes = kCombineSplits * int(sizeof(float2)) + kCombineThreads / 32 * 4;
 
 int64_t blocks_of(int64_t n, int64_t each) { return (n + each - 1) / each; }
 
@@ -67,23 +70,54 @@ __global__ void __launch_bounds__(kGroups * kGroupWarps * 32, 1)
     attend_split<kGroups, kFp8>(p, split, head, shared);
 }
 
+// Adds `count` splits, from `first` on, to a thread's columns, ascending.
+__device__ __forceinline__ void add_splits(const MlaProblem& p, int64_t first, int count,
+                                           int64_t head, SharedPtr<float2> factors, float& sum,
+                                           float (&values)[kCombineColumns]) {
+  const auto* from =
+      reinterpret_cast<const float4*>(p.results.values + (first * p.heads + head) * kLatent);
+  const int64_t stride = p.heads * kLatent / kCombineColumns;
+#pragma unroll 1
+  for (int i = 0; i < count; i += kCombineAhead) {
+    float4 v[kCombineAhead];
+#pragma unroll
+    for (int j = 0; j < kCombineAhead; ++j)
+      if (i + j < count) v[j] = from[(i + j) * stride + threadIdx.x];
+#pragma unroll
+    for (int j = 0; j < kCombineAhead; ++j) {
+      if (i + j >= count) break;
+      const float2 factor = factors[i + j];
+      sum = __fmaf_rn(factor.y, factor.x, sum);
+      values[0] = __fmaf_rn(v[j].x, factor.x, values[0]);
+      values[1] = __fmaf_rn(v[j].y, factor.x, values[1]);
+      values[2] = __fmaf_rn(v[j].z, factor.x, values[2]);
+      values[3] = __fmaf_rn(v[j].w, factor.x, values[3]);
+    }
+  }
+}
+
+// Splits of one sequence and head: factors of up to kCombineSplits at a time in shared memory, and
+// values of eight splits on their way at once, since there may be hundreds and few blocks.
 __global__ void __launch_bounds__(kCombineThreads) mla_combine_kernel(MlaProblem p, bf16* out) {
+  KN_SHARED(shared);
+  const auto factors = shared_at<float2>(shared, 0);  // to the largest maximum, and the sum
+  const auto partial = shared_at<float>(shared, kCombineSplits * int(sizeof(float2)));
   const int64_t row = int64_t(blockIdx.x), b = row / p.heads, head = row % p.heads;
   const int64_t begin = p.schedule.first[b], end = p.schedule.first[b + 1];
   float largest = -INFINITY;
-  for (int64_t s = begin; s < end; ++s)
+  for (int64_t s = begin + threadIdx.x; s < end; s += kCombineThreads)
     largest = fmaxf(largest, p.results.stats[s * p.heads + head].x);
+  largest = block_max<kCombineThreads / 32>(largest, partial);
   float sum = 0.0f, values[kCombineColumns] = {};
-  for (int64_t s = begin; s < end; ++s) {
-    const float2 stats = p.results.stats[s * p.heads + head];
-    const float weight = ptx::exp2_approx(__fsub_rn(stats.x, largest));
-    const float4 v = reinterpret_cast<const float4*>(p.results.values +
-                                                     (s * p.heads + head) * kLatent)[threadIdx.x];
-    sum = __fmaf_rn(stats.y, weight, sum);
-    values[0] = __fmaf_rn(v.x, weight, values[0]);
-    values[1] = __fmaf_rn(v.y, weight, values[1]);
-    values[2] = __fmaf_rn(v.z, weight, values[2]);
-    values[3] = __fmaf_rn(v.w, weight, values[3]);
+  for (int64_t first = begin; first < end; first += kCombineSplits) {
+    const int count = int(min(end - first, int64_t(kCombineSplits)));
+    __syncthreads();
+    for (int i = int(threadIdx.x); i < count; i += kCombineThreads) {
+      const float2 stats = p.results.stats[(first + i) * p.heads + head];
+      factors[i] = make_float2(ptx::exp2_approx(__fsub_rn(stats.x, largest)), stats.y);
+    }
+    __syncthreads();
+    add_splits(p, first, count, head, factors, sum, values);
   }
   if (begin == end) sum = 1.0f;  // no token: zeros
   *reinterpret_cast<uint2*>(out + row * kLatent + threadIdx.x * kCombineColumns) =
@@ -181,7 +215,7 @@ void mla_decode_scheduled(const MlaDecodeArgs& a, void* stream) {
     fp8 ? attend<2, true>(a, p, stream) : attend<2, false>(a, p, stream);
   else
     fp8 ? attend<1, true>(a, p, stream) : attend<1, false>(a, p, stream);
-  launch({kOp, grid_of(kOp, a.batch * a.heads), dim3(kCombineThreads), 0, stream},
+  launch({kOp, grid_of(kOp, a.batch * a.heads), dim3(kCombineThreads), kCombineSharedBytes, stream},
          mla_combine_kernel, p, static_cast<bf16*>(a.out));
 }
 

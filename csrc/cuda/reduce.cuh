@@ -1,5 +1,5 @@
 // Sums of a warp and of a block in a fixed order: a tree over the lanes, then the warps ascending.
-// Every thread gets the sum.
+// Every thread gets the sum. And the largest value, where order does not matter.
 #pragma once
 #include "cuda/device.cuh"
 
@@ -24,6 +24,19 @@ __device__ __forceinline__ T block_sum(T x, SharedPtr<T> partial) {
 #pragma unroll
   for (int w = 1; w < kWarps; ++w) sum += partial[w];
   return sum;
+}
+
+// Of values that are not NaN; -infinity if there are none. `partial` as above.
+template <int kWarps>
+__device__ __forceinline__ float block_max(float x, SharedPtr<float> partial) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, step));
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
+  __syncthreads();
+  float largest = partial[0];
+#pragma unroll
+  for (int w = 1; w < kWarps; ++w) largest = fmaxf(largest, partial[w]);
+  return largest;
 }
 
 // The sum of the values of all threads before this one. `partial`: one word for each warp.

@@ -210,6 +210,25 @@ def test_cuda_mla_decode_uses_a_larger_workspace_for_shared_pages():
     assert_same_bits(out, alone.expand(8, 1, LATENT))
 
 
+@pytest.mark.parametrize("splits", [9, 512, 515])
+def test_cuda_mla_decode_combines_any_number_of_splits(splits):
+    """A schedule written here instead: the last two tokens and the last one in turn, all with the same weight."""
+    case = make([600], heads=1, scale=0.0)
+    for i in (598, 599):
+        case.row(0, i).copy_((randn(576, dtype=BF16, seed=i) * 4).round())
+    each = LATENT * 4 + 8  # values, stats; behind those of all splits, their places
+    workspace = torch.full(((16 + splits * (each + 8)) // 4,), math.nan)
+    words = workspace.view(torch.int32)
+    words[:2] = torch.tensor([0, splits])
+    places = torch.stack([torch.zeros(splits), 598 + torch.arange(splits) % 2], dim=1)
+    words[-2 * splits :] = places.int().flatten()
+    out = torch.full((1, 1, LATENT), math.nan, dtype=BF16)
+    fields = fields_of(case, out) | {"workspace": workspace, "workspace_bytes": 4 * len(words)}
+    run_op("mla_decode_scheduled", args="mla_decode", **fields)
+    pairs, (x, y) = (splits + 1) // 2, (case.row(0, i)[:LATENT].float() for i in (598, 599))
+    assert_same_bits(out[0, 0], ((pairs * x + splits * y) / (pairs + splits)).to(BF16))
+
+
 @simt_only
 @pytest.mark.parametrize(
     ("seq_lens", "place", "page", "message"),

@@ -14,7 +14,7 @@ TensorMap rows_map(const char* op, const void* rows, int64_t count) {
 }  // namespace
 
 void mla_decode_sm90(const char* op, const MlaProblem& p, bool fp8, int64_t splits, void* stream) {
-  const int head_blocks = int(p.heads / kSm90Heads);
+  const int head_blocks = int((p.heads + kSm90Heads - 1) / kSm90Heads);
   const int64_t each = (multiprocessors(op) + head_blocks - 1) / head_blocks;
   const int64_t workers = std::max<int64_t>(std::min(each, splits), 1);
   MlaSm90Problem problem{p, rows_map(op, p.q, p.batch * p.heads), {}, head_blocks, int(workers)};

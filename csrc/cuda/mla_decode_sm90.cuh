@@ -2,15 +2,12 @@
 //
 //   warps 0 .. 3   scores [64 heads x 64 tokens] and softmax; values of columns 0 .. 255
 //   warps 4 .. 7                                              values of columns 256 .. 511
-//   warps 8 .. 11  one thread brings the queries, and tiles of 64 tokens x 576 columns, 72 KB each
+//   warps 8 .. 11  one thread brings queries, and tiles of 64 tokens x 576 columns, 72 KB each
 //
-// A tile lies in boxes of 64 columns x 64 tokens (128-byte swizzle), is multiplied as a k-major
-// matrix for the scores and as an n-major one for the values. Warp w of four has heads
-// 16w .. 16w + 15 throughout; weights go to the other warpgroup through shared memory, as bf16, and
-// the sum that divides them is of the same bf16 numbers.
-//
-// bf16 rows: two tiles, one multiplied, one on its way. fp8 rows: they come as they lie, 41 KB a
-// tile, and all consumers widen them to the one bf16 tile; the next ones come meanwhile.
+// A tile lies in boxes of 64 columns (128-byte swizzle), k-major for the scores, n-major for the
+// values. Warp w of four has heads 16w .. 16w + 15. The weights' divisor is the sum of what bf16
+// holds of them. bf16 rows: one tile is multiplied, one on its way. fp8 rows: they come as they
+// lie, 41 KB, and the consumers widen them to the one bf16 tile.
 //
 // Bytes: 1152 (fp8: 656) a token for every 64 heads, 72 KB of queries a split, and 2 KB a head and
 // split of results. FLOPs: 2 * 64 * 1088 a token. Order: tiles ascending with one running maximum.
@@ -101,6 +98,12 @@ __device__ __forceinline__ MlaSplit find_split(const MlaProblem& p, int64_t spli
   return {place.x, place.y, min(p.seq_lens[place.x], place.y + kSplitTokens)};
 }
 
+// Where a block's results of a split go: what there is of 64 heads.
+struct ResultRows {
+  int64_t first;
+  int count;
+};
+
 // Block i: heads i % head_blocks of splits i / head_blocks, and every `workers` on. The next split
 // is looked up while f has this one.
 template <typename F>
@@ -112,16 +115,18 @@ __device__ __forceinline__ void for_each_split(const MlaSm90Problem& p, F f) {
   if (split < splits) next = find_split(p.a, split);
   while (split < splits) {
     const MlaSplit s = next;
-    const int64_t row = split * p.a.heads + head;
+    const ResultRows rows = {split * p.a.heads + head,
+                             int(min(p.a.heads - head, int64_t(kSm90Heads)))};
     split += p.workers;
     if (split < splits) next = find_split(p.a, split);
-    f(s, row, head);
+    f(s, head, rows);
   }
 }
 
 // ---- the producer -------------------------------------------------------------------------------
 
 // The queries of a split, from row `row` on. They stay in L2 for the other splits of the sequence.
+// Behind its last head are those of the next sequence, or zeros: rows of no result.
 __device__ __forceinline__ void load_queries(const TensorMap* map, int row, SharedPtr<uint8_t> to,
                                              SharedPtr<uint64_t> full) {
   ptx::mbarrier_arrive_expect(full, kMatrixBytes);
@@ -151,7 +156,7 @@ __device__ __forceinline__ void bring_splits(const MlaSm90Problem& p, Bytes shar
   const auto queries_empty = shared_at<uint64_t>(shared, Layout::kQueriesEmpty);
   MlaRing<kFp8, Bytes> ring{shared};
   int parity = 0;  // of the queries
-  for_each_split(p, [&](const MlaSplit& s, int64_t, int64_t head) {
+  for_each_split(p, [&](const MlaSplit& s, int64_t head, const ResultRows&) {
     for (int token = s.begin; token < s.end; token += kSm90Tokens) {
       const int64_t page = page_of(p.a, s.sequence, token, s.end);
       ptx::mbarrier_wait(ring.empty(), ring.parity ^ 1);
@@ -336,24 +341,30 @@ __device__ __forceinline__ void add_values(SharedPtr<uint8_t> tile, int box, Mla
 }
 
 // The split's sums of values of 256 columns from `column` on.
-__device__ __forceinline__ void write_values(const MlaProblem& p, int64_t row, int column,
-                                             const MlaValues& acc) {
-  float* to = p.results.values + (row + first_head()) * kLatent + column + threadIdx.x % 4 * 2;
+__device__ __forceinline__ void write_values(const MlaProblem& p, const ResultRows& rows,
+                                             int column, const MlaValues& acc) {
+  float* to =
+      p.results.values + (rows.first + first_head()) * kLatent + column + threadIdx.x % 4 * 2;
 #pragma unroll
-  for (int i = 0; i < kLatent / 4; i += 2)
-    *reinterpret_cast<float2*>(to + i / 2 % 2 * 8 * kLatent + i / 4 * 8) =
-        make_float2(acc[i], acc[i + 1]);
+  for (int half = 0; half < 2; ++half) {
+    if (first_head() + half * 8 >= rows.count) break;
+#pragma unroll
+    for (int i = 2 * half; i < kLatent / 4; i += 4)
+      *reinterpret_cast<float2*>(to + half * 8 * kLatent + i / 4 * 8) =
+          make_float2(acc[i], acc[i + 1]);
+  }
 }
 
-__device__ __forceinline__ void write_stats(const MlaProblem& p, int64_t row,
+__device__ __forceinline__ void write_stats(const MlaProblem& p, const ResultRows& rows,
                                             const RunningSoftmax& softmax) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
+    const int head = first_head() + half * 8;
     float sum = softmax.sum[half];
     sum = __fadd_rn(sum, __shfl_xor_sync(kAllLanes, sum, 1));
     sum = __fadd_rn(sum, __shfl_xor_sync(kAllLanes, sum, 2));
-    if (threadIdx.x % 4 == 0)
-      p.results.stats[row + first_head() + half * 8] = make_float2(softmax.maximum[half], sum);
+    if (threadIdx.x % 4 == 0 && head < rows.count)
+      p.results.stats[rows.first + head] = make_float2(softmax.maximum[half], sum);
   }
 }
 
@@ -368,7 +379,7 @@ __device__ __forceinline__ void attend_first(const MlaSm90Problem& p, Bytes shar
                                 shared_at<float>(shared, Layout::kRescale)};
   MlaRing<kFp8, Bytes> ring{shared};
   int parity = 0;  // of the queries
-  for_each_split(p, [&](const MlaSplit& s, int64_t row, int64_t) {
+  for_each_split(p, [&](const MlaSplit& s, int64_t, const ResultRows& rows) {
     RunningSoftmax softmax;
     MlaValues acc = {};
     ptx::mbarrier_wait(queries_full, parity);
@@ -390,8 +401,8 @@ __device__ __forceinline__ void attend_first(const MlaSm90Problem& p, Bytes shar
       if constexpr (!kFp8) release(ring.empty());
       ring.advance();
     }
-    write_stats(p.a, row, softmax);
-    write_values(p.a, row, 0, acc);
+    write_stats(p.a, rows, softmax);
+    write_values(p.a, rows, 0, acc);
   });
 }
 
@@ -402,7 +413,7 @@ __device__ __forceinline__ void attend_second(const MlaSm90Problem& p, Bytes sha
   const PassedWeights passed = {shared_at<uint8_t>(shared, Layout::kWeights),
                                 shared_at<float>(shared, Layout::kRescale)};
   MlaRing<kFp8, Bytes> ring{shared};
-  for_each_split(p, [&](const MlaSplit& s, int64_t row, int64_t) {
+  for_each_split(p, [&](const MlaSplit& s, int64_t, const ResultRows& rows) {
     MlaValues acc = {};
     const uint64_t weights = rows_matrix(passed.weights);
     for (int token = s.begin; token < s.end; token += kSm90Tokens) {
@@ -416,7 +427,7 @@ __device__ __forceinline__ void attend_second(const MlaSm90Problem& p, Bytes sha
       if constexpr (!kFp8) release(ring.empty());
       ring.advance();
     }
-    write_values(p.a, row, kLatent / 2, acc);
+    write_values(p.a, rows, kLatent / 2, acc);
   });
 }
 

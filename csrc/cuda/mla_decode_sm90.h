@@ -8,10 +8,11 @@ namespace kn::cuda {
 constexpr int kSm90Heads = 64;   // of a block
 constexpr int kSm90Tokens = 64;  // of a tile
 
-// A multiple of 64 heads, pages of a multiple of 64 tokens, and rows that TMA can count.
+// More heads than the other kernel reads the cache once for, pages of a multiple of 64 tokens, and
+// rows that TMA can count.
 inline bool suits_mla_sm90(const MlaProblem& p) {
   constexpr int64_t kRows = 1ll << 31;
-  return p.heads % kSm90Heads == 0 && p.page_size % kSm90Tokens == 0 && p.pages > 0 &&
+  return p.heads > kSm90Heads / 2 && p.page_size % kSm90Tokens == 0 && p.pages > 0 &&
          p.pages * p.page_size < kRows && p.batch * p.heads < kRows;
 }
 

@@ -37,7 +37,7 @@ def check_fp8(case, schedule=HOPPER):
 @simt_only
 @pytest.mark.parametrize(
     ("heads", "page_size", "own"),
-    [(64, 64, True), (128, 192, True), (63, 64, False), (96, 64, False), (64, 96, False)],
+    [(64, 64, True), (33, 64, True), (128, 192, True), (32, 64, False), (64, 96, False)],
 )
 def test_cuda_mla_decode_on_hopper_takes_its_own_kernel_where_it_suits(heads, page_size, own):
     """Its tiles of 64 tokens tell: others round the weights of the first 32 against another maximum."""
@@ -73,6 +73,13 @@ def test_cuda_mla_decode_on_hopper_matches_float64_at_any_length(length):
 @pytest.mark.parametrize("length", [1, 16, 63, 64, 127, 513])
 def test_cuda_mla_decode_of_fp8_rows_on_hopper_matches_float64_at_any_length(length):
     check_fp8(Fp8Case([length], heads=64))
+
+
+@pytest.mark.parametrize("make_case", [make, Fp8Case], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("heads", [33, 40, 63, 65, 96, 192])
+def test_cuda_mla_decode_on_hopper_matches_float64_at_any_number_of_heads(heads, make_case):
+    case = make_case([70, 9], heads=heads)
+    assert_close(mla_decode(case), *expect(case))
 
 
 @pytest.mark.parametrize("page_size", [128, 192, 1024])
@@ -141,13 +148,23 @@ def test_cuda_mla_decode_on_hopper_row_depends_on_its_own_sequence_and_head_only
     case = make([70, 1, 530, 0], heads=128)
     together = mla_decode(case)
     for b in range(4):
-        for heads in (slice(0, 128), slice(64, 128), slice(17, 81)):
+        for heads in (slice(0, 128), slice(64, 128), slice(17, 50)):
             part = make([1], heads=1)
             part.cache = case.cache
             part.q = case.q[b : b + 1, heads].contiguous()
             part.page_table = case.page_table[b : b + 1].contiguous()
             part.seq_lens = case.seq_lens[b : b + 1].contiguous()
             assert_same_bits(mla_decode(part), together[b : b + 1, heads])
+
+
+def test_cuda_mla_decode_on_hopper_row_does_not_depend_on_the_next_sequences_queries():
+    """Which are in the block too, where heads end before it."""
+    case = make([70, 9], heads=40)
+    clean = mla_decode(case)
+    case.q[1] = math.nan
+    out = mla_decode(case)
+    assert_same_bits(out[0], clean[0])
+    assert out[1].isnan().all()
 
 
 @pytest.mark.parametrize(("place", "column"), [(5, 7), (540, 570), (559, 511)])

@@ -102,7 +102,9 @@ __global__ void __launch_bounds__(kCombineThreads) mla_combine_kernel(MlaProblem
   KN_SHARED(shared);
   const auto factors = shared_at<float2>(shared, 0);  // to the largest maximum, and the sum
   const auto partial = shared_at<float>(shared, kCombineSplits * int(sizeof(float2)));
-  const int64_t row = int64_t(blockIdx.x), b = row / p.heads, head = row % p.heads;
+  // The last sequences first: their splits came last and may still be in L2.
+  const int64_t row = p.batch * p.heads - 1 - int64_t(blockIdx.x);
+  const int64_t b = row / p.heads, head = row % p.heads;
   const int64_t begin = p.schedule.first[b], end = p.schedule.first[b + 1];
   float largest = -INFINITY;
   for (int64_t s = begin + threadIdx.x; s < end; s += kCombineThreads)

@@ -45,20 +45,12 @@ class Int4Matrices {
   Rotation rotation_;
 };
 
-struct Product {
-  double value;
-  double magnitude;  // the sum of the absolute terms, which scales every error bound
-};
-
 inline Product int4_dot(const bf16* x, const Int4Matrix& w, int64_t row) {
-  Product p{0.0, 0.0};
+  Product p;
   for (int64_t i = 0; i < w.in; ++i) {
     const uint8_t byte = w.packed[row * int4_row_bytes(w.in) + i / 2];
     const int q = (i % 2 ? byte >> 4 : byte & 15) - kInt4ZeroPoint;
-    const double term =
-        to_float(x[i]) * q * to_float(w.scale[row * num_groups(w.in) + i / kGroupSize]);
-    p.value += term;
-    p.magnitude += std::fabs(term);
+    p.add(to_float(x[i]) * q * to_float(w.scale[row * num_groups(w.in) + i / kGroupSize]));
   }
   return p;
 }

@@ -9,12 +9,6 @@
 
 namespace kn::bench {
 
-void expect_close(const std::string& what, double actual, double expected, double bound) {
-  if (std::fabs(actual - expected) <= bound) return;
-  throw std::runtime_error(concat(what, ": the result is wrong (got ", actual, ", expected ",
-                                  expected, " ± ", bound, ")"));
-}
-
 namespace {
 
 const std::pair<const char*, void (*)(Report&)> kPrograms[] = {

@@ -21,6 +21,9 @@ SOURCES = [
     "tests/simt/driver.cpp",
 ]
 HEADERS = ["csrc/**/*.h", "csrc/**/*.cuh", "tests/gpu/conformance/*.h"]
+BENCH_SOURCES = ["bench/cuda/*.cpp", "bench/cuda/*.cu", "bench/options.cpp"]
+ON_GPU_ALONE = {"gpu.cpp", "cublas.cpp"}  # rehearsal.cpp stands in for these
+BENCH_HEADERS = ["bench/*.h", "bench/cuda/*.h"]
 # A misaligned access through a typed pointer traps; the shim turns the trap into a report.
 TRAPS = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
@@ -67,6 +70,25 @@ def compile_object(source: Path, headers: bytes, folder: Path, options: list[str
             raise RuntimeError(f"{source.relative_to(ROOT)} does not compile:\n{done.stderr}")
         unfinished.rename(out)
     return out
+
+
+def build_bench(library: Path) -> Path:
+    """The GPU's benchmark program against the shim `library`, compiled if it has to be."""
+    folder = ROOT / "build" / "simt"
+    headers = b"".join(path.read_bytes() for path in files(HEADERS + BENCH_HEADERS))
+    sources = [path for path in files(BENCH_SOURCES) if path.name not in ON_GPU_ALONE]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(
+            pool.map(lambda s: compile_object(s, headers, folder, flags(s, "", ())), sources)
+        )
+    key = hashlib.sha256(repr((str(library), sorted(map(str, objects)))).encode()).hexdigest()
+    program = folder / f"kn_cuda_bench.{key[:24]}"
+    if not program.exists():
+        unfinished = program.with_suffix(f".{os.getpid()}")
+        command = [compiler(), "-pthread", *map(str, objects), str(library)]
+        subprocess.run([*command, "-o", str(unfinished)], check=True)
+        unfinished.rename(program)
+    return program
 
 
 def build(sanitize: str = "", defines: tuple[str, ...] = ()) -> Path:

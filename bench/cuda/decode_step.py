@@ -46,7 +46,7 @@ def step_rows(limits: Limits, device: torch.device) -> Iterator[dict[str, Any]]:
         make_checkpoint(folder, layers=2, experts=8, overrides=widths)
         network = load_model(folder)[0]
         place(network, device, experts_on_cpu=False, cache_bytes=0)
-        yield from _steps(network, folder, limits, device, 70, (2,), 2)
+        yield from _steps(network, folder, limits, device, 10, (1,), 1)
 
 
 def floor_bytes(folder: Path, config: KimiConfig, depth: int, batch: int) -> float:

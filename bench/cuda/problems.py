@@ -152,7 +152,9 @@ class MoeExperts(Problem):
         s, device = weights.shape, weights.device
         self.weights, self.shape, self.tokens = weights, str(s), tokens
         self.x = random_bf16(tokens, s.hidden, device=device)
-        self.num_calls = ROUTINGS if device.type == "cuda" else 2
+        # Few tokens hit few experts, and another call must hit others; many hit all of them.
+        few = device.type == "cuda" and tokens * s.topk < 4 * s.experts
+        self.num_calls = ROUTINGS if few else 2
         self.dispatches, hit = [], 0
         for _ in range(self.num_calls):
             # A token's experts are a random subset; which are hit differs from call to call, so they are cold.

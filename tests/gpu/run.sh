@@ -2,19 +2,27 @@
 # Everything that needs a GPU, in one command: builds the kernels and the tests for this machine's GPU, compares every
 # PTX wrapper with its emulated twin, runs the op tests against float64 (each op also replayed as a CUDA graph), and both
 # again under compute-sanitizer. Fails on the first thing that does not hold, and on anything that it needs and lacks.
+# Last come the benchmarks (docs/benchmarks.md, "On a GPU"), whose rows go to a file; a figure that cannot be taken does
+# not keep the next one from being taken.
 #
 #   tests/gpu/run.sh              on a machine with a GPU (sm_80 or later)
 #   tests/gpu/run.sh --rehearse   without one: the same builds (nvcc is needed), the shim in the GPU's place
+#   tests/gpu/run.sh --bench      the builds and the benchmarks, without the tests; also after --rehearse
 #
+# BENCH_ROWS names the file (default: build/gpu/bench.jsonl), BENCH_SECONDS what the benchmarks may take (default: 480).
 # PYTHON names the interpreter (default: .venv/bin/python if it exists, else python3); it needs torch, numpy, pytest,
 # hypothesis and pybind11.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 rehearse=false
-if [ "${1:-}" = --rehearse ]; then rehearse=true; elif [ $# -gt 0 ]; then
-  echo "usage: tests/gpu/run.sh [--rehearse]" >&2
-  exit 2
-fi
+run_tests=true
+for argument in "$@"; do
+  case $argument in
+    --rehearse) rehearse=true ;;
+    --bench) run_tests=false ;;
+    *) echo "usage: tests/gpu/run.sh [--rehearse] [--bench]" >&2; exit 2 ;;
+  esac
+done
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || command -v python3)}
 step() { printf '\n=== %s (%ss)\n' "$1" "$SECONDS"; }
 left_out=()
@@ -26,7 +34,7 @@ for module in torch numpy pytest hypothesis pybind11; do
   "$PYTHON" -c "import $module" 2>/dev/null || missing+=("the Python package $module")
 done
 if ! $rehearse; then
-  for program in nvidia-smi compute-sanitizer; do command -v $program >/dev/null || missing+=("$program"); done
+  for program in nvidia-smi $($run_tests && echo compute-sanitizer); do command -v $program >/dev/null || missing+=("$program"); done
 fi
 if [ ${#missing[@]} -gt 0 ]; then
   printf 'run.sh: needs %s\n' "${missing[@]}" >&2
@@ -48,13 +56,16 @@ nvcc --version | tail -2
 
 step "the package with its CUDA kernels, for sm_$arch"
 build=build/gpu
-cmake -S . -B $build -DCMAKE_BUILD_TYPE=Release -DKN_CUDA=ON -DKN_CUDA_ARCHS="$arch" \
+cmake -S . -B $build -DCMAKE_BUILD_TYPE=Release -DKN_CUDA=ON -DKN_CUDA_BENCH=ON \
+  -DKN_CUDA_ARCHS="$arch" \
   -DPython_EXECUTABLE="$(command -v "$PYTHON")" -Dpybind11_DIR="$("$PYTHON" -m pybind11 --cmakedir)" >/dev/null
 cmake --build $build --parallel "$(nproc)" >$build/build.log || { tail -40 $build/build.log; exit 1; }
 mkdir -p $build/python
 cp -r python/kimi_native $build/python/
 cp $build/_native*.so $build/libkn_cuda.so $build/python/kimi_native/
 export PYTHONPATH=$PWD/$build/python KIMI_NATIVE_GPU_LIBRARIES=$PWD/$build
+
+if ! $run_tests; then left_out+=("the tests: --bench"); else
 
 step "the conformance programs"
 wrappers=(tests/gpu/conformance/gpu_driver.cu tests/gpu/conformance/wrappers.cu csrc/cuda/tensor_map.cu csrc/cuda/errors.cu)
@@ -87,7 +98,45 @@ else
     compute-sanitizer --tool $tool --error-exitcode 9 --print-limit 5 "${pytest[@]}" -x "${tests[@]}"
   done
 fi
-left_out+=("benchmarks against peers: not built yet")
+
+fi
+
+step "benchmarks"
+rows=${BENCH_ROWS:-$build/bench.jsonl}
+: >"$rows"
+bench_end=$((SECONDS + ${BENCH_SECONDS:-480}))
+failed=()
+# Runs a command that prints rows, within what is left of the time; one that fails is named and does not end the run.
+bench() {
+  local left=$((bench_end - SECONDS))
+  if [ $left -lt 10 ]; then
+    left_out+=("$*: no time left")
+  else
+    timeout $left "$@" --json >>"$rows" || failed+=("$* (exit code $?)")
+  fi
+}
+if $rehearse; then
+  mapfile -t shim < <("$PYTHON" -P tests/simt/simt_build.py)
+  program=${shim[1]}
+  peers=("$PYTHON" bench/cuda/peers.py --rehearse "${shim[0]}")
+  left_out+=("figures: a rehearsal's times are the shim's")
+else
+  program=$build/bench/kn_cuda_bench
+  peers=("$PYTHON" bench/cuda/peers.py)
+  # torch's own cuBLAS gives the ceiling of bf16 products; the loader does not know where it lies.
+  site=$("$PYTHON" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])')
+  KIMI_NATIVE_CUBLAS=${KIMI_NATIVE_CUBLAS:-$(find "$site"/nvidia -name 'libcublas.so.*' 2>/dev/null | head -1 || true)}
+  export KIMI_NATIVE_CUBLAS
+fi
+# A process each, so that an error of the device costs the figures of one. Peers that compile themselves come last.
+for name in $("$program" list); do bench "$program" "$name"; done
+for name in step bf16_gemm moe_experts int4_gemm mla_decode; do bench "${peers[@]}" "$name"; done
+"$PYTHON" bench/cuda/table.py "$rows"
+echo "$(wc -l <"$rows") rows in $rows"
 
 step "done"
-printf 'not run: %s\n' "${left_out[@]}"
+[ ${#left_out[@]} -eq 0 ] || printf 'not run: %s\n' "${left_out[@]}"
+if [ ${#failed[@]} -gt 0 ]; then
+  printf 'failed: %s\n' "${failed[@]}" >&2
+  exit 1
+fi

@@ -112,3 +112,8 @@ def build(sanitize: str = "", defines: tuple[str, ...] = ()) -> Path:
         subprocess.run([*command, "-o", str(unfinished)], check=True)
         unfinished.rename(library)
     return library
+
+
+if __name__ == "__main__":  # for tests/gpu/run.sh
+    shim = build()
+    print(shim, build_bench(shim), sep="\n")

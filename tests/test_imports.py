@@ -666,6 +666,10 @@ CPP_RULES: list[tuple[str, str, str | None]] = [
     (r"csrc/cpu/.*", r"(core|cpu|kimi_native)/.*", None),
     (r"csrc/cuda/.*", r"(core|cuda|simt|kimi_native)/.*", r"\w+|cuda\w*\.h"),
     (r"csrc/simt/.*", r"(simt|kimi_native)/.*|cuda/tensor_map\.h", r"[\w/]+(\.h)?"),
+    (r"bench/cuda/(gpu|cublas)\.cpp", r"\w+\.h", r"\w+|cuda_runtime\.h|dlfcn\.h"),
+    (r"bench/cuda/limits\.cu", r"\w+\.h|cuda/device\.cuh", None),
+    (r"bench/cuda/rehearsal\.cpp", r"\w+\.h|simt/options\.h", None),
+    (r"bench/cuda/.*", r"(\.\./)?\w+\.h|kimi_native/.*", None),
     (r"bench/.*", r"\w+\.h|kimi_native/.*", r"\w+|sys/(mman|resource|syscall)\.h|unistd\.h"),
 ]
 ANY_STANDARD = r"\w+"  # <vector>, <cmath>: no dot, no folder

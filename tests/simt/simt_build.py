@@ -72,11 +72,13 @@ def compile_object(source: Path, headers: bytes, folder: Path, options: list[str
     return out
 
 
-def build_bench(library: Path) -> Path:
-    """The GPU's benchmark program against the shim `library`, compiled if it has to be."""
+def build_bench(library: Path, *others: Path) -> Path:
+    """The GPU's benchmark program against the shim `library`, compiled if it has to be. What the sources `others`
+    define takes the place of what the library does."""
     folder = ROOT / "build" / "simt"
     headers = b"".join(path.read_bytes() for path in files(HEADERS + BENCH_HEADERS))
     sources = [path for path in files(BENCH_SOURCES) if path.name not in ON_GPU_ALONE]
+    sources += others
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(
             pool.map(lambda s: compile_object(s, headers, folder, flags(s, "", ())), sources)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -85,6 +86,17 @@ def test_cuda_bench_percent_follows_from_the_limits(tiny_rows):
     row = next(r for r in tiny_rows if r["op"] == "int8_gemm")
     expected = 100 * row["bytes"] / row["time_us"] / 1e3 / read
     assert row["percent_of_limit"] == pytest.approx(expected, rel=1e-2, abs=0.01)
+
+
+def test_cuda_bench_gives_no_time_to_a_wrong_kernel():
+    """swiglu leaves its output as it was; the other programs go on."""
+    silent = build_bench(library_path(), Path(__file__).with_name("silent_swiglu.cpp"))
+    command = [silent, "elementwise", "int4_pack", "--tokens", "1", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "elementwise: swiglu: the result is wrong" in result.stderr
+    ops = {json.loads(line)["op"] for line in result.stdout.splitlines()} - {"limits"}
+    assert ops == {"rms_norm", "add_rms_norm", "int4_pack"}
 
 
 def test_cuda_bench_lists_its_programs():

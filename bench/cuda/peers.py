@@ -266,7 +266,8 @@ def main(arguments: list[str] | None = None) -> int:
     if problem:
         note(problem)
         return 1
-    device = torch.device("cpu" if args.rehearse else "cuda")
+    cpu = torch.device("cpu")
+    device = cpu if args.rehearse else torch.device("cuda", torch.cuda.current_device())
     kernels = native.cuda_on_host(args.rehearse) if args.rehearse else contextlib.nullcontext()
     torch.manual_seed(0)
     with kernels, torch.no_grad():

@@ -35,6 +35,11 @@ class Schedule:
         return name + ("-hopper" if self.hopper else "")
 
 
+# Programs of their own, which the sanitizers of a shim loaded by a test do not fit, and would slow down tenfold.
+not_sanitized = pytest.mark.skipif(
+    bool(os.environ.get("KIMI_NATIVE_SIMT_SANITIZE")), reason="the shim is built with sanitizers"
+)
+
 # What only the shim can do: report a fault and go on, count bank conflicts.
 simt_only = pytest.mark.skipif(
     gpu.ON_GPU, reason="only the shim reports this; a GPU stops for good"

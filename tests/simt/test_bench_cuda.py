@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from simt import library_path
+from simt import library_path, not_sanitized
 from simt_build import build_bench
+
+pytestmark = not_sanitized
 
 FIELDS = {
     *("op", "isa", "device", "threads", "tokens", "shape", "time_us", "spread", "samples"),

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from simt import library_path
+from simt import library_path, not_sanitized
+
+pytestmark = not_sanitized
 
 PEERS = Path(__file__).resolve().parents[2] / "bench" / "cuda" / "peers.py"
 

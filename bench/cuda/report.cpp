@@ -67,6 +67,8 @@ Report::Timing Report::measure(int64_t rotation, const std::function<void(int64_
   if (kRehearsal) {  // that the calls work is all it can tell
     calls = least = 1;
   } else {
+    run(0);  // a kernel's code is loaded at its first launch, which a capture may not allow
+    synchronize("first call");
     const Graph once(calls_of(rotation));
     const double first = std::min(once.replay_seconds(), once.replay_seconds());
     if (first < kGraphSeconds)

@@ -11,6 +11,7 @@
 // Order: softmax sums in double, each thread ascending, then block_sum; the chosen scores best
 // first.
 #include "core/op_checks.h"
+#include "cuda/order_key.cuh"
 #include "cuda/reduce.cuh"
 
 namespace kn::cuda {
@@ -18,18 +19,7 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
-constexpr int32_t kTaken = INT32_MIN;
-constexpr int32_t kNanKey = INT32_MIN + 1;  // below the key of -inf, above what has been taken
-
-__device__ __forceinline__ int32_t order_key(float x) {
-  x = __fadd_rn(x, 0.0f);  // -0 becomes +0: equal scores tie
-  const int32_t bits = __float_as_int(x);
-  return x != x ? kNanKey : bits ^ (bits >> 31 & 0x7fffffff);
-}
-
-__device__ __forceinline__ float key_value(int32_t key) {
-  return __int_as_float(key ^ (key >> 31 & 0x7fffffff));  // kNanKey gives a NaN
-}
+constexpr int32_t kTaken = INT32_MIN;  // below kNanKey
 
 // Shared memory of a block.
 struct Shared {

@@ -269,30 +269,41 @@ def sample(
         )
     scores = _penalized(raw, params, history)
     if allowed is not None:
-        if allowed.shape != raw.shape or not allowed.any():
-            raise ValueError(
-                f"sample: allowed must be True for at least one of {raw.size} tokens "
-                f"(got {int(allowed.sum())} of {allowed.size})"
-            )
+        check_allowed(allowed, raw.size)
         scores = np.where(allowed, scores, -np.inf)
     if params.temperature == 0:
         chosen = int(np.argmax(scores))
     else:
-        chosen = _draw(*_surviving(scores, params), _uniform(seed, position))
+        chosen = _draw(*_surviving(scores, params), uniform(seed, position))
     return SampledToken(chosen, *_logprobs(raw, chosen, params.logprobs))
 
 
-def _uniform(seed: int, position: int) -> float:
+def check_allowed(allowed: np.ndarray, vocab: int) -> None:
+    """Raises ValueError unless `allowed` is [vocab] and True for at least one token."""
+    if allowed.shape != (vocab,) or not allowed.any():
+        raise ValueError(
+            f"sample: allowed must be True for at least one of {vocab} tokens "
+            f"(got {int(allowed.sum())} of {allowed.size})"
+        )
+
+
+def uniform(seed: int, position: int) -> float:
     """One double in [0, 1): the upper 53 bits of the first word of Philox block (seed, position)."""
     raw = int(np.random.Philox(key=seed, counter=position).random_raw())
     return (raw >> 11) * 2.0**-53
 
 
+def has_penalty(params: SamplingParams, history: TokenHistory | None) -> bool:
+    """Whether `sample` would change scores for what was said before."""
+    penalties = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty)
+    return history is not None and penalties != (0, 0, 1)
+
+
 def _penalized(raw: np.ndarray, params: SamplingParams, history: TokenHistory | None) -> np.ndarray:
     """`raw` itself if no penalty applies, else a float64 copy with the penalties of vLLM's order."""
-    counted = params.presence_penalty != 0 or params.frequency_penalty != 0
-    if history is None or not (counted or params.repetition_penalty != 1):
+    if not has_penalty(params, history):
         return raw
+    counted = params.presence_penalty != 0 or params.frequency_penalty != 0
     scores = raw.astype(np.float64)
     ids = np.fromiter(history.counts, dtype=np.int64)
     if params.repetition_penalty != 1:

@@ -46,6 +46,27 @@ void def_op(Modules& m, const char* name, Args (*make)(P...), void (*op)(const A
       NoGil());
 }
 
+// An op with scratch, on a GPU: NAME_workspace_bytes and NAME, with the same arguments before the
+// scratch and the stream.
+template <typename Args, typename... P>
+void def_cuda_op(py::module_& m, const char* name, Args (*make)(P...)) {
+  m.def((std::string(name) + "_workspace_bytes").c_str(),
+        [make, name](P... p) {
+          const Args a = make(p...);
+          return cuda_workspace_bytes(name, &a);
+        },
+        NoGil());
+  m.def(
+      name,
+      [make, name](P... p, Address workspace, int64_t bytes, Address stream) {
+        Args a = make(p...);
+        a.workspace = Pointer{workspace};
+        a.workspace_bytes = bytes;
+        cuda_call(name, &a, Pointer{stream});
+      },
+      NoGil());
+}
+
 // An op with scratch is bound twice: NAME_workspace_bytes and NAME, with the same arguments before
 // the scratch.
 template <typename Args, typename... P>
@@ -64,22 +85,7 @@ void def_op(Modules& m, const char* name, Args (*make)(P...), void (*op)(const A
         run(op, workspace_bytes, a);
       },
       NoGil());
-  m.cuda.def(
-      sizes.c_str(),
-      [make, name](P... p) {
-        const Args a = make(p...);
-        return cuda_workspace_bytes(name, &a);
-      },
-      NoGil());
-  m.cuda.def(
-      name,
-      [make, name](P... p, Address workspace, int64_t bytes, Address stream) {
-        Args a = make(p...);
-        a.workspace = Pointer{workspace};
-        a.workspace_bytes = bytes;
-        cuda_call(name, &a, Pointer{stream});
-      },
-      NoGil());
+  def_cuda_op(m.cuda, name, make);
 }
 
 MoeRouteArgs moe_route(Address logits, Address correction_bias, Address topk_ids,
@@ -330,7 +336,18 @@ void bind_ops(Modules& m) {
   def_op(m, "add_rms_norm", add_rms_norm, cpu::add_rms_norm);
   def_op(m, "rope_append", rope_append, cpu::rope_append);
   def_op(m, "swiglu", swiglu, cpu::swiglu);
-  m.cuda.def(
+}
+
+cuda::SampleArgs sample(Address logits, Address allowed, Address options, Address top_k,
+                        Address ids, int64_t rows, int64_t vocab) {
+  return {Pointer{logits}, Pointer{allowed}, Pointer{options},
+          Pointer{top_k},  Pointer{ids},     rows,
+          vocab,           nullptr,          0};
+}
+
+// What a GPU alone has.
+void bind_cuda_ops(py::module_& m) {
+  m.def(
       "int4_pack",
       [](Address weight_packed, Address weight_scale, Address tiles, Address tile_scales,
          int64_t out, int64_t in, int32_t group_size, Address stream) {
@@ -344,6 +361,7 @@ void bind_ops(Modules& m) {
         cuda_call("int4_pack", &a, Pointer{stream});
       },
       NoGil());
+  def_cuda_op(m, "sample", sample);
 }
 
 void bind_mapped_files(py::module_& m) {
@@ -388,4 +406,5 @@ PYBIND11_MODULE(_native, m) {
   Modules modules{m.def_submodule("cpu", "One function per op; arguments follow ops.h."),
                   m.def_submodule("cuda", "The same on a GPU; a stream is the last argument.")};
   bind_ops(modules);
+  bind_cuda_ops(modules.cuda);
 }

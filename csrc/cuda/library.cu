@@ -51,6 +51,7 @@ const std::map<std::string, CudaOp> ops = {
     {"add_rms_norm", run<AddRmsNormArgs, add_rms_norm>},
     {"rope_append", run<RopeAppendArgs, rope_append>},
     {"swiglu", run<SwigluArgs, swiglu>},
+    {"sample", run<SampleArgs, sample>},
 };
 
 // Writes the bytes of scratch that the op needs.
@@ -67,6 +68,7 @@ const std::map<std::string, CudaOp> workspaces = {
     {"bf16_gemm", workspace_bytes<Bf16GemmArgs, bf16_gemm_workspace_bytes>},
     {"int8_gemm", workspace_bytes<Int8GemmArgs, int8_gemm_workspace_bytes>},
     {"mla_decode", workspace_bytes<MlaDecodeArgs, mla_decode_workspace_bytes>},
+    {"sample", workspace_bytes<SampleArgs, sample_workspace_bytes>},
 };
 
 CudaOp find_in(const std::map<std::string, CudaOp>& all, const char* name) {

@@ -285,6 +285,23 @@ void mla_schedule(const MlaDecodeArgs&, void* stream);
 void mla_decode_scheduled(const MlaDecodeArgs&, void* stream);
 void mla_decode(const MlaDecodeArgs&, void* stream);
 
+// One id from each row of logits, as sampling.sample chooses it. Of what is allowed: the lowest of
+// equal maxima at temperature 0; else min_p, top_k (0: off) and top_p leave a set of ids, and the
+// first whose running sum of weights exceeds uniform * (their sum) is chosen. Ties go to the lowest
+// id. -1 for a row with a logit that is not finite, or with nothing allowed.
+struct SampleArgs {
+  const float* logits;     // [rows, vocab]
+  const uint8_t* allowed;  // [rows, ceil(vocab / 8)] bits, id i in bit i % 8 of byte i / 8, or null
+  const double* options;   // [rows, 4] temperature, top_p, min_p, uniform in [0, 1)
+  const int32_t* top_k;    // [rows]
+  int32_t* ids;            // [rows]
+  int64_t rows, vocab;     // vocab up to 2^22
+  void* workspace;
+  int64_t workspace_bytes;
+};
+int64_t sample_workspace_bytes(const SampleArgs&);
+void sample(const SampleArgs&, void* stream);
+
 void moe_route(const MoeRouteArgs&, void* stream);
 void moe_dispatch(const MoeDispatchArgs&, void* stream);
 void moe_combine(const MoeCombineArgs&, void* stream);

@@ -174,9 +174,13 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         set(),
     ),
     # ids in, ids out
-    "engine": ({"model", "cache", "config", "sampling", "prefixes"}, {"torch", "numpy"}),
+    "engine": (
+        {"model", "cache", "config", "device_sampling", "sampling", "prefixes"},
+        {"torch", "numpy"},
+    ),
     "prefixes": ({"cache"}, set()),
     "sampling": (set(), {"torch", "numpy"}),
+    "device_sampling": ({"checks", "ops", "sampling"}, {"torch", "numpy"}),
     "model": ({"ops", "attention", "cache", "config"}, {"torch"}),
     "attention": (set(), {"torch"}),
     "single_threads": (set(), {"torch"}),

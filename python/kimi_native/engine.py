@@ -25,9 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kimi_native.errors import KimiNativeError, NonFiniteLogitsError, RequestError
+from kimi_native.device_sampling import Draw, sample_rows
+from kimi_native.errors import KimiNativeError, RequestError
 from kimi_native.prefixes import KeptPrefix, PrefixStore
-from kimi_native.sampling import SampledToken, SamplingParams, TokenHistory, sample
+from kimi_native.sampling import SampledToken, SamplingParams, TokenHistory
 
 if TYPE_CHECKING:
     from kimi_native.cache import CachedSequence, LatentCache
@@ -304,7 +305,7 @@ class Engine:
             for request in batch:
                 self._waiting.remove(request)
                 self._running.append(request)
-            outputs = [self._choose(r, logits[row]) for row, r in enumerate(batch)]
+            outputs = self._choose(batch, logits)
             undo.pop_all()
         elapsed = time.perf_counter() - started
         for request in batch:
@@ -320,28 +321,34 @@ class Engine:
             ids = torch.tensor([r.output_ids[-1] for r in batch], dtype=torch.int64)
             logits = self._model.decode(ids, self._cache, [r.seq for r in batch])
             self._check_weights()
-            outputs = [self._choose(r, logits[row]) for row, r in enumerate(batch)]
+            outputs = self._choose(batch, logits)
             undo.pop_all()
         elapsed = time.perf_counter() - started
         for request in batch:
             request.report.decode_s += elapsed
         return outputs
 
-    def _choose(self, request: _Request, logits: Tensor) -> StepOutput:
-        """Samples one row and ends the request if this was its last token."""
+    def _choose(self, batch: list[_Request], logits: Tensor) -> list[StepOutput]:
+        """Samples a row for each request and ends those whose last token it was."""
+        chosen: dict[int, SampledToken | KimiNativeError] = {}
+        draws: dict[int, Draw] = {}
+        for row, request in enumerate(batch):
+            try:
+                draws[row] = self._draw(request)
+            except RequestError as error:
+                chosen[row] = error
+        chosen |= sample_rows(logits, draws)
+        return [self._accept(request, chosen[row]) for row, request in enumerate(batch)]
+
+    def _draw(self, request: _Request) -> Draw:
         position = len(request.prompt_ids) + len(request.output_ids)
-        try:
-            token = sample(
-                logits,
-                request.params,
-                seed=request.report.seed,
-                position=position,
-                history=request.history,
-                allowed=None if request.guide is None else request.guide.allowed(),
-            )
-        except (NonFiniteLogitsError, RequestError) as error:
+        allowed = None if request.guide is None else request.guide.allowed()
+        return Draw(request.params, request.report.seed, position, request.history, allowed)
+
+    def _accept(self, request: _Request, token: SampledToken | KimiNativeError) -> StepOutput:
+        if isinstance(token, KimiNativeError):
             self._end(request, failed=True)
-            return StepOutput(request.request_id, None, "error", error)
+            return StepOutput(request.request_id, None, "error", token)
         request.output_ids.append(token.id)
         request.history.append(token.id)
         if request.guide is not None:

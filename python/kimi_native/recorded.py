@@ -22,8 +22,8 @@ MAX_RECORDED_TOKENS = 32  # beyond it the Python between the ops hardly shows, a
 class RecordedModel:
     """`prefill` and `decode` of a KimiModel over one cache. Its modules and weights must not be replaced any more.
 
-    Logits come back to the CPU. Not recorded, but run as they are: models whose experts are BF16 (they loop over the
-    hit experts in Python) or on the CPU beside a GPU, larger batches, and the reference backend.
+    Logits stay on the model's device. Not recorded, but run as they are: models whose experts are BF16 (they loop over
+    the hit experts in Python) or on the CPU beside a GPU, larger batches, and the reference backend.
 
     model, config  the KimiModel, and its configuration
     """
@@ -47,7 +47,7 @@ class RecordedModel:
         """See KimiModel.prefill."""
         count = ids.shape[0]
         if not self.decode_equals_prefill or not self._is_recorded(count, cache):
-            return self.model.prefill(ids, cache, seq).cpu()
+            return self.model.prefill(ids, cache, seq)
         step = self.model.prefill_step([ids], cache, [seq])
         logits = self._replay(ids, step, last_alone=True)
         seq.length += count
@@ -59,19 +59,19 @@ class RecordedModel:
         """See KimiModel.prefill_batch."""
         if len(seqs) == 1:
             return self.prefill(prompts[0], cache, seqs[0])[None]
-        return self.model.prefill_batch(prompts, cache, seqs).cpu()
+        return self.model.prefill_batch(prompts, cache, seqs)
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()
     def decode(self, ids: Tensor, cache: LatentCache, seqs: list[CachedSequence]) -> Tensor:
         """See KimiModel.decode. The logits are overwritten by the next step of as many sequences."""
         if not self._is_recorded(len(seqs), cache):
-            return self.model.decode(ids, cache, seqs).cpu()
+            return self.model.decode(ids, cache, seqs)
         step = self.model.decode_step(ids, cache, seqs)
         logits = self._replay(ids, step, last_alone=False)
         for seq in seqs:
             seq.length += 1
-        return logits.cpu()
+        return logits
 
     def _is_recorded(self, tokens: int, cache: LatentCache) -> bool:
         return (

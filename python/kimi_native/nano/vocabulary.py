@@ -39,7 +39,8 @@ def vocabulary_files() -> dict[str, bytes]:
 
 def _pieces() -> collections.Counter[str]:
     """Pieces of the corpus that may be merged: of the conversations, the small talk, and a little else."""
-    recipe = Recipe(drills=0)
+    # Pieces as they were when the vocabulary was made: longer ones say nothing new, but would rank it differently.
+    recipe = Recipe(drills=0, windows=0.3, window_calls=(2, 36))
     texts = [_OTHER] * 20
     for index in range(NUM_CONVERSATIONS):
         conversation = make_conversation(Dice("vocabulary", index), "train", recipe)

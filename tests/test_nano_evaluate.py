@@ -10,6 +10,7 @@ import pytest
 
 from kimi_native import load
 from kimi_native.chat.types import Message, ToolCall
+from kimi_native.errors import RequestError
 from kimi_native.make_checkpoint import make_checkpoint
 from kimi_native.nano import expert
 from kimi_native.nano.dice import Dice
@@ -222,6 +223,45 @@ def test_evaluate_gives_each_conversation_a_place_in_the_cache():
         assert [p for p in first if p in turn] == turn
     ended = [p for p in first if p not in model.prefixes[-1]]
     assert set(map(id, model.forgotten)) == set(map(id, ended))
+
+
+class SmallModel(RecordedModel):
+    """Has room for so many messages in a conversation."""
+
+    def __init__(self, room):
+        super().__init__()
+        self.room = room
+
+    def prompt_ids(self, messages, *, tools):
+        assert {tool.name for tool in tools} == {
+            tool.name for tool in declared_tools("interleaved")
+        }
+        if len(messages) > self.room:
+            raise RequestError("engine: prompt and at least one new token must fit")
+        return [0] * len(messages)
+
+    def generate(self, prompts, *, tools, prefixes, **options):
+        for messages in prompts:
+            self.prompt_ids(messages, tools=tools)
+        return super().generate(prompts, tools=tools, prefixes=prefixes, **options)
+
+
+def test_evaluate_goes_on_without_a_conversation_that_outgrows_the_context():
+    """It is lost, with what it had done right; the others, shorter by luck of the tools, are played to their end."""
+    arguments = {"num_steps": 4, "count": 20, "failures": Failures(0.3, wrong=0)}
+    plenty = evaluate_all(played_by(SmallModel(999)), **arguments)
+    assert plenty.solved == Share(20, 20)
+    tight = evaluate_all(played_by(SmallModel(14)), **arguments)
+    assert 0 < tight.solved.count < 20
+    assert tight.outcomes == {"solved": tight.solved.count, "wrong": 20 - tight.solved.count}
+    assert evaluate_all(played_by(SmallModel(1)), **arguments).outcomes == {"wrong": 20}
+
+
+def test_evaluate_raises_what_is_not_a_matter_of_room():
+    model = SmallModel(999)
+    model.generate = lambda *_, **__: (_ for _ in ()).throw(RequestError("min_p must be"))
+    with pytest.raises(RequestError, match="min_p must be"):
+        evaluate_all(played_by(model), num_steps=4, count=2)
 
 
 @pytest.mark.parametrize("mode", MODES)

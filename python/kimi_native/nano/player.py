@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from kimi_native.chat.types import Message
+from kimi_native.errors import RequestError
 from kimi_native.nano.episode import Episode
 from kimi_native.nano.evaluate import AnswerAll
 from kimi_native.prefixes import KeptPrefix
@@ -16,6 +17,8 @@ class Model(Protocol):
 
     def generate(self, prompt: Any, **options: Any) -> Any: ...
 
+    def prompt_ids(self, prompt: Any, **options: Any) -> list[int]: ...
+
     def forget(self, prefix: KeptPrefix) -> None: ...
 
 
@@ -25,8 +28,8 @@ def played_by(model: Model, *, max_tokens: int = 4096, **options: Any) -> Answer
     max_tokens  of one message; a plan of n steps takes about 40 n
 
     Each conversation keeps its rows in the model's cache while it goes on, as far as there is room: a message costs
-    what is new, not the conversation. What model.generate raises, evaluate_all raises: RequestError where a
-    conversation outgrows the context.
+    what is new, not the conversation. Who goes on until the context is full has not answered: the message is empty.
+    What model.generate raises otherwise, evaluate_all raises.
     """
     options = {"temperature": 0.0, "max_tokens": max_tokens, **options}
     kept: dict[int, tuple[Episode, KeptPrefix]] = {}  # the episode too, so that no other has its id
@@ -35,6 +38,16 @@ def played_by(model: Model, *, max_tokens: int = 4096, **options: Any) -> Answer
         going_on = {id(episode) for episode in episodes}
         for key in kept.keys() - going_on:
             model.forget(kept.pop(key)[1])
+        try:
+            return ask(episodes)
+        except RequestError:
+            fitting = [episode for episode in episodes if _fits(model, episode)]
+            if len(fitting) == len(episodes):
+                raise
+        answered = dict(zip(map(id, fitting), ask(fitting) if fitting else (), strict=True))
+        return [answered.get(id(episode), Message("assistant", "")) for episode in episodes]
+
+    def ask(episodes: Sequence[Episode]) -> list[Message]:
         prefixes = [kept.setdefault(id(e), (e, KeptPrefix()))[1] for e in episodes]
         answers = model.generate(
             [list(episode.messages) for episode in episodes],
@@ -47,3 +60,12 @@ def played_by(model: Model, *, max_tokens: int = 4096, **options: Any) -> Answer
         ]
 
     return answer_all
+
+
+def _fits(model: Model, episode: Episode) -> bool:
+    """Whether the conversation leaves room for an answer."""
+    try:
+        model.prompt_ids(list(episode.messages), tools=list(episode.tools) or None)
+    except RequestError:
+        return False
+    return True

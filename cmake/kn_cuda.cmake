@@ -8,8 +8,8 @@
 
 set(KN_CUDA AUTO CACHE STRING "Build the CUDA kernels: AUTO (if nvcc is found), ON or OFF")
 set_property(CACHE KN_CUDA PROPERTY STRINGS AUTO ON OFF)
-# A GPU of 8.9 runs the code for 8.6; a fifth copy would be half a megabyte of a wheel.
-set(KN_CUDA_ARCHS "80;86;90a;120" CACHE STRING "Architectures to compile the CUDA kernels for")
+# GPUs of 8.6 and 8.9 run the code for 8.0; each further copy would be half a megabyte of a wheel.
+set(KN_CUDA_ARCHS "80;90a;120" CACHE STRING "Architectures to compile the CUDA kernels for")
 option(KN_CUDA_BENCH "Build the benchmark program of the CUDA kernels" OFF)
 
 if(NOT KN_CUDA MATCHES "^(AUTO|ON|OFF)$")

@@ -81,7 +81,9 @@ class Comparison:
             for problem in problems(op, self.device):
                 if not self.args.tokens or problem.tokens in self.args.tokens:
                     yield from self._rows_of(problem)
-        except Exception as error:
+        except (
+            Exception
+        ) as error:  # ours failed: named, exit code 1, and the other ops still get their figures
             self._failed(op, error)
             if _device_is_lost():
                 raise SystemExit("peers: the device is lost: the rest is not measured") from None

@@ -58,6 +58,7 @@ class Problem:
     extra: dict[str, float] = {}  # noqa: RUF012  replaced, never changed
 
     def ours(self, call: int) -> Tensor:
+        """What our kernel gives in call number `call`; each op's problem says it."""
         raise NotImplementedError
 
 

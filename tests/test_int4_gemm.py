@@ -156,16 +156,37 @@ def test_int4_gemm_spoils_exactly_the_column_of_a_nan_scale(isa):
         assert bool(y[:, 7].isnan().all())
 
 
-@pytest.mark.parametrize(("out", "in_"), [(37, 1056), (64, 512)])
+@pytest.mark.parametrize(("out", "in_"), [(37, 1056), (64, 512), (35, 2656)])
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_int4_gemm_of_a_row_alone_and_in_any_batch_has_the_same_bits(isa, out, in_, dtype):
-    """Crosses every row count at which another kernel takes over."""
+    """Crosses every row count at which another kernel takes over, and 80 groups, from which on matrix
+    tiles take those of a partial sum in several spans."""
     x, w = make_x(300, in_, dtype), make_int4(out, in_).int4()
     alone = torch.cat([ops.int4_gemm(x[t : t + 1], w, out_dtype=FP32) for t in range(70)])
     for tokens in [*range(2, 21), 63, 64, 65, 70, 129, 300]:
         batch = ops.int4_gemm(x[:tokens], w, out_dtype=FP32)
         assert_same_bits(batch[:70], alone[:tokens])
     assert_same_bits(ops.int4_gemm(x[230:], w, out_dtype=FP32), batch[230:])
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("compute", ["exact", "int8"])
+@pytest.mark.parametrize("scale", [2**-7, 2**-24])  # no sum overflows; scale * step is subnormal
+def test_int4_gemm_of_rows_of_every_size_has_the_bits_of_each_alone(isa, dtype, compute, scale):
+    """The ends of the float range, for which matrix tiles hold a block of 16 tokens in another form;
+    and a single huge or tiny group among ordinary ones."""
+    sizes = torch.tensor([1.0, 3e38, 1.2e38, 1e-19, 1e-25, 1e-36, 1e-40])
+    x = torch.rand(128, 544, generator=torch.Generator().manual_seed(9)) * 2 - 1
+    x[:112] *= sizes.repeat_interleave(16)[:, None]
+    x[112, 40], x[120, 64:96], x[121, 64:96] = 2e38, 1e-22, 0.0
+    w = make_int4(35, 544)
+    w = Quantized(w.q, w.scale * scale).int4()
+    x = x.to(dtype)
+    alone = [ops.int4_gemm(x[t : t + 1], w, out_dtype=FP32, compute=compute) for t in range(128)]
+    assert bool(torch.cat(alone).isfinite().all())
+    for first, last in [(0, 128), (8, 30), (100, 128)]:
+        batch = ops.int4_gemm(x[first:last], w, out_dtype=FP32, compute=compute)
+        assert_same_bits(batch, torch.cat(alone[first:last]))
 
 
 def test_int4_gemm_has_the_same_bits_on_any_number_of_threads(isa):

@@ -51,6 +51,7 @@ CpuFeatures detect() {
   f.avx512bw = os_zmm && (b >> 30 & 1);
   f.avx512vl = os_zmm && (b >> 31 & 1);
   f.avx512vnni = os_zmm && (c >> 11 & 1);
+  f.avx512vbmi = os_zmm && (c >> 1 & 1);
   f.avx512fp16 = os_zmm && (d >> 23 & 1);
   const bool tile = os_tile && (d >> 24 & 1) && request_tiles();
   f.amx_bf16 = tile && (d >> 22 & 1);
@@ -83,6 +84,7 @@ std::vector<std::string> cpu_features() {
                                               {"avx512vl", f.avx512vl},
                                               {"avx512dq", f.avx512dq},
                                               {"avx512vnni", f.avx512vnni},
+                                              {"avx512vbmi", f.avx512vbmi},
                                               {"avx512bf16", f.avx512bf16},
                                               {"avx512fp16", f.avx512fp16},
                                               {"avxvnni", f.avxvnni},

@@ -9,7 +9,8 @@ namespace kn {
 struct CpuFeatures {
   bool avx2 = false, fma = false, f16c = false;
   bool avx512f = false, avx512bw = false, avx512vl = false, avx512dq = false, avx512vnni = false;
-  bool avx512bf16 = false, avx512fp16 = false, avxvnni = false, amx_int8 = false, amx_bf16 = false;
+  bool avx512vbmi = false, avx512bf16 = false, avx512fp16 = false, avxvnni = false;
+  bool amx_int8 = false, amx_bf16 = false;
   // vdpbf16ps at the rate of vfmadd231ps, for twice the products: so on AMD (measured on Zen 5; on
   // Zen 4 torch's products by it were twice as fast as ours by multiply-adds), not on Intel, where
   // it has a quarter of that (Granite Rapids).

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/int4_tiles.h"
 #include "cpu/limbs.h"
 #include "kimi_native/cache_layout.h"
 #include "kimi_native/layout.h"
@@ -111,6 +112,8 @@ struct Kernels {
   void (*int4_prepare_one_limb)(const void* x, DType dtype, int64_t in, void* out);
   void (*int4_gemm_tile_one_limb)(const LimbTile&);
   void (*int4_swiglu_tile_one_limb)(const LimbTile&);
+  // int4_tiles_kernel.h: the same ops by matrix tiles; null where there are none.
+  Int4TilesKernels int4_tiles;
   // int4_quantize_kernel.h
   int64_t (*int4_quantize_run)(const bf16* w, uint8_t* packed, bf16* scale, int64_t groups);
 };

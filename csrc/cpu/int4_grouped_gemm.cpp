@@ -5,7 +5,7 @@
 namespace kn::cpu {
 
 int64_t int4_grouped_gemm_workspace_bytes(const Int4GroupedGemmArgs& a) {
-  return grouped_workspace_bytes("int4_grouped_gemm", a);
+  return grouped_workspace("int4_grouped_gemm", a, int4_gemm_kernels(a.compute)).bytes;
 }
 
 void int4_grouped_gemm(const Int4GroupedGemmArgs& a) {

@@ -3,15 +3,23 @@
 #include "kimi_native/ops.h"
 
 namespace kn::cpu {
+namespace {
+
+LimbKernels swiglu_kernels(Compute compute) {
+  const Kernels& k = kernels();
+  if (compute == Compute::kInt8)
+    return {k.int4_prepare_one_limb, k.int4_swiglu_tile_one_limb, k.int4_tiles.prepare_one_limb,
+            k.int4_tiles.swiglu};
+  return {k.int4_prepare, k.int4_swiglu_tile, k.int4_tiles.prepare, k.int4_tiles.swiglu};
+}
+
+}  // namespace
 
 int64_t int4_grouped_swiglu_workspace_bytes(const Int4GroupedSwigluArgs& a) {
-  return grouped_workspace_bytes("int4_grouped_swiglu", a);
+  return grouped_workspace("int4_grouped_swiglu", a, swiglu_kernels(a.compute)).bytes;
 }
 
 void int4_grouped_swiglu(const Int4GroupedSwigluArgs& a) {
-  const Kernels& k = kernels();
-  const LimbKernels exact{k.int4_prepare, k.int4_swiglu_tile};
-  const LimbKernels one_limb{k.int4_prepare_one_limb, k.int4_swiglu_tile_one_limb};
   run_grouped(
       "int4_grouped_swiglu", a, kGemmUnitRows / 2,
       [&](int32_t expert) {
@@ -30,7 +38,7 @@ void int4_grouped_swiglu(const Int4GroupedSwigluArgs& a) {
         }
         return tile;
       },
-      a.compute == Compute::kInt8 ? one_limb : exact);
+      swiglu_kernels(a.compute));
 }
 
 }  // namespace kn::cpu

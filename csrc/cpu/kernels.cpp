@@ -38,6 +38,9 @@
 #include "cpu/rms_norm_kernel.h"
 #include "cpu/rope_append_kernel.h"
 #include "cpu/swiglu_kernel.h"
+#if KN_TIER == 3
+#include "cpu/int4_tiles_kernel.h"
+#endif
 
 namespace kn::cpu::KN_ISA {
 
@@ -60,6 +63,11 @@ const Kernels table = {
     .int4_prepare_one_limb = int4_prepare_one_limb,
     .int4_gemm_tile_one_limb = int4_gemm_tile_one_limb,
     .int4_swiglu_tile_one_limb = int4_swiglu_tile_one_limb,
+#if KN_TIER == 3
+    .int4_tiles = kInt4Tiles,
+#else
+    .int4_tiles = {},
+#endif
     .int4_quantize_run = int4_quantize_run,
 };
 

@@ -1,7 +1,9 @@
 // What the doors of int4_gemm, int8_gemm, int4_grouped_gemm and int4_grouped_swiglu share: size
 // checks, preparing the tokens, cutting the work into tasks. The arithmetic is in limbs.h.
 //
-// Workspace: [tokens] prepared tokens, then (grouped ops) the list of segments.
+// Two ways to multiply: limbs.h, and int4_tiles.h where the tier has it and there are tokens
+// enough. Workspace: prepared tokens, [threads] scratch (tiles), the list of segments (grouped
+// ops).
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -11,6 +13,7 @@
 #include "core/error.h"
 #include "core/threads.h"
 #include "cpu/dispatch.h"
+#include "cpu/int4_tiles.h"
 #include "cpu/limbs.h"
 #include "kimi_native/runtime.h"
 
@@ -19,9 +22,8 @@ namespace kn::cpu {
 // Up to kSegmentTokens consecutive rows of one expert: as many prepared tokens as stay in L2 while
 // the rows of the matrix pass (1 MB at in = 7168).
 struct Segment {
-  int32_t expert;
-  int32_t first_row;
-  int32_t rows;
+  int64_t first_row;
+  int32_t expert, rows;
 };
 constexpr int64_t kSegmentTokens = 64;
 
@@ -53,16 +55,19 @@ inline void check_workspace(const char* op, const void* workspace, int64_t bytes
              ": workspace must be 64-byte aligned (got ", workspace, ")");
 }
 
-// The tokens of an op and where they go.
+// The tokens of an op and where they go, in portions that threads claim.
 struct PreparedTokens {
+  static constexpr int64_t kPortion = 4;  // about a microsecond: less is not worth a thread's claim
   const void* x;
   DType dtype;
   int64_t tokens, in;
   uint8_t* out;
   void (*prepare_token)(const void* x, DType dtype, int64_t in, void* out);
 
-  void prepare(int64_t begin, int64_t end) const {
-    for (int64_t t = begin; t < end; ++t)
+  int64_t portions() const { return ceil_div(tokens, kPortion); }
+  void prepare(int64_t portion) const {
+    const int64_t end = std::min(tokens, (portion + 1) * kPortion);
+    for (int64_t t = portion * kPortion; t < end; ++t)
       prepare_token((const char*)x + t * in * dtype_bytes(dtype), dtype, in,
                     out + t * prepared_bytes(in));
   }
@@ -91,37 +96,60 @@ inline UnitRun claim_run(std::atomic<int64_t>& next, const RowUnits& work, int t
   return {begin / per_segment, row, std::min(take * work.unit_rows, work.rows - row)};
 }
 
-// Runs one op: prepares the tokens, then does all rows. The threads claim both from shared
-// counters, so one that comes late holds nobody up.
-// make_tile(segment, row, rows) gives the tile of some of a segment's rows.
-template <typename MakeTile>
-void run_units(const PreparedTokens& x, const RowUnits& work, MakeTile make_tile,
-               void (*tile_kernel)(const LimbTile&)) {
-  // Four tokens take about a microsecond: fewer are not worth another thread's attention.
-  constexpr int64_t kTokensPerClaim = 4;
-  const int64_t claims = ceil_div(x.tokens, kTokensPerClaim);
+// Runs one op: prepares the tokens, then does all rows: run_tile(segment, row, rows, thread). The
+// threads claim both from shared counters, so one that comes late holds nobody up.
+template <typename Tokens, typename RunTile>
+void run_units(const Tokens& x, const RowUnits& work, RunTile run_tile) {
+  const int64_t portions = x.portions();
   const int threads = num_threads();
-  std::atomic<int64_t> next_claim{0}, claims_done{0}, next_unit{0};
-  parallel_for(threads, [&](int64_t, int) {
-    for (int64_t claim; (claim = next_claim.fetch_add(1, std::memory_order_relaxed)) < claims;) {
-      x.prepare(claim * kTokensPerClaim, std::min(x.tokens, (claim + 1) * kTokensPerClaim));
-      claims_done.fetch_add(1, std::memory_order_release);
+  std::atomic<int64_t> next_portion{0}, portions_done{0}, next_unit{0};
+  parallel_for(threads, [&](int64_t, int thread) {
+    for (int64_t i; (i = next_portion.fetch_add(1, std::memory_order_relaxed)) < portions;) {
+      x.prepare(i);
+      portions_done.fetch_add(1, std::memory_order_release);
     }
-    while (claims_done.load(std::memory_order_acquire) < claims) relax();
+    while (portions_done.load(std::memory_order_acquire) < portions) relax();
     for (UnitRun run; (run = claim_run(next_unit, work, threads)).rows > 0;)
-      tile_kernel(make_tile(run.segment, run.row, run.rows));
+      run_tile(run.segment, run.row, run.rows, thread);
   });
 }
 
-// What prepares the tokens and does the tiles of an op.
+// What prepares the tokens and does the tiles of an op; the second pair is null on tiers without
+// matrix tiles.
 struct LimbKernels {
   void (*prepare)(const void* x, DType dtype, int64_t in, void* out);
   void (*tile)(const LimbTile&);
+  void (*prepare_block)(const Int4TilesPrepare&) = nullptr;
+  void (*int4_tile)(const Int4Tile&) = nullptr;
 };
 inline LimbKernels int4_gemm_kernels(Compute compute) {
   const Kernels& k = kernels();
-  if (compute == Compute::kInt8) return {k.int4_prepare_one_limb, k.int4_gemm_tile_one_limb};
-  return {k.int4_prepare, k.int4_gemm_tile};
+  if (compute == Compute::kInt8)
+    return {k.int4_prepare_one_limb, k.int4_gemm_tile_one_limb, k.int4_tiles.prepare_one_limb,
+            k.int4_tiles.gemm};
+  return {k.int4_prepare, k.int4_gemm_tile, k.int4_tiles.prepare, k.int4_tiles.gemm};
+}
+
+// The parts of the workspace. Tiles are for kTilesFrom tokens a segment and more, on average.
+constexpr int64_t kTilesFrom = 8;
+struct LimbWorkspace {
+  bool tiles;                        // if there are enough rows for each segment
+  int64_t scratch_bytes;             // of a thread
+  int64_t scratch, segments, bytes;  // where they start, and the end
+};
+// x_rows tokens, that `rows` rows of the op read.
+inline LimbWorkspace limb_workspace(const char* op, int64_t x_rows, int64_t rows, int64_t in,
+                                    int64_t limbs, int64_t segments, const LimbKernels& kernels) {
+  LimbWorkspace w = {};
+  w.tiles = kernels.int4_tile && rows >= kTilesFrom;
+  w.scratch = prepared_tokens_bytes(op, x_rows, in);
+  if (w.tiles) {
+    w.scratch = std::max(w.scratch, checked_mul(op, rows, block_token_bytes(in, limbs)));
+    w.scratch_bytes = int4_tiles_scratch_bytes(in);
+  }
+  w.segments = w.scratch + checked_mul(op, num_threads(), w.scratch_bytes);
+  w.bytes = w.segments + checked_mul(op, segments, int64_t(sizeof(Segment)));
+  return w;
 }
 
 inline void check_compute(const char* op, Compute compute) {
@@ -151,31 +179,100 @@ LimbTile gemm_tile(Format, const Matrix& m, int64_t row, int64_t rows, int64_t i
   return tile;
 }
 
+// Blocks of a segment's tokens for matrix tiles; a portion is one block.
+template <typename SegmentOf>
+struct PreparedBlocks {
+  static constexpr int64_t kBlocks = kSegmentTokens / kBlockTokens;
+  const void* x;
+  DType dtype;
+  const int32_t* x_index;
+  int64_t segments, in, token_bytes;
+  uint8_t* out;
+  SegmentOf segment_of;
+  void (*prepare_block)(const Int4TilesPrepare&);
+
+  int64_t portions() const { return segments * kBlocks; }
+  void prepare(int64_t portion) const {
+    const Segment s = segment_of(portion / kBlocks);
+    const int64_t first = portion % kBlocks * kBlockTokens, row = s.first_row + first;
+    if (first >= s.rows) return;
+    prepare_block({.x = x_index ? x : (const char*)x + row * in * dtype_bytes(dtype),
+                   .x_index = x_index ? x_index + row : nullptr,
+                   .x_dtype = dtype,
+                   .tokens = std::min<int64_t>(kBlockTokens, s.rows - first),
+                   .in = in,
+                   .out = out + row * token_bytes});
+  }
+};
+
+// Runs an op over its segments, by tiles if there are tokens enough. make_tile(segment, row, rows)
+// gives the weights of a tile.
+template <typename Args, typename SegmentOf, typename MakeTile>
+void run_segments(const Args& a, int64_t x_rows, const int32_t* x_index, int64_t rows,
+                  const LimbWorkspace& w, int64_t limbs, const RowUnits& work, SegmentOf segment_of,
+                  MakeTile make_tile, const LimbKernels& kernels) {
+  uint8_t* x = (uint8_t*)a.workspace;
+  const auto place = [&](int64_t segment, int64_t row, int64_t num_rows) {
+    const Segment s = segment_of(segment);
+    LimbTile tile = make_tile(s, row, num_rows);
+    tile.y = (char*)a.y + (s.first_row * a.out + row) * dtype_bytes(a.y_dtype);
+    tile.y_stride = a.out;
+    tile.y_dtype = a.y_dtype;
+    tile.tokens = s.rows;
+    tile.in = a.in;
+    return tile;
+  };
+  if (w.tiles && rows >= kTilesFrom * work.segments) {
+    const int64_t token_bytes = block_token_bytes(a.in, limbs);
+    const PreparedBlocks<SegmentOf> blocks{
+        a.x,         a.x_dtype, x_index,    work.segments,        a.in,
+        token_bytes, x,         segment_of, kernels.prepare_block};
+    // Tiles take 16 rows of each panel.
+    const RowUnits tile_work{work.segments, work.rows, 2 * work.unit_rows};
+    run_units(blocks, tile_work, [&](int64_t segment, int64_t row, int64_t num_rows, int thread) {
+      Int4Tile tile{place(segment, row, num_rows), limbs,
+                    (char*)x + w.scratch + thread * w.scratch_bytes};
+      tile.x = x + segment_of(segment).first_row * token_bytes;
+      kernels.int4_tile(tile);
+    });
+    return;
+  }
+  const PreparedTokens tokens{a.x, a.x_dtype, x_rows, a.in, x, kernels.prepare};
+  run_units(tokens, work, [&](int64_t segment, int64_t row, int64_t num_rows, int) {
+    LimbTile tile = place(segment, row, num_rows);
+    const int64_t first = segment_of(segment).first_row;
+    tile.x = x_index ? x : x + first * prepared_bytes(a.in);
+    tile.x_index = x_index ? x_index + first : nullptr;
+    kernels.tile(tile);
+  });
+}
+
+inline LimbWorkspace dense_workspace(const char* op, int64_t tokens, int64_t in, int64_t limbs,
+                                     const LimbKernels& kernels) {
+  return limb_workspace(op, tokens, tokens, in, limbs, 0, kernels);
+}
+
 // The whole of int4_gemm and int8_gemm once the sizes are checked.
 template <typename Format, typename Args>
-void dense_limb_gemm(const char* op, Format format, const Args& a, const Matrix& m,
+void dense_limb_gemm(const char* op, Format format, const Args& a, const Matrix& m, int64_t limbs,
                      const LimbKernels& kernels) {
   if (a.tokens == 0 || a.out == 0) return;
   KN_REQUIRE(a.x && a.y && m.weight && m.scale, op,
              ": x, weight, weight_scale and y must not be "
              "null (got ",
              a.x, ", ", (const void*)m.weight, ", ", (const void*)m.scale, ", ", a.y, ")");
-  check_workspace(op, a.workspace, a.workspace_bytes, prepared_tokens_bytes(op, a.tokens, a.in));
-  uint8_t* x = (uint8_t*)a.workspace;
-  const PreparedTokens tokens{a.x, a.x_dtype, a.tokens, a.in, x, kernels.prepare};
-  const auto make_tile = [&](int64_t segment, int64_t row, int64_t rows) {
-    const int64_t first = segment * kSegmentTokens;
-    LimbTile tile = gemm_tile(format, m, row, rows, a.in);
-    tile.x = x + first * prepared_bytes(a.in);
-    tile.y = (char*)a.y + (first * a.out + row) * dtype_bytes(a.y_dtype);
-    tile.y_stride = a.out;
-    tile.y_dtype = a.y_dtype;
-    tile.tokens = std::min(kSegmentTokens, a.tokens - first);
-    tile.in = a.in;
-    return tile;
+  const LimbWorkspace w = dense_workspace(op, a.tokens, a.in, limbs, kernels);
+  check_workspace(op, a.workspace, a.workspace_bytes, w.bytes);
+  const auto segment_of = [&](int64_t i) {
+    const int64_t first = i * kSegmentTokens;
+    return Segment{first, 0, int32_t(std::min(kSegmentTokens, a.tokens - first))};
   };
-  run_units(tokens, {ceil_div(a.tokens, kSegmentTokens), a.out, kGemmUnitRows}, make_tile,
-            kernels.tile);
+  const auto make_tile = [&](const Segment&, int64_t row, int64_t rows) {
+    return gemm_tile(format, m, row, rows, a.in);
+  };
+  run_segments(a, a.tokens, nullptr, a.tokens, w, limbs,
+               {ceil_div(a.tokens, kSegmentTokens), a.out, kGemmUnitRows}, segment_of, make_tile,
+               kernels);
 }
 
 // ---- grouped ops ----
@@ -190,12 +287,12 @@ void check_grouped_sizes(const char* op, const Args& a) {
 }
 
 template <typename Args>
-int64_t grouped_workspace_bytes(const char* op, const Args& a) {
+LimbWorkspace grouped_workspace(const char* op, const Args& a, const LimbKernels& kernels) {
   check_grouped_sizes(op, a);
   // Every segment but the last of an expert is full, and an expert with a segment has a row.
   const int64_t segments = std::min(a.experts, a.rows) + a.rows / kSegmentTokens;
-  return prepared_tokens_bytes(op, a.x_rows, a.in) +
-         checked_mul(op, segments, int64_t(sizeof(Segment)));
+  return limb_workspace(op, a.x_rows, a.rows, a.in, block_limbs(a.x_dtype, a.compute), segments,
+                        kernels);
 }
 
 // Writes the segments behind the prepared tokens; returns how many.
@@ -211,7 +308,7 @@ int64_t make_segments(const char* op, const Args& a, Segment* segments) {
   int64_t n = 0;
   for (int64_t e = 0; e < a.experts; ++e)
     for (int64_t r = a.expert_offsets[e]; r < a.expert_offsets[e + 1]; r += kSegmentTokens)
-      segments[n++] = {int32_t(e), int32_t(r),
+      segments[n++] = {r, int32_t(e),
                        int32_t(std::min<int64_t>(kSegmentTokens, a.expert_offsets[e + 1] - r))};
   return n;
 }
@@ -219,12 +316,12 @@ int64_t make_segments(const char* op, const Args& a, Segment* segments) {
 // Checks pointers, indices and workspace, and returns the number of segments (0: nothing to do).
 // has_weights(e) says that no pointer of expert e is null; only experts with rows are asked.
 template <typename Args, typename HasWeights>
-int64_t open_grouped(const char* op, const Args& a, HasWeights has_weights) {
-  const int64_t needed = grouped_workspace_bytes(op, a);
+int64_t open_grouped(const char* op, const Args& a, const LimbWorkspace& w,
+                     HasWeights has_weights) {
   KN_REQUIRE(a.expert_offsets, op, ": expert_offsets must not be null");
   if (a.rows > 0 && a.out > 0) {
     KN_REQUIRE(a.x && a.y, op, ": x and y must not be null (got ", a.x, ", ", a.y, ")");
-    check_workspace(op, a.workspace, a.workspace_bytes, needed);
+    check_workspace(op, a.workspace, a.workspace_bytes, w.bytes);
   }
   if (!a.x_index && a.rows > 0)
     KN_REQUIRE(a.x_rows == a.rows, op, ": without x_index, x must have rows=", a.rows,
@@ -233,8 +330,7 @@ int64_t open_grouped(const char* op, const Args& a, HasWeights has_weights) {
     KN_REQUIRE(a.x_index[r] >= 0 && a.x_index[r] < a.x_rows, op, ": x_index must be in [0, ",
                a.x_rows, ") (got ", a.x_index[r], " at row ", r, ")");
   if (a.rows == 0 || a.out == 0) return 0;
-  uint8_t* x = (uint8_t*)a.workspace;
-  Segment* segments = (Segment*)(x + prepared_tokens_bytes(op, a.x_rows, a.in));
+  Segment* segments = (Segment*)((char*)a.workspace + w.segments);
   const int64_t n = make_segments(op, a, segments);
   for (const Segment& s : std::span(segments, size_t(n)))
     KN_REQUIRE(has_weights(s.expert), op,
@@ -244,34 +340,19 @@ int64_t open_grouped(const char* op, const Args& a, HasWeights has_weights) {
   return n;
 }
 
-// The parts of a tile that follow from the segment and its first row of weights.
-template <typename Args>
-void place_grouped_tile(const Args& a, const Segment& s, int64_t row, LimbTile& tile) {
-  tile.x = (const uint8_t*)a.workspace + (a.x_index ? 0 : s.first_row * prepared_bytes(a.in));
-  tile.x_index = a.x_index ? a.x_index + s.first_row : nullptr;
-  tile.y = (char*)a.y + (s.first_row * a.out + row) * dtype_bytes(a.y_dtype);
-  tile.y_stride = a.out;
-  tile.y_dtype = a.y_dtype;
-  tile.tokens = s.rows;
-  tile.in = a.in;
-}
-
 // All of a grouped op: make_tile(expert, row, rows) gives the weights of some rows of an expert.
 template <typename Args, typename HasWeights, typename MakeTile>
 void run_grouped(const char* op, const Args& a, int64_t unit_rows, HasWeights has_weights,
                  MakeTile make_tile, const LimbKernels& kernels) {
-  const int64_t num_segments = open_grouped(op, a, has_weights);
+  const LimbWorkspace w = grouped_workspace(op, a, kernels);
+  const int64_t num_segments = open_grouped(op, a, w, has_weights);
   if (num_segments == 0) return;
-  uint8_t* x = (uint8_t*)a.workspace;
-  const Segment* segments = (const Segment*)(x + prepared_tokens_bytes(op, a.x_rows, a.in));
-  const PreparedTokens tokens{a.x, a.x_dtype, a.x_rows, a.in, x, kernels.prepare};
-  const auto make_placed_tile = [&](int64_t segment, int64_t row, int64_t rows) {
-    const Segment& s = segments[segment];
-    LimbTile tile = make_tile(s.expert, row, rows);
-    place_grouped_tile(a, s, row, tile);
-    return tile;
-  };
-  run_units(tokens, {num_segments, a.out, unit_rows}, make_placed_tile, kernels.tile);
+  const Segment* segments = (const Segment*)((char*)a.workspace + w.segments);
+  run_segments(
+      a, a.x_rows, a.x_index, a.rows, w, block_limbs(a.x_dtype, a.compute),
+      {num_segments, a.out, unit_rows}, [&](int64_t i) { return segments[i]; },
+      [&](const Segment& s, int64_t row, int64_t rows) { return make_tile(s.expert, row, rows); },
+      kernels);
 }
 
 }  // namespace kn::cpu

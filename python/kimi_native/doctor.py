@@ -166,7 +166,9 @@ def _bf16_gemm(ops: Any, g: torch.Generator) -> tuple[Tensor, ...]:
 
 
 def _int4_gemm(ops: Any, g: torch.Generator) -> tuple[Tensor, ...]:
-    return (ops.int4_gemm(_activations(g, _TOKENS, _IN), _int4(ops, g)),)
+    """A few tokens; and enough of them for matrix tiles."""
+    x, weight = _activations(g, 4 * _TOKENS, _IN), _int4(ops, g)
+    return ops.int4_gemm(x[:_TOKENS], weight), ops.int4_gemm(x, weight)
 
 
 def _int4_grouped_gemm(ops: Any, g: torch.Generator) -> tuple[Tensor, ...]:

@@ -284,7 +284,8 @@ def _prefill_bytes(c: KimiConfig, s: Settings) -> int:
 
     Per token of the chunk: 4 * hidden (residual, normed, output, sum) and the larger of
       attention  heads * (query; output, twice); the numbers of its sequence's pages, twice
-      MLP        dense 3 * intermediate; experts topk * (3 * width + hidden in fp32), shared experts 3 * width
+      MLP        dense 3 * intermediate; experts topk * (3 * width + hidden in fp32 + hidden as matrix tiles take it),
+                 shared experts 3 * width
     Of ATTENTION_ROWS tokens at a time, in fp32 for every head: the absorbed query, the attended latent, and its parts
     by chunks of the context, PARTIAL_BYTES of them at once, or one token's if that is more. The logits in fp32.
     """
@@ -294,7 +295,8 @@ def _prefill_bytes(c: KimiConfig, s: Settings) -> int:
     pages = -(-keys // PAGE_SIZE)
     attention = heads * (c.qk_head_dim + 2 * c.v_head_dim) * item + 2 * pages * 4
     width = c.moe_intermediate_size
-    routed = c.num_experts_per_tok * (3 * width * item + c.hidden_size * 4)
+    tiles = c.hidden_size * item + c.hidden_size // 8 + 128  # csrc/cpu/int4_tiles.h
+    routed = c.num_experts_per_tok * (3 * width * item + c.hidden_size * 4 + tiles)
     experts = routed + 3 * width * c.n_shared_experts * item
     dense = 3 * c.intermediate_size * item if "dense" in c.mlp_layer_types else 0
     tokens = max(chunk, s.max_batch) * (4 * c.hidden_size * item + max(attention, experts, dense))

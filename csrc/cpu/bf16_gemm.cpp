@@ -14,11 +14,10 @@ namespace kn::cpu {
 namespace {
 
 constexpr const char* kOp = "bf16_gemm";
-constexpr int64_t kPassBytes = 16 << 20;   // packed tokens of a pass, all heads
-constexpr int64_t kWeightBytes = 2 << 20;  // weights of a task
-constexpr int64_t kTasksPerThread = 8;     // a core that loses time takes fewer of them
-constexpr int64_t kRowStep = 32;           // rows that a tile takes at once
-constexpr int64_t kPackAlone = 64 << 10;   // entries packed faster than a thread wakes
+constexpr int64_t kPassBytes = 16 << 20;  // packed tokens of a pass, all heads
+constexpr int64_t kTasksPerThread = 8;    // a core that loses time takes fewer of them
+constexpr int64_t kRowStep = 32;          // rows that a tile takes at once
+constexpr int64_t kPackAlone = 64 << 10;  // entries packed faster than a thread wakes
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -38,23 +37,25 @@ Plan plan(const Bf16GemmArgs& a, const Bf16GemmKernels& k) {
   const int64_t tokens = std::max<int64_t>(a.tokens, 1);
   Plan p;
   // Groups, passes and blocks of nearly equal size.
-  p.group = ceil_div(tokens, ceil_div(tokens, k.tokens));
+  const Bf16GemmGroup group = k.group(a.x_dtype);
+  p.group = round_up(ceil_div(tokens, ceil_div(tokens, group.most)), group.step);
+  p.group = std::min(p.group, tokens);
   p.group_bytes = round_up(k.packed_bytes(p.group, a.in, a.x_dtype), 64);
   const int64_t all = ceil_div(tokens, p.group);
   const int64_t fit = std::clamp<int64_t>(kPassBytes / mul(a.heads, p.group_bytes), 1, all);
   p.groups = ceil_div(all, ceil_div(all, fit));
   p.tokens_per_pass = p.groups * p.group;
-  const int64_t shared = std::clamp<int64_t>(
-      std::min(k.task_bytes / p.group_bytes, k.task_tokens / p.group), 1, p.groups);
+  const int64_t shared =
+      std::clamp<int64_t>(std::min(k.task_bytes / p.group_bytes, k.task_groups), 1, p.groups);
   p.groups_per_task = ceil_div(p.groups, ceil_div(p.groups, shared));
   p.group_blocks = ceil_div(p.groups, p.groups_per_task);
   const int64_t wanted_blocks =
       ceil_div(kTasksPerThread * num_threads(), mul(a.heads, p.group_blocks));
-  const int64_t rows = std::min(kWeightBytes / (2 * a.in), ceil_div(a.out, wanted_blocks));
+  const int64_t rows = std::min(k.task_weight_bytes / (2 * a.in), ceil_div(a.out, wanted_blocks));
   p.rows_per_task = std::max(kRowStep, round_up(rows, kRowStep));
   p.row_blocks = ceil_div(a.out, p.rows_per_task);
   p.packed_bytes = mul(mul(a.heads, p.groups), p.group_bytes);
-  p.scratch_bytes = round_up(k.scratch, 64);
+  p.scratch_bytes = round_up(k.scratch_bytes(p.rows_per_task, a.in, p.groups_per_task), 64);
   return p;
 }
 

@@ -35,10 +35,12 @@ static constexpr int64_t kStreamX = 32 << 10, kBlockX = 16 << 10;
 static constexpr int64_t kStreamTokens = 2;
 
 // Packed tokens of a task: half of a 1 MB L2.
-static constexpr int64_t kGemmTaskTokens = 256, kGemmTaskBytes = 512 << 10;
+static constexpr int64_t kGemmTaskGroups = 256 / kGemmTokens, kGemmTaskBytes = 512 << 10;
+
+static Bf16GemmGroup bf16_gemm_group(DType) { return {.most = kGemmTokens, .step = 1}; }
 
 // Scratch of a task: accumulators of 16 rows and one group.
-static constexpr int64_t kBf16GemmScratch = 16 * kGemmTokens * 64;
+static int64_t bf16_gemm_scratch_bytes(int64_t, int64_t, int64_t) { return 16 * kGemmTokens * 64; }
 
 KN_INLINE int64_t round_up32(int64_t n) { return (n + 31) / 32 * 32; }
 
@@ -307,11 +309,12 @@ static void bf16_gemm_tile(const Bf16GemmTile& a) {
 }
 
 static constexpr Bf16GemmKernels kBf16Gemm = {
-    .tokens = kGemmTokens,
-    .task_tokens = kGemmTaskTokens,
+    .group = bf16_gemm_group,
+    .task_groups = kGemmTaskGroups,
     .task_bytes = kGemmTaskBytes,
-    .scratch = kBf16GemmScratch,
+    .task_weight_bytes = 2 << 20,
     .packed_bytes = bf16_gemm_packed_bytes,
+    .scratch_bytes = bf16_gemm_scratch_bytes,
     .pack = bf16_gemm_pack,
     .tile = bf16_gemm_tile,
 };

@@ -52,7 +52,7 @@ struct Tier {
 const Tier kTiers[] = {
 #if defined(KN_HAVE_AMX)
     {"amx", &amx::table,
-     [](const CpuFeatures& f) { return has_avx512(f) && f.avx512vbmi && f.amx_bf16; }, true},
+     [](const CpuFeatures& f) { return has_avx512(f) && f.avx512vbmi && f.amx_bf16; }},
 #endif
 #if defined(KN_HAVE_AVX512)
     {"avx512", &avx512::table, has_avx512, true},

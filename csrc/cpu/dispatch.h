@@ -11,8 +11,8 @@
 
 namespace kn::cpu {
 
-// One group of tokens of bf16_gemm, to be packed into the order its tiles read: at most
-// Bf16GemmKernels::tokens of them, packed_bytes in all.
+// One group of tokens of bf16_gemm, to be packed into the order its tiles read:
+// packed_bytes in all.
 struct Bf16GemmPack {
   const void* x;
   int64_t x_token_stride;
@@ -30,16 +30,22 @@ struct Bf16GemmTile {
   int64_t y_token_stride;
   DType x_dtype, y_dtype;
   int64_t tokens, group, group_bytes, rows, in;
-  float* scratch;  // Bf16GemmKernels::scratch bytes
+  float* scratch;  // Bf16GemmKernels::scratch_bytes
 };
 
-// bf16_gemm_kernel.h
+// Tokens packed side by side: at most `most`, a multiple of `step` where there are several groups.
+struct Bf16GemmGroup {
+  int64_t most, step;
+};
+
+// bf16_gemm_kernel.h, bf16_gemm_amx_kernel.h
 struct Bf16GemmKernels {
-  int64_t tokens;       // most tokens of a group
-  int64_t task_tokens;  // most tokens of a task, and bytes of them when packed
+  Bf16GemmGroup (*group)(DType x_dtype);
+  int64_t task_groups;  // most groups of a task, and bytes of them when packed
   int64_t task_bytes;
-  int64_t scratch;  // bytes
+  int64_t task_weight_bytes;
   int64_t (*packed_bytes)(int64_t tokens, int64_t in, DType x_dtype);
+  int64_t (*scratch_bytes)(int64_t rows, int64_t in, int64_t groups);  // of a task
   void (*pack)(const Bf16GemmPack&);
   void (*tile)(const Bf16GemmTile&);
 };

@@ -20,7 +20,8 @@ namespace kn::cpu::KN_ISA {
 // Tiles: 0 to 3 sums, 4 and 5 values, 6 and 7 weights. Of fewer than 16 tokens that are all of a
 // tile, only as many rows are computed; a last block behind others has 16, some of them garbage.
 static void open_int4_tiles(int64_t tokens) {
-  open_tiles(0, 5, int(tokens < kBlockTokens ? tokens : kBlockTokens));
+  const int rows = int(tokens < kBlockTokens ? tokens : kBlockTokens);
+  open_tiles(rows, rows);
 }
 
 // ---- weights ----

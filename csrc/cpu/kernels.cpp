@@ -28,7 +28,11 @@
 #include "cpu/simd/limbs_generic.h"
 #endif
 
+#if KN_TIER == 3
+#include "cpu/bf16_gemm_amx_kernel.h"
+#else
 #include "cpu/bf16_gemm_kernel.h"
+#endif
 #include "cpu/int4_gemm_kernel.h"
 #include "cpu/int4_grouped_swiglu_kernel.h"
 #include "cpu/int4_quantize_kernel.h"

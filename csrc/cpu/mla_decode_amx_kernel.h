@@ -15,12 +15,12 @@
 // which block it is in. Memory is read once: pages are fetched 32 tokens ahead.
 #pragma once
 #include "cpu/exp_kernel.h"
+#include "cpu/simd/bf16_tiles.h"
 
 namespace kn::cpu::KN_ISA {
 
 static constexpr int kAmxTokens = kMlaChunkTokens;
-static constexpr int kStep = 32;             // tokens or columns of a product
-static constexpr int64_t kTileBytes = 1024;  // 16 rows of 64 bytes
+static constexpr int kStep = 32;  // tokens or columns of a product
 static constexpr int kSteps = kAmxTokens / kStep;
 
 // Blocks of heads: `whole` ones with two limb tiles, then `packed` (0 or 1) with one.
@@ -69,19 +69,6 @@ static AmxChunk lay_out(const MlaDecodeChunk& a) {
   c.rows = take(kStep * c.width_steps * 64);
   c.sums = (float*)take(4 * kTileBytes);
   return c;
-}
-
-// The upper half of each result is x to bf16, to nearest, halves away from zero. NaN and infinity
-// stay, and what would round to infinity is cut off instead: the low limb makes up for it.
-KN_INLINE __m512i limb_bits(__m512 x) {
-  const __m512i exponent = _mm512_set1_epi32(0x7f800000), u = _mm512_castps_si512(x);
-  const __m512i rounded = _mm512_add_epi32(u, _mm512_set1_epi32(0x8000));
-  const __mmask16 special = _mm512_cmpeq_epi32_mask(_mm512_and_si512(u, exponent), exponent) |
-                            _mm512_cmpeq_epi32_mask(_mm512_and_si512(rounded, exponent), exponent);
-  return _mm512_mask_mov_epi32(rounded, special, u);
-}
-KN_INLINE __m512 upper_half(__m512i bits) {
-  return _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(int(0xffff0000))));
 }
 
 // One step of 32 columns of a block's queries as limb tiles; lanes past the last head are zero.

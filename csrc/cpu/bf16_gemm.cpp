@@ -92,11 +92,15 @@ void multiply_pass(const Bf16GemmArgs& a, const Bf16GemmKernels& k, const Plan& 
     const int64_t head = task / blocks / p.row_blocks;
     const int64_t at = (first + token) * a.y_token_stride + head * a.y_head_stride + row;
     const bf16* weight = a.weight + head * a.weight_head_stride;
+    const bf16* next = row + p.rows_per_task < a.out ? weight + (row + p.rows_per_task) * a.in
+                       : head + 1 < a.heads          ? weight + a.weight_head_stride
+                                                     : nullptr;
     char* scratch = (char*)a.workspace + p.packed_bytes + thread * p.scratch_bytes;
     k.tile(
         {.packed = (const char*)a.workspace + (head * p.groups + token / p.group) * p.group_bytes,
          .weight = weight + row * a.in,
          .weight_end = weight + a.out * a.in,
+         .next = next,
          .y = (char*)a.y + at * dtype_bytes(a.y_dtype),
          .y_token_stride = a.y_token_stride,
          .x_dtype = a.x_dtype,

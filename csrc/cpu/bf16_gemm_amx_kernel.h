@@ -23,11 +23,13 @@ static constexpr int64_t kGemmStep = 32;       // columns of a product
 static constexpr int64_t kGemmGroupTiles = 2;  // of x
 static constexpr int64_t kGemmTaskGroups = 8;
 static constexpr int64_t kGemmSums = 4 * 256;  // of a block and a group
-// Of more groups than these the columns are cut into pieces whose x takes half of a 2 MB L2; the
-// sums of so many rows wait beside it.
-static constexpr int64_t kGemmFewGroups = 2, kGemmPieceBytes = 1 << 20, kGemmPieceRows = 512;
-// Steps of a panel; 16 rows of so many bytes are one panel.
-static constexpr int64_t kGemmPanel = 8, kGemmWholeRows = 64 << 10;
+// Columns are cut into pieces for which x, a block of weights and the next one share a 2 MB L2; the
+// sums of so many rows wait there between pieces.
+static constexpr int64_t kGemmPieceBytes = 3 << 19, kGemmPieceRows = 512;
+// Fetched for a single group: rows of so many bytes in a block follow each other into L1 (L2)
+// whole, longer ones in panels of so many steps.
+static constexpr int64_t kGemmL1Rows = 16 << 10, kGemmL2Rows = 64 << 10, kGemmPanel = 8;
+static constexpr int64_t kGemmAhead = 8 << 10;  // bytes, at least
 
 KN_INLINE int64_t gemm_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 KN_INLINE int64_t gemm_min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -145,9 +147,9 @@ struct GemmPlan {
 
   GemmPlan(int64_t rows, int64_t in, int64_t groups) : groups(groups) {
     const int64_t steps = gemm_ceil_div(in, kGemmStep);
-    const int64_t x_bytes = groups * kGemmGroupTiles * steps * kTileBytes;
-    const int64_t pieces = groups > kGemmFewGroups ? gemm_ceil_div(x_bytes, kGemmPieceBytes) : 1;
     block = groups == 1 ? 16 : 32;
+    const int64_t bytes = steps * (groups * kGemmGroupTiles + 4) * kTileBytes;
+    const int64_t pieces = groups == 1 ? 1 : gemm_ceil_div(bytes, kGemmPieceBytes);
     piece = gemm_ceil_div(steps, pieces) * kGemmStep;
     piece_rows = pieces > 1 ? gemm_min(rows, kGemmPieceRows) : rows;
     sums = (pieces > 1 ? gemm_ceil_div(piece_rows, block) * groups : 1) * kGemmSums * 4;
@@ -168,6 +170,7 @@ struct GemmBlock {
   const char* rest;  // weights of one more step, as tiles; or null
   bool start;        // sums from zero
   float* sums;       // [row tile][column tile]
+  int64_t sums_row_bytes = 64;
 };
 
 // Tiles 0 to 3: sums; 4, 5: weights; 6, 7: x.
@@ -206,7 +209,7 @@ KN_INLINE void gemm_start(const GemmBlock& b) {
 template <int R, int V>
 KN_INLINE void gemm_end(const GemmBlock& b, const char* x) {
   if (b.rest) gemm_step<R, V>(b.rest, b.rest + kTileBytes, 64, x, b.x_row_bytes);
-  _tile_stored(0, b.sums, 64);
+  _tile_stored(0, b.sums, V == 2 ? 64 : b.sums_row_bytes);
   if (V == 2) _tile_stored(1, b.sums + 256, 64);
   if (R == 2) _tile_stored(2, b.sums + 512, 64);
   if (R == 2 && V == 2) _tile_stored(3, b.sums + 768, 64);
@@ -229,21 +232,23 @@ static void gemm_steps(const GemmBlock& b, const char* ahead, int64_t count) {
 }
 
 // The only group: the weights are read once, as fast as memory gives them. Fetched into L2 is the
-// next panel, 16 rows of kGemmPanel steps, run after run.
-template <int V>
-static void gemm_stream(const GemmBlock& b, const char* end) {
+// next panel, 16 rows of kGemmPanel steps, run after run, or short rows as a whole; `ahead`: that
+// of the block that follows the last panel of this one, or null.
+template <int V, bool Near>
+static void gemm_stream(const GemmBlock& b, const char* ahead) {
   gemm_start<1, V>(b);
   const char *w = b.weights, *x = b.x;
   const int64_t row_bytes = b.row_bytes, x_row_bytes = b.x_row_bytes;
-  const int64_t panel = 16 * row_bytes <= kGemmWholeRows ? b.steps : kGemmPanel;
+  const int64_t panel = Near || 16 * row_bytes <= kGemmL2Rows ? b.steps : kGemmPanel;
   for (int64_t s = 0; s < b.steps; s += panel) {
     const int64_t size = gemm_min(panel, b.steps - s);
-    const char* ahead = w + size * 64 + (s + panel < b.steps ? 0 : 15 * row_bytes);
-    const bool inside = ahead + 16 * row_bytes <= end;
+    const char* run = s + panel < b.steps ? w + size * 64 : ahead;
+    const int64_t hop = run ? row_bytes - panel * 64 : 0, step = run ? 64 : 0;
+    if (!run) run = w;
     for (int64_t i = 0, line = 0; i < size; ++i) {
-      for (int j = 0; j < 16 && inside; ++j) {
-        __builtin_prefetch(ahead + line * 64, 0, 2);
-        if (++line == panel) line = 0, ahead += row_bytes;
+      for (int j = 0; j < 16; ++j, run += step) {
+        __builtin_prefetch(run, 0, Near ? 3 : 2);
+        if (++line == panel) line = 0, run += hop;
       }
       gemm_step<1, V>(w, w, row_bytes, x, x_row_bytes);
       w += 64, x += V * 16 * (V == 2 ? 64 : x_row_bytes);
@@ -297,24 +302,33 @@ static void gemm_store(const Bf16GemmTile& a, const GemmGroups& g, int64_t row, 
   }
 }
 
+// The outputs of one block and one bf16 token, whose sums follow each other.
+static void gemm_store_one(const Bf16GemmTile& a, int64_t row, int64_t rows, const float* sums) {
+  const f32x16 sum = load(sums, int(rows));
+  if (a.y_dtype == DType::kBf16)
+    store((bf16*)a.y + row, sum, int(rows));
+  else
+    store((float*)a.y + row, sum, int(rows));
+}
+
 // The last columns of up to 32 rows as tiles, zeros where a row ends.
 static void gemm_copy_rest(const bf16* weight, int64_t in, int64_t rows, int columns, char* to) {
   for (int64_t r = 0; r < rows; ++r)
     _mm512_storeu_si512(to + r * 64, load_pairs(weight + r * in, columns));
 }
 
-// What to fetch during a block of several groups: as many rows after these; else, of the first
-// ones, the next piece.
+// What to fetch during a block: the first columns of a block further on, of this task or the next,
+// at least kGemmAhead bytes of whole rows; with several pieces, after the last block the next piece
+// of the first.
 static const char* gemm_ahead(const Bf16GemmTile& a, const GemmPlan& p, int64_t first, int64_t row,
                               int64_t k) {
-  int64_t next = row + p.block, column = k;
   const int64_t end = gemm_min(first + p.piece_rows, a.rows);
-  if (next >= end) {
-    column = k + p.piece < a.in ? k + p.piece : 0;
-    next = column ? first : end;
-  }
-  const bf16* at = a.weight + next * a.in + column;
-  return at + p.block * a.in <= a.weight_end ? (const char*)at : nullptr;
+  if (k + p.piece < a.in && row + p.block >= end)
+    return (const char*)(a.weight + first * a.in + k + p.piece);
+  const int64_t far = p.piece < a.in ? 1 : gemm_ceil_div(kGemmAhead, p.block * a.in * 2);
+  const int64_t next = row + far * p.block, column = row + p.block < end ? k : 0;
+  if (next < a.rows) return (const char*)(a.weight + next * a.in + column);
+  return a.next ? (const char*)(a.next + (next - a.rows) * a.in + column) : nullptr;
 }
 
 template <int R>
@@ -327,10 +341,11 @@ static void gemm_groups(const Bf16GemmTile& a, const GemmPlan& p, const GemmGrou
     const int64_t tiles = g.tiles(tokens);
     b.x = (const char*)a.packed + i * a.group_bytes + k / kGemmStep * tiles * g.tile_bytes();
     if (p.groups == 1) {
+      const bool near = p.block * b.row_bytes <= kGemmL1Rows;
       if (tiles == 1)
-        gemm_stream<1>(b, (const char*)a.weight_end);
+        near ? gemm_stream<1, true>(b, ahead) : gemm_stream<1, false>(b, ahead);
       else
-        gemm_stream<2>(b, (const char*)a.weight_end);
+        near ? gemm_stream<2, true>(b, ahead) : gemm_stream<2, false>(b, ahead);
     } else {
       const char* rows = ahead ? ahead + i * count * b.row_bytes : nullptr;
       const int64_t fetched = ahead ? gemm_min(count, p.block - i * count) : 0;  // may be negative
@@ -341,7 +356,9 @@ static void gemm_groups(const Bf16GemmTile& a, const GemmPlan& p, const GemmGrou
     }
     if (last) {
       const int64_t rows = gemm_min(p.block, a.rows - row);
-      if (a.y_dtype == DType::kBf16)
+      if (b.sums_row_bytes == 4)
+        gemm_store_one(a, row, rows, b.sums);
+      else if (a.y_dtype == DType::kBf16)
         gemm_store<bf16>(a, g, row, rows, token, tokens, b.sums);
       else
         gemm_store<float>(a, g, row, rows, token, tokens, b.sums);
@@ -369,7 +386,8 @@ static void gemm_rows(const Bf16GemmTile& a, const GemmPlan& p, const GemmGroups
                        .steps = steps,
                        .rest = rest ? rest_tiles : nullptr,
                        .start = k == 0,
-                       .sums = a.scratch + waiting};
+                       .sums = a.scratch + waiting,
+                       .sums_row_bytes = g.columns == 1 ? 4 : 64};
   if (rows > 16)
     gemm_groups<2>(a, p, g, b, gemm_ahead(a, p, first, row, k), row, k);
   else

@@ -38,14 +38,23 @@ def assert_same_bits(a: Tensor, b: Tensor) -> None:
     assert torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
-def dot_terms(length: int) -> int:
-    """Roundings on the way of one product into a 16-lane sum of `length` products."""
-    return 2 * math.ceil(length / 16) + 5
+def dot_terms(length: int, isa: str = "generic") -> int:
+    """Roundings on the way of one product into a sum of `length` products, as bf16_gemm orders them in a tier.
+
+    Vector tiers: 16 lanes, then a tree of four and one to spare. A multiply-add rounds once, in the generic tier twice.
+    Matrix tiles (amx): even and odd terms of 32 in chains of 16, the two added, then added to the tile; the three limbs
+    of an fp32 activation are summed apart, their absolute values at most 1 + 2**-7 of it, and added in two steps.
+    """
+    if isa == "amx":
+        return 16 + 1 + math.ceil(length / 32) + 2
+    return (2 if isa == "generic" else 1) * math.ceil(length / 16) + 5
 
 
-def bound_dot(absolute_sum: Tensor, length: int, y: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """A dot of `length` products in 16 fp32 lanes, rounded to out_dtype; absolute_sum is |x| . |w|."""
-    error = 1.01 * dot_terms(length) * U * absolute_sum
+def bound_dot(
+    absolute_sum: Tensor, length: int, y: Tensor, out_dtype: torch.dtype, isa: str = "generic"
+) -> Tensor:
+    """A dot of `length` products in fp32, rounded to out_dtype; absolute_sum is |x| . |w|."""
+    error = 1.01 * dot_terms(length, isa) * U * absolute_sum
     return error + _OUTPUT_ROUNDING[out_dtype] * (y.abs() + error) + TINY
 
 

@@ -25,7 +25,7 @@ def expect(x, weight, out_dtype):
     x, weight = x.double(), weight.double()
     y = reference.bf16_gemm(x, weight, out_dtype=torch.float64)
     absolute = reference.bf16_gemm(x.abs(), weight.abs(), out_dtype=torch.float64)
-    return y, bound_dot(absolute, x.shape[-1], y, out_dtype)
+    return y, bound_dot(absolute, x.shape[-1], y, out_dtype, ops.active_isa())
 
 
 def check(x, weight, out_dtype=None):
@@ -53,7 +53,9 @@ def test_bf16_gemm_matches_reference_at_any_matrix_size(isa, out, in_):
         check(randn(tokens, in_, dtype=BF16), randn(out, in_, dtype=BF16, seed=1))
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 16, 17, 31, 64])
+@pytest.mark.parametrize(
+    "tokens", [1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 16, 17, 31, 33, 48, 64, 65, 270]
+)
 def test_bf16_gemm_matches_reference_at_any_number_of_tokens(isa, tokens):
     check(randn(tokens, 200, dtype=BF16), randn(37, 200, dtype=BF16, seed=1))
 
@@ -65,9 +67,9 @@ def test_bf16_gemm_matches_reference_in_every_dtype(isa, x_dtype, out_dtype):
     check(x, randn(21, 130, dtype=BF16, seed=1), out_dtype)
 
 
-@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("tokens", [1, 40, 100])
 def test_bf16_gemm_matches_reference_at_a_model_shape(isa, tokens):
-    # Wide enough for two blocks of tokens (their fp32 copy outgrows half of L2).
+    # Wide enough for two blocks of tokens (their fp32 copy outgrows half of L2) and, on tiles, two pieces of columns.
     check(randn(tokens, 7168, dtype=BF16), randn(96, 7168, dtype=BF16, seed=1, scale=0.02))
 
 
@@ -148,6 +150,17 @@ def test_bf16_gemm_row_does_not_depend_on_the_other_tokens(isa, dtype):
             assert_same_bits(some, together[first : first + count])
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_bf16_gemm_row_keeps_its_bits_among_any_number_of_tokens(isa, dtype):
+    # 100 tokens of 4001 columns: several groups and pieces of columns in every tier.
+    x, w = randn(100, 4001, dtype=dtype), randn(35, 4001, dtype=BF16, seed=1)
+    together = ops.bf16_gemm(x, w, out_dtype=FP32)
+    for count in range(1, 41):
+        first = 100 - count if count % 2 else 0
+        some = ops.bf16_gemm(x[first : first + count], w, out_dtype=FP32)
+        assert_same_bits(some, together[first : first + count])
+
+
 def test_bf16_gemm_row_does_not_depend_on_the_other_outputs_or_heads(isa):
     x, w = randn(7, 3, 75, dtype=BF16), randn(3, 37, 75, dtype=BF16, seed=1)
     together = ops.bf16_gemm(x, w, out_dtype=FP32)
@@ -182,8 +195,9 @@ def test_bf16_gemm_of_bf16_equals_that_of_the_same_values_in_fp32(isa):
 # ---- special values -------------------------------------------------------------------------------------------------
 
 
-def test_bf16_gemm_keeps_nan_and_inf_in_their_rows(isa):
-    x, w = randn(8, 50, dtype=BF16), randn(18, 50, dtype=BF16, seed=1)
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_bf16_gemm_keeps_nan_and_inf_in_their_rows(isa, dtype):
+    x, w = randn(8, 50, dtype=dtype), randn(18, 50, dtype=BF16, seed=1)
     clean = ops.bf16_gemm(x, w)
     x[3, 49], x[5, 0] = float("nan"), float("inf")
     w[7, 20] = float("nan")
@@ -194,6 +208,43 @@ def test_bf16_gemm_keeps_nan_and_inf_in_their_rows(isa):
     assert y[5, others].isinf().all()
     kept = [t for t in range(8) if t not in (3, 5)]
     assert_same_bits(y[kept][:, others], clean[kept][:, others])
+
+
+def test_bf16_gemm_of_fp32_keeps_an_infinite_weight(isa):
+    # Limbs of x of both signs times infinity must not meet as inf - inf.
+    x, w = randn(8, 50, dtype=FP32), randn(18, 50, dtype=BF16, seed=1)
+    w[7, 20] = float("inf")
+    assert_same_bits(ops.bf16_gemm(x, w)[:, 7].float(), x[:, 20] * float("inf"))
+
+
+def test_bf16_gemm_shows_a_nan_whose_upper_half_is_infinity(isa):
+    x, w = randn(3, 50, dtype=FP32), randn(18, 50, dtype=BF16, seed=1)
+    x[1, 30] = torch.tensor(0x7F800001, dtype=torch.int32).view(FP32)
+    y = ops.bf16_gemm(x, w)
+    assert y[1].isnan().all()
+    assert y[[0, 2]].isfinite().all()
+
+
+def test_bf16_gemm_loses_no_bit_of_fp32_activations(isa):
+    """A product with the identity: huge values, whose upper half would round to infinity, and small ones."""
+    x = randn(9, 70, dtype=FP32) * 2.0 ** torch.arange(-100, 110, 3)
+    x[:, :4] = torch.tensor([3.4028234663852886e38, -3.4e38, 3.3961775292304957e38, 2.0**-100])
+    assert_same_bits(ops.bf16_gemm(x, torch.eye(70, dtype=BF16)), x)
+
+
+def test_bf16_gemm_of_huge_activations_stays_within_its_bound(isa):
+    x, w = randn(9, 70, dtype=FP32), randn(21, 70, dtype=BF16, seed=1, scale=2.0**-12)
+    check(x.sign() * 3.4028234663852886e38 * (1 - x.abs() / 64), w)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_bf16_gemm_takes_subnormal_numbers_for_zero_on_tiles(isa, tokens):
+    """Other tiers keep them, but for dot instructions, which a processor with avx512 may prefer."""
+    x = torch.full((tokens, 32), 2.0**-130, dtype=BF16)
+    w = torch.full((3, 32), 2.0**100, dtype=BF16)
+    allowed = {"amx": {0.0}, "avx512": {0.0, 2.0**-25}}.get(isa, {2.0**-25})
+    assert set(ops.bf16_gemm(x, w).flatten().tolist()) <= allowed
+    assert set(ops.bf16_gemm(w, x).flatten().tolist()) <= allowed
 
 
 # ---- the native door ------------------------------------------------------------------------------------------------

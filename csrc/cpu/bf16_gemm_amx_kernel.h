@@ -25,7 +25,7 @@ static constexpr int64_t kGemmTaskGroups = 8;
 static constexpr int64_t kGemmSums = 4 * 256;  // of a block and a group
 // Columns are cut into pieces for which x, a block of weights and the next one share a 2 MB L2; the
 // sums of so many rows wait there between pieces.
-static constexpr int64_t kGemmPieceBytes = 3 << 19, kGemmPieceRows = 512;
+static constexpr int64_t kGemmPieceBytes = 21 << 16, kGemmPieceRows = 512;
 // Fetched for a single group: rows of so many bytes in a block follow each other into L1 (L2)
 // whole, longer ones in panels of so many steps.
 static constexpr int64_t kGemmL1Rows = 16 << 10, kGemmL2Rows = 64 << 10, kGemmPanel = 8;

@@ -25,7 +25,7 @@ struct Bf16GemmPack {
 struct Bf16GemmTile {
   const void* packed;  // groups of `group` tokens, the last one may be smaller, each `group_bytes`
   const bf16* weight;  // first row of the block, rows of `in` contiguous
-  const bf16* weight_end;  // of the head's matrix: nothing is read or prefetched past it
+  const bf16* weight_end;  // of the head's matrix: nothing is read past it
   const bf16* next;        // first row of the task after this one, as many rows; or null
   void* y;                 // first output of the block
   int64_t y_token_stride;

@@ -37,9 +37,7 @@ Plan plan(const Bf16GemmArgs& a, const Bf16GemmKernels& k) {
   const int64_t tokens = std::max<int64_t>(a.tokens, 1);
   Plan p;
   // Groups, passes and blocks of nearly equal size.
-  const Bf16GemmGroup group = k.group(a.x_dtype);
-  p.group = round_up(ceil_div(tokens, ceil_div(tokens, group.most)), group.step);
-  p.group = std::min(p.group, tokens);
+  p.group = k.group(tokens, a.in, a.x_dtype);
   p.group_bytes = round_up(k.packed_bytes(p.group, a.in, a.x_dtype), 64);
   const int64_t all = ceil_div(tokens, p.group);
   const int64_t fit = std::clamp<int64_t>(kPassBytes / mul(a.heads, p.group_bytes), 1, all);

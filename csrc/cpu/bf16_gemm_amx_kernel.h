@@ -6,7 +6,7 @@
 // of B alone: neither the shape of a tile nor what is beside an output shows in its bits. fp32
 // activations become three bf16 limbs, which take three columns; their sums meet in the end.
 //
-//   x packed, per group of up to two tiles    [in / 32][tiles][16 pairs][columns][2]; columns: 16,
+//   x packed, per group of up to four tiles   [in / 32][tiles][16 pairs][columns][2]; columns: 16,
 //                                             or 1, 2, 4, 8 if one tile holds the whole call
 //   one group     16 weight rows at a time where they lie, all of their columns; memory sets the
 //                 pace, and what comes next is fetched in runs of each row
@@ -66,46 +66,54 @@ struct GemmBlock {
   int64_t sums_row_bytes = 64;
 };
 
-// Tiles 0 to 3: sums; 4, 5: weights; 6, 7: x.
+// Tiles 0 to 3: sums of one row tile and V column tiles, or of two and two; 4, 5: weights; 6, 7: x.
 template <int R, int V>
 KN_INLINE void gemm_step(const char* w0, const char* w1, int64_t row_bytes, const char* x,
                          int64_t x_row_bytes) {
-  _tile_loadd(6, x, V == 2 ? 64 : x_row_bytes);
+  _tile_loadd(6, x, V >= 2 ? 64 : x_row_bytes);
   _tile_loadd(4, w0, row_bytes);
   _tile_dpbf16ps(0, 4, 6);
-  if constexpr (V == 2) {
+  if constexpr (V >= 2) {
     _tile_loadd(7, x + kTileBytes, 64);
     _tile_dpbf16ps(1, 4, 7);
   }
   if constexpr (R == 2) {
     _tile_loadd(5, w1, row_bytes);
     _tile_dpbf16ps(2, 5, 6);
+    if constexpr (V == 2) _tile_dpbf16ps(3, 5, 7);
   }
-  if constexpr (R == 2 && V == 2) _tile_dpbf16ps(3, 5, 7);
+  if constexpr (V >= 3) {
+    _tile_loadd(6, x + 2 * kTileBytes, 64);
+    _tile_dpbf16ps(2, 4, 6);
+  }
+  if constexpr (V >= 4) {
+    _tile_loadd(7, x + 3 * kTileBytes, 64);
+    _tile_dpbf16ps(3, 4, 7);
+  }
 }
 
 template <int R, int V>
 KN_INLINE void gemm_start(const GemmBlock& b) {
   if (b.start) {
     _tile_zero(0);
-    if (V == 2) _tile_zero(1);
-    if (R == 2) _tile_zero(2);
-    if (R == 2 && V == 2) _tile_zero(3);
+    if (V >= 2) _tile_zero(1);
+    if (R * V >= 3 || R == 2) _tile_zero(2);
+    if (R * V >= 4) _tile_zero(3);
     return;
   }
   _tile_loadd(0, b.sums, 64);
-  if (V == 2) _tile_loadd(1, b.sums + 256, 64);
-  if (R == 2) _tile_loadd(2, b.sums + 512, 64);
-  if (R == 2 && V == 2) _tile_loadd(3, b.sums + 768, 64);
+  if (V >= 2) _tile_loadd(1, b.sums + 256, 64);
+  if (R * V >= 3 || R == 2) _tile_loadd(2, b.sums + 512, 64);
+  if (R * V >= 4) _tile_loadd(3, b.sums + 768, 64);
 }
 
 template <int R, int V>
 KN_INLINE void gemm_end(const GemmBlock& b, const char* x) {
   if (b.rest) gemm_step<R, V>(b.rest, b.rest + kTileBytes, 64, x, b.x_row_bytes);
-  _tile_stored(0, b.sums, V == 2 ? 64 : b.sums_row_bytes);
-  if (V == 2) _tile_stored(1, b.sums + 256, 64);
-  if (R == 2) _tile_stored(2, b.sums + 512, 64);
-  if (R == 2 && V == 2) _tile_stored(3, b.sums + 768, 64);
+  _tile_stored(0, b.sums, V >= 2 ? 64 : b.sums_row_bytes);
+  if (V >= 2) _tile_stored(1, b.sums + 256, 64);
+  if (R * V >= 3 || R == 2) _tile_stored(2, b.sums + 512, 64);
+  if (R * V >= 4) _tile_stored(3, b.sums + 768, 64);
 }
 
 // One group of several. Meanwhile `count` rows from `ahead` on, which follow each other, are
@@ -119,7 +127,7 @@ static void gemm_steps(const GemmBlock& b, const char* ahead, int64_t count) {
     const char* line = ahead + s * 64;
     for (int64_t i = 0; i < count; ++i, line += row_bytes) __builtin_prefetch(line, 0, 2);
     gemm_step<R, V>(w0, w1, row_bytes, x, x_row_bytes);
-    w0 += 64, w1 += 64, x += V * 16 * (V == 2 ? 64 : x_row_bytes);
+    w0 += 64, w1 += 64, x += V * 16 * (V >= 2 ? 64 : x_row_bytes);
   }
   gemm_end<R, V>(b, x);
 }
@@ -144,7 +152,7 @@ static void gemm_stream(const GemmBlock& b, const char* ahead) {
         if (++line == panel) line = 0, run += hop;
       }
       gemm_step<1, V>(w, w, row_bytes, x, x_row_bytes);
-      w += 64, x += V * 16 * (V == 2 ? 64 : x_row_bytes);
+      w += 64, x += V * 16 * (V >= 2 ? 64 : x_row_bytes);
     }
   }
   gemm_end<1, V>(b, x);
@@ -224,6 +232,18 @@ static const char* gemm_ahead(const Bf16GemmTile& a, const GemmPlan& p, int64_t 
   return a.next ? (const char*)(a.next + (next - a.rows) * a.in + column) : nullptr;
 }
 
+static void gemm_one_group(const GemmBlock& b, int64_t tiles, const char* ahead) {
+  const bool near = 16 * b.row_bytes <= kGemmL1Rows;
+  if (tiles == 1)
+    near ? gemm_stream<1, true>(b, ahead) : gemm_stream<1, false>(b, ahead);
+  else if (tiles == 2)
+    near ? gemm_stream<2, true>(b, ahead) : gemm_stream<2, false>(b, ahead);
+  else if (tiles == 3)
+    near ? gemm_stream<3, true>(b, ahead) : gemm_stream<3, false>(b, ahead);
+  else
+    near ? gemm_stream<4, true>(b, ahead) : gemm_stream<4, false>(b, ahead);
+}
+
 template <int R>
 static void gemm_groups(const Bf16GemmTile& a, const GemmPlan& p, const GemmGroups& g, GemmBlock b,
                         const char* ahead, int64_t row, int64_t k) {
@@ -234,11 +254,7 @@ static void gemm_groups(const Bf16GemmTile& a, const GemmPlan& p, const GemmGrou
     const int64_t tiles = g.tiles(tokens);
     b.x = (const char*)a.packed + i * a.group_bytes + k / kGemmStep * tiles * g.tile_bytes();
     if (p.groups == 1) {
-      const bool near = p.block * b.row_bytes <= kGemmL1Rows;
-      if (tiles == 1)
-        near ? gemm_stream<1, true>(b, ahead) : gemm_stream<1, false>(b, ahead);
-      else
-        near ? gemm_stream<2, true>(b, ahead) : gemm_stream<2, false>(b, ahead);
+      gemm_one_group(b, tiles, ahead);
     } else {
       const char* rows = ahead ? ahead + i * count * b.row_bytes : nullptr;
       const int64_t fetched = ahead ? gemm_min(count, p.block - i * count) : 0;  // may be negative
@@ -269,7 +285,7 @@ static void gemm_rows(const Bf16GemmTile& a, const GemmPlan& p, const GemmGroups
   char* rest_tiles = (char*)a.scratch + p.sums;
   if (rest) gemm_copy_rest(weight + steps * kGemmStep, a.in, rows, int(rest), rest_tiles);
   if (rows < p.block)
-    open_tiles(int(gemm_min(rows, 16)), int(rows > 16 ? rows - 16 : 16), int(g.columns));
+    open_tiles(int(gemm_min(rows, 16)), int(rows > 16 ? rows - 16 : rows), int(g.columns));
   before_tile_load();
   const int64_t waiting = p.piece < a.in ? (row - first) / p.block * p.groups * kGemmSums : 0;
   const GemmBlock b = {.weights = (const char*)weight,

@@ -7,7 +7,8 @@
 namespace kn::cpu::KN_ISA {
 
 static constexpr int64_t kGemmStep = 32;       // columns of a product
-static constexpr int64_t kGemmGroupTiles = 2;  // of x
+static constexpr int64_t kGemmGroupTiles = 2;  // of x, where there are several groups
+static constexpr int64_t kGemmLongRow = 4096, kGemmOneGroupBytes = 1 << 20;
 
 KN_INLINE int64_t gemm_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 KN_INLINE int64_t gemm_min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -28,9 +29,14 @@ struct GemmGroups {
   int64_t tile_bytes() const { return 64 * columns; }
 };
 
-static Bf16GemmGroup bf16_gemm_group(DType x_dtype) {
-  const int64_t tile_tokens = GemmGroups(1, 1, x_dtype).tile_tokens;
-  return {.most = kGemmGroupTiles * tile_tokens, .step = tile_tokens};
+// Two tiles; up to four, the whole call, where rows are so long that blocks of 32 of them and the
+// next 32 crowd L2, while x still fits.
+static int64_t bf16_gemm_group(int64_t tokens, int64_t in, DType x_dtype) {
+  const GemmGroups g(tokens, in, x_dtype);
+  const int64_t tiles = g.tiles(tokens);
+  if (in >= kGemmLongRow && tiles <= 4 && tiles * g.steps * kTileBytes <= kGemmOneGroupBytes)
+    return tokens;
+  return gemm_min(tokens, kGemmGroupTiles * g.tile_tokens);
 }
 
 static int64_t bf16_gemm_packed_bytes(int64_t tokens, int64_t in, DType x_dtype) {

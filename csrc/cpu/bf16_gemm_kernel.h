@@ -37,7 +37,11 @@ static constexpr int64_t kStreamTokens = 2;
 // Packed tokens of a task: half of a 1 MB L2.
 static constexpr int64_t kGemmTaskGroups = 256 / kGemmTokens, kGemmTaskBytes = 512 << 10;
 
-static Bf16GemmGroup bf16_gemm_group(DType) { return {.most = kGemmTokens, .step = 1}; }
+// Groups of nearly equal size.
+static int64_t bf16_gemm_group(int64_t tokens, int64_t, DType) {
+  const int64_t groups = (tokens + kGemmTokens - 1) / kGemmTokens;
+  return (tokens + groups - 1) / groups;
+}
 
 // Scratch of a task: accumulators of 16 rows and one group.
 static int64_t bf16_gemm_scratch_bytes(int64_t, int64_t, int64_t) { return 16 * kGemmTokens * 64; }

@@ -34,14 +34,9 @@ struct Bf16GemmTile {
   float* scratch;  // Bf16GemmKernels::scratch_bytes
 };
 
-// Tokens packed side by side: at most `most`, a multiple of `step` where there are several groups.
-struct Bf16GemmGroup {
-  int64_t most, step;
-};
-
 // bf16_gemm_kernel.h, bf16_gemm_amx_kernel.h
 struct Bf16GemmKernels {
-  Bf16GemmGroup (*group)(DType x_dtype);
+  int64_t (*group)(int64_t tokens, int64_t in, DType x_dtype);  // tokens packed side by side
   int64_t task_groups;  // most groups of a task, and bytes of them when packed
   int64_t task_bytes;
   int64_t task_weight_bytes;

@@ -25,9 +25,10 @@ static constexpr int64_t kGemmSums = 4 * 256;  // of a block and a group
 // Columns are cut into pieces for which x, a block of weights and the next one share a 2 MB L2; the
 // sums of so many rows wait there between pieces.
 static constexpr int64_t kGemmPieceBytes = 21 << 16, kGemmPieceRows = 512;
-// Fetched for a single group: rows of so many bytes in a block follow each other into L1 (L2)
-// whole, longer ones in panels of so many steps.
-static constexpr int64_t kGemmL1Rows = 16 << 10, kGemmL2Rows = 64 << 10, kGemmPanel = 8;
+// Steps of a panel, what is fetched at once of 16 rows: short rows into L1, so many bytes of them;
+// long ones into L2, whole up to so many bytes of them.
+static constexpr int64_t kGemmL1Panel = 4, kGemmL1Rows = 16 << 10;
+static constexpr int64_t kGemmPanel = 8, kGemmL2Rows = 64 << 10;
 static constexpr int64_t kGemmAhead = 8 << 10;  // bytes, at least
 
 // How a task goes over its rows and columns.
@@ -132,15 +133,16 @@ static void gemm_steps(const GemmBlock& b, const char* ahead, int64_t count) {
   gemm_end<R, V>(b, x);
 }
 
-// The only group: the weights are read once, as fast as memory gives them. Fetched into L2 is the
-// next panel, 16 rows of kGemmPanel steps, run after run, or short rows as a whole; `ahead`: that
-// of the block that follows the last panel of this one, or null.
+// The only group: the weights are read once, as fast as memory gives them. Fetched meanwhile is the
+// next panel of 16 rows, run after run; `ahead`: that of the block that follows the last panel of
+// this one, or null.
 template <int V, bool Near>
 static void gemm_stream(const GemmBlock& b, const char* ahead) {
   gemm_start<1, V>(b);
   const char *w = b.weights, *x = b.x;
   const int64_t row_bytes = b.row_bytes, x_row_bytes = b.x_row_bytes;
-  const int64_t panel = Near || 16 * row_bytes <= kGemmL2Rows ? b.steps : kGemmPanel;
+  const int64_t long_panel = 16 * row_bytes <= kGemmL2Rows ? b.steps : kGemmPanel;
+  const int64_t panel = Near ? gemm_min(b.steps, kGemmL1Panel) : long_panel;
   for (int64_t s = 0; s < b.steps; s += panel) {
     const int64_t size = gemm_min(panel, b.steps - s);
     const char* run = s + panel < b.steps ? w + size * 64 : ahead;

@@ -2,7 +2,6 @@
 // columns of a tile. Per group [in / 32][tiles][16 pairs][columns][2]; a tile has 16 columns, or 1,
 // 2, 4, 8 if one holds the whole call; 16 bf16 tokens or 5 fp32 ones fill it.
 #pragma once
-#include "cpu/simd/bf16_tiles.h"
 
 namespace kn::cpu::KN_ISA {
 

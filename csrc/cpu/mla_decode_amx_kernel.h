@@ -15,7 +15,6 @@
 // which block it is in. Memory is read once: pages are fetched 32 tokens ahead.
 #pragma once
 #include "cpu/exp_kernel.h"
-#include "cpu/simd/bf16_tiles.h"
 
 namespace kn::cpu::KN_ISA {
 

@@ -131,7 +131,7 @@ inline LimbKernels int4_gemm_kernels(Compute compute) {
 }
 
 // The parts of the workspace. Tiles are for kTilesFrom tokens a segment and more, on average.
-constexpr int64_t kTilesFrom = 8;
+constexpr int64_t kTilesFrom = 10;
 struct LimbWorkspace {
   bool tiles;                        // if there are enough rows for each segment
   int64_t scratch_bytes;             // of a thread

@@ -12,13 +12,20 @@ void check(const char* op, cudaError_t status) {
     throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(status));
 }
 
+namespace {
+bool is_set(const char* variable) {
+  const char* value = std::getenv(variable);
+  return value && std::strcmp(value, "1") == 0;
+}
+}  // namespace
+
 void check_launch(const char* op, cudaStream_t stream) {
-  static const bool wait = [] {
-    const char* value = std::getenv("KIMI_NATIVE_SYNC");
-    return value && std::strcmp(value, "1") == 0;
-  }();
+  static const bool wait = is_set("KIMI_NATIVE_SYNC");
   check(op, cudaGetLastError());
-  if (wait) check(op, cudaStreamSynchronize(stream));
+  if (!wait) return;
+  cudaStreamCaptureStatus capturing;  // then there is nothing to wait for yet
+  check(op, cudaStreamIsCapturing(stream, &capturing));
+  if (capturing == cudaStreamCaptureStatusNone) check(op, cudaStreamSynchronize(stream));
 }
 
 int multiprocessors(const char* op) {
@@ -29,6 +36,8 @@ int multiprocessors(const char* op) {
 }
 
 bool is_hopper(const char* op) {
+  static const bool portable = is_set("KIMI_NATIVE_CUDA_PORTABLE");
+  if (portable) return false;
   int device = 0, major = 0, minor = 0;
   check(op, cudaGetDevice(&device));
   check(op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));

@@ -1,7 +1,8 @@
 """The seam's Python side, under ops.py: the native library's settings, scratch memory, and recordings of calls.
 
-The native backend takes CPU tensors. `backend("reference")`, or KIMI_NATIVE_BACKEND=reference, runs the specification
-instead: for checking, and for training, since it is differentiable. There is no silent fallback between the two.
+The native backend takes an op to the kernels of the device that its tensors are on. `backend("reference")`, or
+KIMI_NATIVE_BACKEND=reference, runs the specification instead: for checking, and for training, since it is
+differentiable. There is no silent fallback between the two.
 """
 
 from __future__ import annotations

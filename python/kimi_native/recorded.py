@@ -17,6 +17,9 @@ from kimi_native.model import Experts, KimiModel, Step
 from kimi_native.placement import HostExperts
 
 MAX_RECORDED_TOKENS = 32  # beyond it the Python between the ops hardly shows, and buffers grow
+MAX_GRAPH_TOKENS = (
+    256  # on a GPU, where a layer of more sequences is done sooner than Python has launched it
+)
 
 
 class RecordedModel:
@@ -77,7 +80,9 @@ class RecordedModel:
         return (
             self._recordable
             and cache is self._cache
-            and 1 <= tokens <= MAX_RECORDED_TOKENS
+            and 1
+            <= tokens
+            <= (MAX_GRAPH_TOKENS if cache.device.type == "cuda" else MAX_RECORDED_TOKENS)
             and ops.active_backend() == "native"
         )
 
@@ -140,7 +145,10 @@ class _RecordedStep:
         torch.cuda.synchronize(self._x.device)
         self._scratch = ops.workspace(0, self._x.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._compute()
+        # A stream of this device: torch's own for captures belongs to the device that was current first.
+        with torch.cuda.device(self._x.device):
+            stream = torch.cuda.Stream()
+            with torch.cuda.graph(graph, stream=stream):
+                self._compute()
         graph.replay()
         return graph.replay

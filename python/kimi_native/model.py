@@ -298,7 +298,10 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         topk_ids, topk_weights = self.gate(x)
         dispatch = ops.moe_dispatch(topk_ids, self.num_experts)
-        # First what a GPU does by itself while the experts may be at work on the CPU.
+        # Experts beside a GPU fetch their inputs first; it then computes the shared expert while they are at work.
+        fetch = getattr(self.experts, "fetch", None)
+        if fetch:
+            fetch(x, dispatch)
         shared = None if self.shared_experts is None else self.shared_experts(x)
         rows = self.experts(x, dispatch)
         return ops.moe_combine(rows, dispatch, topk_weights, shared, out_dtype=x.dtype)

@@ -26,13 +26,28 @@ class HostExperts(nn.Module):
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
         self.experts = experts
+        self._on_host: tuple[Tensor, ...] = ()
+        self._arrived: torch.cuda.Event | None = None
+
+    def fetch(self, x: Tensor, dispatch: MoeDispatch) -> None:
+        """Sets off the copies that the next forward, of the same inputs, waits for. What is launched on the GPU after
+        this runs while the experts are at work."""
+        parts = (x, dispatch.token_index, dispatch.row_index, dispatch.expert_offsets)
+        self._on_host = tuple(t.to("cpu", non_blocking=True) for t in parts)  # to pinned memory
+        self._arrived = torch.cuda.Event() if x.is_cuda else None
+        if self._arrived:
+            self._arrived.record(torch.cuda.current_stream(x.device))
 
     def forward(self, x: Tensor, dispatch: MoeDispatch) -> Tensor:
-        """As the experts', on x's device; waits for what comes before."""
-        parts = (dispatch.token_index, dispatch.row_index, dispatch.expert_offsets)
-        on_host = MoeDispatch(*(t.cpu() for t in parts))
+        """As the experts', on x's device."""
+        if not self._on_host:
+            self.fetch(x, dispatch)
+        if self._arrived:
+            self._arrived.synchronize()
+        inputs, *parts = self._on_host
+        self._on_host, self._arrived = (), None
         with ops.cpu_kernels():
-            rows = self.experts(x.cpu(), on_host)
+            rows = self.experts(inputs, MoeDispatch(*parts))
         return rows.to(x.device)
 
 

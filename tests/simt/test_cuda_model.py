@@ -69,6 +69,28 @@ def test_cuda_model_gives_the_logits_of_the_cpu(folder, format, dense, experts_o
     assert sum(isinstance(m, HostExperts) for m in model.modules()) == experts_on_cpu
 
 
+def test_cuda_model_fetches_for_its_experts_before_the_gpu_gets_the_shared_one(folder, monkeypatch):
+    """Else the copies would wait behind the shared expert, and the CPU for what it is to overlap with."""
+    model, _ = load_model(folder / "int4", dtype="float32")
+    order = []
+    with native.cuda_on_host(library_path()):
+        place(model, HOST, experts_on_cpu=True, cache_bytes=0)
+        (moe,) = (
+            m for m in model.modules() if isinstance(getattr(m, "experts", None), HostExperts)
+        )
+        for module, method, name in (
+            (moe.experts, "fetch", "fetch"),
+            (moe.shared_experts, "forward", "shared"),
+            (moe.experts, "forward", "experts"),
+        ):
+            original = getattr(module, method)
+            monkeypatch.setattr(
+                module, method, lambda *a, f=original, n=name: order.append(n) or f(*a)
+            )
+        prefill(model, 5)
+    assert order == ["fetch", "shared", "experts"]
+
+
 def test_cuda_model_on_hopper_has_the_logits_of_other_gpus_to_the_last_bit(folder):
     model, _ = load_model(folder / "int4", dtype="float32", dense="int4")
     logits = []

@@ -89,7 +89,14 @@ static const char* find_device() {
     check("cuda", cudaGetDeviceCount(&count));
     if (count == 0) throw std::runtime_error("cuda: no device");
     cudaDeviceProp properties;
-    check("cuda", cudaGetDeviceProperties(&properties, 0));
+    int best = 0;  // an older GPU beside a usable one does no harm
+    for (int device = 1, least = 0; device < count; ++device) {
+      int major = 0;
+      check("cuda", cudaDeviceGetAttribute(&least, cudaDevAttrComputeCapabilityMajor, best));
+      check("cuda", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+      if (major > least) best = device;
+    }
+    check("cuda", cudaGetDeviceProperties(&properties, best));
     if (properties.major < 8)
       throw std::runtime_error(std::string("cuda: ") + properties.name +
                                " has compute capability " + std::to_string(properties.major) + "." +

@@ -114,6 +114,9 @@ Grouped open_grouped(const char* op, const Args& a, void* stream) {
   KN_REQUIRE(a.expert_offsets, op, ": expert_offsets must not be null");
   if (a.rows == 0 || a.out == 0) return {};
   KN_REQUIRE(a.x && a.y, op, ": x and y must not be null (got ", a.x, ", ", a.y, ")");
+  KN_REQUIRE(a.experts >= 1 && a.x_rows >= 1, op,
+             ": experts and x_rows must be at least 1 for rows=", a.rows, " (got ", a.experts,
+             " and ", a.x_rows, ")");
   KN_REQUIRE(a.x_index || a.x_rows == a.rows, op, ": without x_index, x must have rows=", a.rows,
              " rows (got ", a.x_rows, ")");
   KN_REQUIRE(a.workspace && uintptr_t(a.workspace) % 16 == 0 && a.workspace_bytes >= needed, op,

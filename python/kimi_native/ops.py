@@ -470,8 +470,8 @@ def int4_quantize(w: Tensor, *, out: Int4Weight | None = None) -> Int4Weight:
         f"{op}: in must be a positive multiple of {GROUP_SIZE} (got {columns})",
     )
     if out is None:
-        packed = empty((rows, columns // 8), torch.int32)
-        out = Int4Weight(packed, empty((rows, columns // GROUP_SIZE), torch.bfloat16))
+        packed = empty((rows, columns // 8), torch.int32, w.device)
+        out = Int4Weight(packed, empty((rows, columns // GROUP_SIZE), torch.bfloat16, w.device))
     check_type(op, "out", out, Int4Weight)
     require(
         (out.out_features, out.in_features) == (rows, columns),

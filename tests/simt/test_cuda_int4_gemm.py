@@ -194,6 +194,7 @@ def test_cuda_int4_gemm_reads_shared_memory_without_bank_conflicts(tokens, out):
         ({"tokens": -1}, "non-negative"),
         ({"workspace": 64, "workspace_bytes": 10}, "workspace must have 272 bytes"),
         ({"weight_packed": 8}, "must be 16-byte aligned"),
+        ({}, r"x and y must not be null"),
     ],
 )
 def test_cuda_int4_gemm_refuses_what_does_not_fit(change, message):

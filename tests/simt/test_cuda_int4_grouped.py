@@ -214,3 +214,25 @@ def test_cuda_int4_grouped_gemm_stops_at_a_null_pointer_of_an_expert_with_rows(r
     weights["weight_packed"][1] = 0
     with pytest.raises(Fault, match="weight pointers of an expert with rows must not be null"):
         run_grouped("int4_grouped_gemm", x, dispatch, weights, 5, y_dtype=BF16)
+
+
+@pytest.mark.parametrize("op", ["int4_grouped_gemm", "int4_grouped_swiglu"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"group_size": 64}, "group_size must be 32"),
+        ({"compute": 1}, r"compute must be exact \(0\) on a GPU \(got 1\)"),
+        ({"in": 48}, "in must be a positive multiple of 32"),
+        ({"experts": 0}, r"experts and x_rows must be at least 1 for rows=2 \(got 0 and 2\)"),
+        ({"x_rows": 0}, r"experts and x_rows must be at least 1 for rows=2 \(got 1 and 0\)"),
+        ({"x_index": 0, "x_rows": 3}, r"without x_index, x must have rows=2 rows \(got 3\)"),
+        ({"x": 0}, "x and y must not be null"),
+        ({"expert_offsets": 0}, "expert_offsets must not be null"),
+        ({"workspace_bytes": 10}, "workspace must have"),
+    ],
+)
+def test_cuda_int4_grouped_ops_refuse_what_does_not_fit(op, change, message):
+    sizes = {"x_rows": 2, "rows": 2, "experts": 1, "out": 4, "in": 64, "group_size": 32}
+    addresses = dict.fromkeys(("x", "x_index", "expert_offsets", "y", "workspace"), 64)
+    with pytest.raises(ValueError, match=message):
+        run_op(op, **(sizes | addresses | {"workspace_bytes": 1 << 20} | change))

@@ -5,36 +5,49 @@
 # Last come the benchmarks (docs/benchmarks.md, "On a GPU"), whose rows go to a file; a figure that cannot be taken does
 # not keep the next one from being taken.
 #
-#   tests/gpu/run.sh              on a machine with a GPU (sm_80 or later)
-#   tests/gpu/run.sh --rehearse   without one: the same builds (nvcc is needed), the shim in the GPU's place
-#   tests/gpu/run.sh --bench      the builds and the benchmarks, without the tests; also after --rehearse
+#   tests/gpu/run.sh                  on a machine with a GPU (sm_80 or later)
+#   tests/gpu/run.sh --rehearse       without one: the same builds (nvcc is needed), the shim in the GPU's place
+#   tests/gpu/run.sh --steps A,B,...  the builds and these steps only: conformance ops portable model memcheck racecheck
+#                                     synccheck initcheck bench; also after --rehearse
 #
-# BENCH_ROWS names the file (default: build/gpu/bench.jsonl), BENCH_SECONDS what the benchmarks may take (default: 480).
-# PYTHON names the interpreter (default: .venv/bin/python if it exists, else python3); it needs torch, numpy, pytest,
-# hypothesis and pybind11.
+# STEP_SECONDS is what a step may take (default: 1200; a kernel that hangs is stopped then), BENCH_SECONDS what the
+# benchmarks may (default: 480), BENCH_ROWS the file of their rows (default: build/gpu/bench.jsonl). PYTHON names the
+# interpreter (default: .venv/bin/python if it exists, else python3); it needs torch, numpy, pytest, hypothesis and pybind11.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+usage() { echo "usage: tests/gpu/run.sh [--rehearse] [--steps ${all// /,}]" >&2; exit 2; }
 rehearse=false
-run_tests=true
-for argument in "$@"; do
-  case $argument in
+all="conformance ops portable model memcheck racecheck synccheck initcheck bench"
+steps=" $all "
+while [ $# -gt 0 ]; do
+  case $1 in
     --rehearse) rehearse=true ;;
-    --bench) run_tests=false ;;
-    *) echo "usage: tests/gpu/run.sh [--rehearse] [--bench]" >&2; exit 2 ;;
+    --steps) [ $# -gt 1 ] || usage; steps=" ${2//,/ } "; shift ;;
+    *) usage ;;
   esac
+  shift
 done
+for name in $steps; do [[ " $all " == *" $name "* ]] || usage; done
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || command -v python3)}
 step() { printf '\n=== %s (%ss)\n' "$1" "$SECONDS"; }
 left_out=()
+failed=()
+# Whether a step is wanted; one that is not is named in the end.
+wanted() {
+  if [[ $steps == *" $1 "* ]]; then return 0; fi
+  left_out+=("$1: not among --steps")
+  return 1
+}
+limited() { timeout --kill-after=10 "${STEP_SECONDS:-1200}" "$@"; }
 
 step "what this machine has"
 missing=()
-for program in nvcc cmake c++; do command -v $program >/dev/null || missing+=("$program"); done
+for program in nvcc cmake c++ g++; do command -v $program >/dev/null || missing+=("$program"); done
 for module in torch numpy pytest hypothesis pybind11; do
   "$PYTHON" -c "import $module" 2>/dev/null || missing+=("the Python package $module")
 done
 if ! $rehearse; then
-  for program in nvidia-smi $($run_tests && echo compute-sanitizer); do command -v $program >/dev/null || missing+=("$program"); done
+  for program in nvidia-smi $([[ $steps == *check* ]] && echo compute-sanitizer); do command -v $program >/dev/null || missing+=("$program"); done
 fi
 if [ ${#missing[@]} -gt 0 ]; then
   printf 'run.sh: needs %s\n' "${missing[@]}" >&2
@@ -56,7 +69,8 @@ nvcc --version | tail -2
 
 step "the package with its CUDA kernels, for sm_$arch"
 build=build/gpu
-cmake -S . -B $build -DCMAKE_BUILD_TYPE=Release -DKN_CUDA=ON -DKN_CUDA_BENCH=ON \
+ninja=$(command -v ninja || true)
+cmake -S . -B $build ${ninja:+-G Ninja} -DCMAKE_BUILD_TYPE=Release -DKN_CUDA=ON -DKN_CUDA_BENCH=ON \
   -DKN_CUDA_ARCHS="$arch" \
   -DPython_EXECUTABLE="$(command -v "$PYTHON")" -Dpybind11_DIR="$("$PYTHON" -m pybind11 --cmakedir)" >/dev/null
 cmake --build $build --parallel "$(nproc)" >$build/build.log || { tail -40 $build/build.log; exit 1; }
@@ -65,7 +79,7 @@ cp -r python/kimi_native $build/python/
 cp $build/_native*.so $build/libkn_cuda.so $build/python/kimi_native/
 export PYTHONPATH=$PWD/$build/python KIMI_NATIVE_GPU_LIBRARIES=$PWD/$build
 
-if ! $run_tests; then left_out+=("the tests: --bench"); else
+if [[ "$steps" != " bench " ]]; then
 
 step "the conformance programs"
 wrappers=(tests/gpu/conformance/gpu_driver.cu tests/gpu/conformance/wrappers.cu csrc/cuda/tensor_map.cu csrc/cuda/errors.cu)
@@ -79,40 +93,54 @@ nvcc -std=c++20 -O3 -fmad=false --expt-relaxed-constexpr -cudart static -shared 
   -o $build/libkn_gpu_tests.so
 
 tests=(tests/gpu/test_conformance.py tests/simt/test_cuda_*.py)
-pytest=("$PYTHON" -P -m pytest -q -rs -p no:cacheprovider)
+# An error of the device stays with its process: the first one ends it. Where a test hangs is printed after a minute.
+pytest=("$PYTHON" -P -m pytest -q -x -rs -p no:cacheprovider -o faulthandler_timeout=60)
 
-step "conformance: each wrapper here and in the shim, on the same bits"
-"${pytest[@]}" tests/gpu/test_conformance.py
+if wanted conformance; then
+  step "conformance: each wrapper here and in the shim, on the same bits"
+  limited "${pytest[@]}" tests/gpu/test_conformance.py
+fi
+if wanted ops; then
+  step "the ops against float64; on a GPU, once more as CUDA graphs"
+  KIMI_NATIVE_SYNC=0 limited "${pytest[@]}" tests/simt/test_cuda_*.py
+fi
+if wanted portable; then
+  if [ "$arch" = 90a ] && ! $rehearse; then
+    step "the same with the kernels of other GPUs"
+    KIMI_NATIVE_CUDA_PORTABLE=1 KIMI_NATIVE_SYNC=0 limited "${pytest[@]}" tests/simt/test_cuda_*.py
+  else
+    left_out+=("portable: these kernels are what $($rehearse && echo "the shim" || echo "this GPU") ran before")
+  fi
+fi
+if wanted model; then
+  step "a model on the GPU against the CPU, and its steps as CUDA graphs"
+  limited "${pytest[@]}" tests/gpu/test_model.py
+fi
+for tool in memcheck racecheck synccheck initcheck; do
+  wanted $tool || continue
+  if $rehearse; then
+    left_out+=("$tool: it needs a GPU")
+  else
+    step "compute-sanitizer, $tool (wrappers and ops, not the model)"
+    limited compute-sanitizer --tool $tool --error-exitcode 9 --print-limit 5 "${pytest[@]}" "${tests[@]}"
+  fi
+done
+if $rehearse; then left_out+=("CUDA graphs: they need a GPU"); fi
 
-step "the ops against float64; on a GPU, once more as CUDA graphs"
-KIMI_NATIVE_SYNC=0 "${pytest[@]}" tests/simt/test_cuda_*.py
-
-step "a model on the GPU against the CPU, and its steps as CUDA graphs"
-"${pytest[@]}" tests/gpu/test_model.py
-
-if $rehearse; then
-  left_out+=("compute-sanitizer: it needs a GPU" "CUDA graphs: they need a GPU")
-else
-  step "compute-sanitizer"
-  for tool in memcheck racecheck synccheck initcheck; do
-    compute-sanitizer --tool $tool --error-exitcode 9 --print-limit 5 "${pytest[@]}" -x "${tests[@]}"
-  done
 fi
 
-fi
-
+if wanted bench; then
 step "benchmarks"
 rows=${BENCH_ROWS:-$build/bench.jsonl}
 : >"$rows"
 bench_end=$((SECONDS + ${BENCH_SECONDS:-480}))
-failed=()
 # Runs a command that prints rows, within what is left of the time; one that fails is named and does not end the run.
 bench() {
   local left=$((bench_end - SECONDS))
   if [ $left -lt 10 ]; then
     left_out+=("$*: no time left")
   else
-    timeout $left "$@" --json >>"$rows" || failed+=("$* (exit code $?)")
+    timeout $left "$@" --json | tee -a "$rows" || failed+=("$* (exit code $?)")
   fi
 }
 if $rehearse; then
@@ -129,10 +157,12 @@ else
   export KIMI_NATIVE_CUBLAS
 fi
 # A process each, so that an error of the device costs the figures of one. Peers that compile themselves come last.
-for name in $("$program" list); do bench "$program" "$name"; done
+programs=$("$program" list)
+for name in $programs; do bench "$program" "$name"; done
 for name in step bf16_gemm moe_experts int4_gemm mla_decode; do bench "${peers[@]}" "$name"; done
 "$PYTHON" bench/cuda/table.py "$rows"
 echo "$(wc -l <"$rows") rows in $rows"
+fi
 
 step "done"
 [ ${#left_out[@]} -eq 0 ] || printf 'not run: %s\n' "${left_out[@]}"

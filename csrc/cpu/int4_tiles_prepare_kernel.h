@@ -40,16 +40,7 @@ struct BlockRow {
 template <typename Format, bool kByStep, typename T>
 KN_INLINE bool prepare_groups(Format format, const T* x, int64_t group, const BlockRow& row) {
   f32x16 f[4][2];
-  __m512i largest[4];
-  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-#pragma GCC unroll 4
-  for (int g = 0; g < 4; ++g) {
-    f[g][0] = load(x + 32 * g);
-    f[g][1] = load(x + 32 * g + 16);
-    largest[g] = _mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(f[g][0].v), magnitude),
-                                  _mm512_and_si512(_mm512_castps_si512(f[g][1].v), magnitude));
-  }
-  const __m128i most = largest_of_each(largest);
+  const __m128i most = load_groups(x, f);
   const Steps steps = steps_of(format, most);
   const __mmask8 bad = _mm_cmpge_epu32_mask(most, _mm_set1_epi32(0x7f800000)) & 15;
   alignas(16) float inverse[4], step[4];

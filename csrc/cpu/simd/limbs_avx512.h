@@ -153,6 +153,21 @@ KN_INLINE __m128i largest_of_each(const __m512i m[4]) {
   return _mm_max_epu32(_mm_unpacklo_epi64(ab, cd), _mm_unpackhi_epi64(ab, cd));
 }
 
+// Four groups as floats; returns the bits of their largest magnitudes.
+template <typename T>
+KN_INLINE __m128i load_groups(const T* x, f32x16 (&f)[4][2]) {
+  __m512i largest[4];
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+#pragma GCC unroll 4
+  for (int g = 0; g < 4; ++g) {
+    f[g][0] = load(x + 32 * g);
+    f[g][1] = load(x + 32 * g + 16);
+    largest[g] = _mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(f[g][0].v), magnitude),
+                                  _mm512_and_si512(_mm512_castps_si512(f[g][1].v), magnitude));
+  }
+  return largest_of_each(largest);
+}
+
 // Largest magnitudes of four groups to the biased exponents of their steps, at least 1: 2^-126.
 KN_INLINE __m128i step_exponents(__m128i largest) {
   const __m128i exponent = _mm_srli_epi32(largest, 23);
@@ -191,16 +206,7 @@ template <typename Format, typename T>
 KN_INLINE void prepare_chunk(Format format, const T* x, uint8_t* values, int32_t* offset,
                              float* step) {
   f32x16 f[4][2];
-  __m512i largest[4];
-  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-#pragma GCC unroll 4
-  for (int g = 0; g < 4; ++g) {
-    f[g][0] = load(x + 32 * g);
-    f[g][1] = load(x + 32 * g + 16);
-    largest[g] = _mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(f[g][0].v), magnitude),
-                                  _mm512_and_si512(_mm512_castps_si512(f[g][1].v), magnitude));
-  }
-  const __m128i most = largest_of_each(largest);
+  const __m128i most = load_groups(x, f);
   const Steps steps = steps_of(format, most);
   const __mmask8 bad = _mm_cmpge_epu32_mask(most, _mm_set1_epi32(0x7f800000));
   alignas(16) float inverse[4];

@@ -1,7 +1,8 @@
 """Public ops: check the tensors, choose the backend, call the kernel.
 
 Every op has the same name in reference.py (plain torch, naive, the specification) and in ops.h.
-A TypeError is of an argument's type or a tensor's dtype.
+A TypeError is of an argument's type or a tensor's dtype. A ValueError about contents (ids, slots, pages, lengths, rows)
+is the CPU's: on a GPU the kernel stops, and torch reports an error of the device.
 The settings of native.py (backend, tier, threads, recording) are reached as attributes of this module.
 
 Fixed reduction order: natively computed rows depend on their own inputs only, to the last bit, whatever else is in the

@@ -60,8 +60,8 @@ struct Int4Tile : LimbTile {  // x: blocks of prepared tokens; x_index is not us
 };
 
 static constexpr int64_t kTileTokens = 64;  // most tokens of a tile
-static constexpr int64_t kSpanGroups =
-    5;  // of a class, multiplied at once if they are a block's: L1
+// Groups of a class that are decoded and multiplied at once if there is one block of tokens: L1.
+static constexpr int64_t kSpanGroups = 5;
 static constexpr int64_t int4_tiles_scratch_bytes(int64_t in) {
   return 2 * class_groups(num_groups(in), 0) * 1024 + 2 * num_groups(in) * 64 +
          kClasses * kTileTokens * 2 * 64 + 4096;

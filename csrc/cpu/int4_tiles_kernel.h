@@ -11,7 +11,7 @@
 // with all tokens. With one block of tokens a class is taken in spans of groups that stay in L1.
 //
 // Per product of 16 x 16 x 32: 16 cycles of the tile unit, 48 loads and 16 stores of 64 bytes.
-// Decoding 16 rows of a group takes some 45 cycles, once for all tokens.
+// Decoding 16 rows of a group takes some 40 cycles, once for all tokens.
 #pragma once
 #include "cpu/int4_tiles_prepare_kernel.h"
 

@@ -26,6 +26,7 @@ struct Segment {
   int32_t expert, rows;
 };
 constexpr int64_t kSegmentTokens = 64;
+static_assert(kSegmentTokens <= kTileTokens);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -5,6 +5,8 @@
 //   limbs_lanes_kernel.h  avx512, amx: more tokens; 4 rows x 4 groups are the lanes of a register
 //   limbs_quads_kernel.h  generic, avx2: any number of tokens
 //
+// int4_tiles_kernel.h has the INT4 ops of many tokens on matrix tiles (amx), with the same bits.
+//
 // Few tokens: each weight byte is read from memory once, and this is bandwidth-bound. More tokens:
 // decoded weights are used by every token while in registers. The integers are exact and the
 // multiply-adds in the same order everywhere, so the bits do not tell which loop ran.

@@ -17,9 +17,7 @@ from kimi_native.model import Experts, KimiModel, Step
 from kimi_native.placement import HostExperts
 
 MAX_RECORDED_TOKENS = 32  # beyond it the Python between the ops hardly shows, and buffers grow
-MAX_GRAPH_TOKENS = (
-    256  # on a GPU, where a layer of more sequences is done sooner than Python has launched it
-)
+MAX_GRAPH_TOKENS = 256  # on a GPU, which is done sooner than Python has launched a layer's ops
 
 
 class RecordedModel:
@@ -77,12 +75,11 @@ class RecordedModel:
         return logits
 
     def _is_recorded(self, tokens: int, cache: LatentCache) -> bool:
+        most = MAX_GRAPH_TOKENS if cache.device.type == "cuda" else MAX_RECORDED_TOKENS
         return (
             self._recordable
             and cache is self._cache
-            and 1
-            <= tokens
-            <= (MAX_GRAPH_TOKENS if cache.device.type == "cuda" else MAX_RECORDED_TOKENS)
+            and 1 <= tokens <= most
             and ops.active_backend() == "native"
         )
 

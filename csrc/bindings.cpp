@@ -250,7 +250,8 @@ Int4QuantizeArgs int4_quantize(Address w, Address weight_packed, Address weight_
 MlaDecodeArgs mla_decode(Address q, Address cache, Address page_table, Address seq_lens,
                          Address out, int32_t q_dtype, int32_t cache_dtype, int64_t batch,
                          int64_t heads, int64_t kv_lora_rank, int64_t qk_rope_head_dim,
-                         int64_t pages, int64_t page_size, int64_t max_pages, float softmax_scale) {
+                         int64_t pages, int64_t page_size, int64_t max_pages, float softmax_scale,
+                         Address splits, int64_t max_splits) {
   return {Pointer{q},
           Pointer{cache},
           Pointer{page_table},
@@ -266,6 +267,8 @@ MlaDecodeArgs mla_decode(Address q, Address cache, Address page_table, Address s
           page_size,
           max_pages,
           softmax_scale,
+          Pointer{splits},
+          max_splits,
           nullptr,
           0};
 }
@@ -338,6 +341,11 @@ void bind_ops(Modules& m) {
   def_op(m, "swiglu", swiglu, cpu::swiglu);
 }
 
+cuda::MlaScheduleArgs mla_schedule(Address seq_lens, int64_t batch, int64_t max_tokens,
+                                   int64_t max_splits) {
+  return {Pointer{seq_lens}, batch, max_tokens, max_splits, nullptr, 0};
+}
+
 cuda::SampleArgs sample(Address logits, Address allowed, Address options, Address top_k,
                         Address ids, int64_t rows, int64_t vocab) {
   return {Pointer{logits}, Pointer{allowed}, Pointer{options},
@@ -361,6 +369,7 @@ void bind_cuda_ops(py::module_& m) {
         cuda_call("int4_pack", &a, Pointer{stream});
       },
       NoGil());
+  def_cuda_op(m, "mla_schedule", mla_schedule);
   def_cuda_op(m, "sample", sample);
 }
 

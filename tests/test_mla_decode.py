@@ -314,6 +314,8 @@ def run_native(case: Case, output: Guarded | OutputAt, *, workspace=None, **chan
         "page_size": case.cache.shape[1],
         "max_pages": case.page_table.shape[1],
         "softmax_scale": case.scale,
+        "splits": 0,  # these two are a GPU's
+        "max_splits": 0,
     } | changes
     values = list(arguments.values())
     if workspace is None:

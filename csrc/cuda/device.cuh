@@ -19,6 +19,8 @@
 
 namespace kn::cuda {
 
+constexpr int kSharedBytesAnywhere = 99 * 1024;  // of a block: what sm_86, sm_89 and sm_120 have
+
 // Where and how a kernel runs. `op` names it in errors; `stream` is a cudaStream_t.
 struct LaunchConfig {
   const char* op;
@@ -82,7 +84,8 @@ __device__ __forceinline__ void spin_until(F condition) {
 }
 
 // The input breaks a rule that only the device can see: the launch fails, and with it every later
-// call on the device, instead of a wrong result.
+// call on the device, instead of a wrong result. (An assertion would print the rule, and its call
+// takes ten registers more.)
 __device__ __forceinline__ void device_require(bool condition, const char*) {
   if (!condition) __trap();
 }

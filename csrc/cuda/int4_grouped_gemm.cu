@@ -23,15 +23,15 @@ template <typename T>
 __global__ void __launch_bounds__(kRowThreads)
     int4_grouped_gemm_kernel(Int4GroupedGemmArgs a, Grouped g) {
   KN_SHARED(shared);
-  const RowRange r = g.segments.places[blockIdx.y];
-  if (r.count == 0) return;
-  Matrix m[1];
-  find_matrices(a, r.expert, m);
-  multiply_rows(m, int64_t(blockIdx.x), a.out, column_tiles(a.in),
-                TokenRows{g.x, a.x_index, r.first, r.count}, shared,
-                [&](int token, int64_t row, const float (&sums)[1]) {
-                  store<T>(a, r.first + token, row, sums);
-                });
+  for_each_segment(g.segments, [&](const RowRange& r) {
+    Matrix m[1];
+    find_matrices(a, r.expert, m);
+    multiply_rows(m, int64_t(blockIdx.x), a.out, column_tiles(a.in),
+                  TokenRows{g.x, a.x_index, r.first, r.count}, shared,
+                  [&](int token, int64_t row, const float (&sums)[1]) {
+                    store<T>(a, r.first + token, row, sums);
+                  });
+  });
 }
 
 template <typename T>

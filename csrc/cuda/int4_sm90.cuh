@@ -282,6 +282,8 @@ __device__ __forceinline__ uint64_t token_matrix(const R& ring) {
 template <int kLimbs>
 __device__ __forceinline__ void start_products(const WeightGroup& w, uint64_t tokens, int group,
                                                int half, HalfSums& d) {
+  ptx::wgmma_settle(w.a[0]);
+  ptx::wgmma_settle(w.a[1]);
   ptx::wgmma_fence();
 #pragma unroll
   for (int limb = 0; limb < kLimbs; ++limb)

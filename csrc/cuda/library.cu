@@ -41,8 +41,7 @@ const std::map<std::string, CudaOp> ops = {
     {"int4_grouped_swiglu", run<Int4GroupedSwigluArgs, int4_grouped_swiglu>},
     {"bf16_gemm", run<Bf16GemmArgs, bf16_gemm>},
     {"int8_gemm", run<Int8GemmArgs, int8_gemm>},
-    {"mla_schedule", run<MlaDecodeArgs, mla_schedule>},
-    {"mla_decode_scheduled", run<MlaDecodeArgs, mla_decode_scheduled>},
+    {"mla_schedule", run<MlaScheduleArgs, mla_schedule>},
     {"mla_decode", run<MlaDecodeArgs, mla_decode>},
     {"moe_route", run<MoeRouteArgs, moe_route>},
     {"moe_dispatch", run<MoeDispatchArgs, moe_dispatch>},
@@ -67,6 +66,7 @@ const std::map<std::string, CudaOp> workspaces = {
      workspace_bytes<Int4GroupedSwigluArgs, int4_grouped_swiglu_workspace_bytes>},
     {"bf16_gemm", workspace_bytes<Bf16GemmArgs, bf16_gemm_workspace_bytes>},
     {"int8_gemm", workspace_bytes<Int8GemmArgs, int8_gemm_workspace_bytes>},
+    {"mla_schedule", workspace_bytes<MlaScheduleArgs, mla_schedule_workspace_bytes>},
     {"mla_decode", workspace_bytes<MlaDecodeArgs, mla_decode_workspace_bytes>},
     {"sample", workspace_bytes<SampleArgs, sample_workspace_bytes>},
 };

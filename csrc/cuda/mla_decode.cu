@@ -1,7 +1,6 @@
-// mla_decode: a schedule of splits made on the device from seq_lens, attention over each split
-// (mla_decode.cuh, on Hopper mla_decode_sm90.cuh where it suits), and the combination of a
-// sequence's splits in ascending order. The host never learns a length: it launches two blocks a
-// multiprocessor, which go through the schedule.
+// mla_decode: the schedule of splits, if none is given; attention over each split (mla_decode.cuh,
+// on Hopper mla_decode_sm90.cuh where it suits); and the combination of a sequence's splits in
+// ascending order. Two blocks a multiprocessor go through the schedule.
 //
 // Supports kv_lora_rank 512, qk_rope_head_dim 64, bf16 queries, a cache in bf16 or fp8 rows, pages
 // of a multiple of 32 tokens.
@@ -13,7 +12,6 @@ namespace kn::cuda {
 namespace {
 
 constexpr const char* kOp = "mla_decode";
-constexpr int kScheduleThreads = 256;
 constexpr int kCombineThreads = 128;
 constexpr int kCombineColumns = kLatent / kCombineThreads;
 constexpr int kCombineSplits = 512;
@@ -22,40 +20,17 @@ constexpr int kCombineSharedBytes = kCombineSplits * int(sizeof(float2)) + kComb
 
 int64_t blocks_of(int64_t n, int64_t each) { return (n + each - 1) / each; }
 
-// The workspace: first [batch + 1], then of each split its values, stats and place.
-int64_t first_bytes(const MlaDecodeArgs& a) { return blocks_of((a.batch + 1) * 4, 16) * 16; }
-int64_t split_bytes(const MlaDecodeArgs& a) { return a.heads * (kLatent * 4 + 8) + 8; }
-
-// Splits that the workspace has room for.
-int64_t split_capacity(const MlaDecodeArgs& a) {
-  return std::min<int64_t>((a.workspace_bytes - first_bytes(a)) / split_bytes(a), 0x7fffffff);
+MlaScheduleArgs schedule_of(const MlaDecodeArgs& a) {
+  return {a.seq_lens, a.batch, a.max_pages * a.page_size, a.max_splits, nullptr, 0};
 }
 
-__global__ void __launch_bounds__(kScheduleThreads)
-    mla_schedule_kernel(const int32_t* seq_lens, int64_t batch, int64_t most_tokens,
-                        int64_t capacity, Schedule schedule) {
-  KN_SHARED(shared);
-  const int64_t each = (batch + kScheduleThreads - 1) / kScheduleThreads;
-  const int64_t begin = min(int64_t(threadIdx.x) * each, batch), end = min(begin + each, batch);
-  int64_t mine = 0;
-  for (int64_t b = begin; b < end; ++b) {
-    const int32_t length = seq_lens[b];
-    device_require(length >= 0 && length <= most_tokens,
-                   "mla_decode: seq_lens must be 0 to max_pages * page_size");
-    mine += (length + kSplitTokens - 1) / kSplitTokens;
-  }
-  device_require(mine <= capacity, "mla_decode: the workspace must hold all splits");
-  const auto partial = shared_at<int32_t>(shared, 0);
-  int32_t next = exclusive_scan(int32_t(mine), partial);
-  int64_t all = 0;
-  for (int w = 0; w < kScheduleThreads / 32; ++w) all += partial[w];
-  device_require(all <= capacity, "mla_decode: the workspace must hold all splits");
-  if (threadIdx.x == 0) schedule.first[batch] = int32_t(all);
-  for (int64_t b = begin; b < end; ++b) {
-    schedule.first[b] = next;
-    for (int32_t token = 0; token < seq_lens[b]; token += kSplitTokens)
-      schedule.splits[next++] = make_int2(int(b), token);
-  }
+int64_t capacity_of(const MlaDecodeArgs& a) {
+  return split_capacity(kOp, a.batch, a.max_pages * a.page_size, a.max_splits);
+}
+
+// The workspace: the schedule, if it is made here, then of each split its values and stats.
+int64_t own_schedule_bytes(const MlaDecodeArgs& a) {
+  return a.splits ? 0 : mla_schedule_workspace_bytes(schedule_of(a));
 }
 
 // Block i: heads i % head_blocks of splits i / head_blocks, and every `workers` on.
@@ -106,6 +81,8 @@ __global__ void __launch_bounds__(kCombineThreads) mla_combine_kernel(MlaProblem
   const int64_t row = p.batch * p.heads - 1 - int64_t(blockIdx.x);
   const int64_t b = row / p.heads, head = row % p.heads;
   const int64_t begin = p.schedule.first[b], end = p.schedule.first[b + 1];
+  device_require(end - begin == (int64_t(p.seq_lens[b]) + kSplitTokens - 1) / kSplitTokens,
+                 "mla_decode: the schedule must be of these seq_lens");
   float largest = -INFINITY;
   for (int64_t s = begin + threadIdx.x; s < end; s += kCombineThreads)
     largest = fmaxf(largest, p.results.stats[s * p.heads + head].x);
@@ -137,9 +114,8 @@ void check_supported(const MlaDecodeArgs& a) {
              a.kv_lora_rank, ", ", a.qk_rope_head_dim, ")");
   KN_REQUIRE(a.page_size % kMlaTileTokens == 0 && a.page_size < (1 << 30), kOp,
              ": page_size must be a multiple of 32, below 2^30, on a GPU (got ", a.page_size, ")");
-  KN_REQUIRE(a.max_pages * a.page_size <= 0x7fffffff - kSplitTokens, kOp,
-             ": max_pages * page_size must be below 2^31 - 512 on a GPU (got ", a.max_pages, " * ",
-             a.page_size, ")");
+  KN_REQUIRE(uintptr_t(a.splits) % 16 == 0, kOp, ": splits must be 16-byte aligned (got ", a.splits,
+             ")");
 }
 
 MlaProblem problem(const MlaDecodeArgs& a) {
@@ -159,15 +135,11 @@ MlaProblem problem(const MlaDecodeArgs& a) {
   p.page_size = int(a.page_size);
   p.max_pages = a.max_pages;
   p.scale = a.softmax_scale * 1.4426950408889634f;
-  const int64_t capacity = split_capacity(a);
   auto* at = static_cast<uint8_t*>(a.workspace);
-  p.schedule.first = reinterpret_cast<int32_t*>(at);
-  at += first_bytes(a);
+  p.schedule = schedule_at(a.splits ? const_cast<void*>(a.splits) : a.workspace, a.batch);
+  at += own_schedule_bytes(a);
   p.results.values = reinterpret_cast<float*>(at);
-  at += capacity * a.heads * kLatent * 4;
-  p.results.stats = reinterpret_cast<float2*>(at);
-  at += capacity * a.heads * 8;
-  p.schedule.splits = reinterpret_cast<int2*>(at);
+  p.results.stats = reinterpret_cast<float2*>(at + capacity_of(a) * a.heads * kLatent * 4);
   return p;
 }
 
@@ -175,7 +147,7 @@ template <int kGroups, bool kFp8>
 void attend(const MlaDecodeArgs& a, const MlaProblem& p, void* stream) {
   const int64_t head_blocks = blocks_of(a.heads, kGroups * kMlaHeads);
   const int64_t wanted = blocks_of(2 * multiprocessors(kOp), head_blocks);
-  const int64_t workers = std::max<int64_t>(std::min(wanted, split_capacity(a)), 1);
+  const int64_t workers = std::max<int64_t>(std::min(wanted, capacity_of(a)), 1);
   launch({kOp, grid_of(kOp, workers * head_blocks), dim3(kGroups * kGroupWarps * 32),
           kMlaSharedBytes<kGroups>, stream},
          mla_decode_kernel<kGroups, kFp8>, p, int(head_blocks), int(workers));
@@ -185,22 +157,12 @@ void attend(const MlaDecodeArgs& a, const MlaProblem& p, void* stream) {
 
 int64_t mla_decode_workspace_bytes(const MlaDecodeArgs& a) {
   check_supported(a);
-  const int64_t longest = blocks_of(a.max_pages * a.page_size, kSplitTokens);
-  const int64_t unshared = a.batch + a.pages * a.page_size / kSplitTokens;
-  const int64_t splits = std::min(checked_mul(kOp, a.batch, longest), unshared);
-  return first_bytes(a) + checked_mul(kOp, splits, split_bytes(a));
+  const int64_t split_bytes = a.heads * (kLatent * 4 + int64_t(sizeof(float2)));
+  const int64_t results = checked_mul(kOp, capacity_of(a), split_bytes);
+  return results + own_schedule_bytes(a);
 }
 
-void mla_schedule(const MlaDecodeArgs& a, void* stream) {
-  check_supported(a);
-  if (a.batch == 0) return;
-  const MlaProblem p = problem(a);
-  launch({kOp, dim3(1), dim3(kScheduleThreads), kScheduleThreads / 32 * 4, stream},
-         mla_schedule_kernel, a.seq_lens, a.batch, a.max_pages * a.page_size, split_capacity(a),
-         p.schedule);
-}
-
-void mla_decode_scheduled(const MlaDecodeArgs& a, void* stream) {
+void mla_decode(const MlaDecodeArgs& a, void* stream) {
   check_supported(a);
   if (a.batch == 0) return;
   const MlaProblem p = problem(a);
@@ -210,20 +172,22 @@ void mla_decode_scheduled(const MlaDecodeArgs& a, void* stream) {
   KN_REQUIRE(a.max_pages == 0 || a.pages == 0 || (a.cache && a.page_table), kOp,
              ": cache and page_table must not be null (got cache=", a.cache,
              ", page_table=", a.page_table, ")");
+  check_elements(kOp, {{a.page_table, 4}, {a.seq_lens, 4}});
+  if (!a.splits) {
+    MlaScheduleArgs own = schedule_of(a);
+    own.workspace = a.workspace;
+    own.workspace_bytes = own_schedule_bytes(a);
+    mla_schedule(own, stream);
+  }
   const bool fp8 = a.cache_dtype == DType::kFp8;
   if (suits_mla_sm90(p) && is_hopper(kOp))
-    mla_decode_sm90(kOp, p, fp8, split_capacity(a), stream);
+    mla_decode_sm90(kOp, p, fp8, capacity_of(a), stream);
   else if (a.heads > kMlaHeads)
     fp8 ? attend<2, true>(a, p, stream) : attend<2, false>(a, p, stream);
   else
     fp8 ? attend<1, true>(a, p, stream) : attend<1, false>(a, p, stream);
   launch({kOp, grid_of(kOp, a.batch * a.heads), dim3(kCombineThreads), kCombineSharedBytes, stream},
          mla_combine_kernel, p, static_cast<bf16*>(a.out));
-}
-
-void mla_decode(const MlaDecodeArgs& a, void* stream) {
-  mla_schedule(a, stream);
-  mla_decode_scheduled(a, stream);
 }
 
 }  // namespace kn::cuda

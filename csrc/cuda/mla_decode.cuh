@@ -45,7 +45,7 @@ constexpr int kGroupSharedBytes =
 
 template <int kGroups>
 constexpr int kMlaSharedBytes = kMlaStages * kMlaStageBytes + kGroups * kGroupSharedBytes;
-static_assert(kMlaSharedBytes<2> <= 99 * 1024);  // what sm_86, sm_89 and sm_120 have
+static_assert(kMlaSharedBytes<2> <= kSharedBytesAnywhere);
 
 // What a thread is: warp `part` of group `group`; rows g and g + 8 of 16 heads.
 struct MlaThread {
@@ -295,9 +295,7 @@ template <int kGroups, bool kFp8, typename Bytes>
 __device__ __forceinline__ void attend_split(const MlaProblem& p, int64_t split, int64_t head,
                                              Bytes bytes) {
   const MlaThread th = mla_thread();
-  const int2 place = p.schedule.splits[split];
-  const int sequence = place.x, begin = place.y;
-  const int end = min(p.seq_lens[sequence], begin + kSplitTokens);
+  const auto [sequence, begin, end] = find_split(p, split);
   const GroupShared shared = group_shared(bytes, th.group);
   // bf16: two tiles in turn. fp8: the tile first, then the rows it is made of. The queries pass
   // through what no copy is on its way to.

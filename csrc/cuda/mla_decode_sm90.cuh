@@ -88,16 +88,6 @@ struct MlaRing {
   }
 };
 
-// Tokens begin .. end of a sequence.
-struct MlaSplit {
-  int sequence, begin, end;
-};
-
-__device__ __forceinline__ MlaSplit find_split(const MlaProblem& p, int64_t split) {
-  const int2 place = p.schedule.splits[split];
-  return {place.x, place.y, min(p.seq_lens[place.x], place.y + kSplitTokens)};
-}
-
 // Where a block's results of a split go: what there is of 64 heads.
 struct ResultRows {
   int64_t first;
@@ -111,10 +101,10 @@ __device__ __forceinline__ void for_each_split(const MlaSm90Problem& p, F f) {
   const int64_t splits = p.a.schedule.first[p.a.batch];
   const int64_t head = int64_t(blockIdx.x) % p.head_blocks * kSm90Heads;
   int64_t split = blockIdx.x / p.head_blocks;
-  MlaSplit next{};
+  Split next{};
   if (split < splits) next = find_split(p.a, split);
   while (split < splits) {
-    const MlaSplit s = next;
+    const Split s = next;
     const ResultRows rows = {split * p.a.heads + head,
                              int(min(p.a.heads - head, int64_t(kSm90Heads)))};
     split += p.workers;
@@ -156,7 +146,7 @@ __device__ __forceinline__ void bring_splits(const MlaSm90Problem& p, Bytes shar
   const auto queries_empty = shared_at<uint64_t>(shared, Layout::kQueriesEmpty);
   MlaRing<kFp8, Bytes> ring{shared};
   int parity = 0;  // of the queries
-  for_each_split(p, [&](const MlaSplit& s, int64_t head, const ResultRows&) {
+  for_each_split(p, [&](const Split& s, int64_t head, const ResultRows&) {
     for (int token = s.begin; token < s.end; token += kSm90Tokens) {
       const int64_t page = page_of(p.a, s.sequence, token, s.end);
       ptx::mbarrier_wait(ring.empty(), ring.parity ^ 1);
@@ -330,6 +320,7 @@ __device__ __forceinline__ void add_values(SharedPtr<uint8_t> tile, int box, Mla
                                            F weight) {
   const uint64_t v =
       ptx::matrix_descriptor(tile + box * kBoxBytes, Swizzle::k128, kBoxBytes, kEightRowsBytes);
+  ptx::wgmma_settle(acc);
   ptx::wgmma_fence();
 #pragma unroll
   for (int i = 0; i < kSm90Tokens / kStepRows; ++i)
@@ -379,7 +370,7 @@ __device__ __forceinline__ void attend_first(const MlaSm90Problem& p, Bytes shar
                                 shared_at<float>(shared, Layout::kRescale)};
   MlaRing<kFp8, Bytes> ring{shared};
   int parity = 0;  // of the queries
-  for_each_split(p, [&](const MlaSplit& s, int64_t, const ResultRows& rows) {
+  for_each_split(p, [&](const Split& s, int64_t, const ResultRows& rows) {
     RunningSoftmax softmax;
     MlaValues acc = {};
     ptx::mbarrier_wait(queries_full, parity);
@@ -397,6 +388,7 @@ __device__ __forceinline__ void attend_first(const MlaSm90Problem& p, Bytes shar
       pass_weights(passed, weights, rescale);
       ptx::barrier_arrive(kWeightsWritten, kMlaConsumers);
       rescale_values(rescale, acc);
+      for (const auto& step : weights) ptx::wgmma_settle(step);
       add_values(ring.tile(), 0, acc, [&](int i) -> const uint32_t (&)[4] { return weights[i]; });
       if constexpr (!kFp8) release(ring.empty());
       ring.advance();
@@ -413,7 +405,7 @@ __device__ __forceinline__ void attend_second(const MlaSm90Problem& p, Bytes sha
   const PassedWeights passed = {shared_at<uint8_t>(shared, Layout::kWeights),
                                 shared_at<float>(shared, Layout::kRescale)};
   MlaRing<kFp8, Bytes> ring{shared};
-  for_each_split(p, [&](const MlaSplit& s, int64_t, const ResultRows& rows) {
+  for_each_split(p, [&](const Split& s, int64_t, const ResultRows& rows) {
     MlaValues acc = {};
     const uint64_t weights = rows_matrix(passed.weights);
     for (int token = s.begin; token < s.end; token += kSm90Tokens) {

@@ -1,6 +1,7 @@
 // What the kernels of mla_decode share: the splits of the sequences and their results, the rows of
 // the cache, and online softmax.
 #pragma once
+#include "cuda/mla_schedule.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/values.cuh"
 #include "kimi_native/cache_layout.h"
@@ -9,7 +10,6 @@
 namespace kn::cuda {
 
 constexpr int kLatent = 512, kRope = 64, kWidth = kLatent + kRope;
-constexpr int kSplitTokens = 512;
 constexpr int kFp8RowBytes = int(fp8_row_bytes(kLatent, kRope));
 static_assert(kFp8RowBytes % 16 == 0);
 
@@ -17,12 +17,6 @@ static_assert(kFp8RowBytes % 16 == 0);
 struct SplitResults {
   float* values;  // [splits, heads, 512], not yet divided by the sum
   float2* stats;  // [splits, heads]: maximum of the scores (base 2), sum of the weights
-};
-
-// The schedule: splits of all sequences, in order.
-struct Schedule {
-  int32_t* first;  // [batch + 1]: sequence b has splits first[b] .. first[b + 1]
-  int2* splits;    // sequence, first token
 };
 
 struct MlaProblem {
@@ -36,6 +30,18 @@ struct MlaProblem {
   Schedule schedule;
   SplitResults results;
 };
+
+// Tokens begin .. end of a sequence.
+struct Split {
+  int sequence, begin, end;
+};
+
+__device__ __forceinline__ Split find_split(const MlaProblem& p, int64_t split) {
+  const int2 place = p.schedule.splits[split];
+  const int end = min(p.seq_lens[place.x], place.y + kSplitTokens);
+  device_require(place.y < end, "mla_decode: the schedule must be of these seq_lens");
+  return {place.x, place.y, end};
+}
 
 // The page of a tile; a tile never straddles two. 0 past the last token, where nothing is read.
 __device__ __forceinline__ int64_t page_of(const MlaProblem& p, int sequence, int token, int end) {

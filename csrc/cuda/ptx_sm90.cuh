@@ -146,12 +146,15 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-// Behind wgmma_wait: d is read here and not earlier (the compiler does not know what the wait waits
-// for).
+// The compiler knows neither what a wait waits for nor what a fence orders. Behind wgmma_wait: d is
+// read here and not earlier. Before wgmma_fence: d, or an a, has been written.
 template <int kCount>
 __device__ __forceinline__ void wgmma_settle(float (&d)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+__device__ __forceinline__ void wgmma_settle(const uint32_t (&a)[4]) {
+  asm volatile("" ::"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]) : "memory");
 }
 
 #define KN_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])

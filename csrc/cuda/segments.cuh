@@ -1,8 +1,9 @@
 // The rows of a grouped op as ranges of one expert, made on the device from expert_offsets: the
 // host never learns how the tokens were routed. An expert's rows are cut into tiles of 128 for the
 // kernel for many tokens; a rest of more than 32 is one more tile, a smaller one becomes segments
-// of 16 for the kernel for few. The host launches as many blocks of either kernel as there can be
-// ranges; those past the last one end at once. On Hopper tiles go to its own kernel (int4_sm90.h).
+// of 16 for the kernel for few. The host launches as many blocks as there can be tiles, those past
+// the last one end at once; blocks for segments, of which a long prompt has few, go from one to the
+// next. On Hopper tiles go to its own kernel (int4_sm90.h).
 #pragma once
 #include <algorithm>
 
@@ -72,6 +73,17 @@ __device__ __forceinline__ void clear_from(const Ranges& r, SharedPtr<const int3
   for (int64_t i = used + threadIdx.x; i < r.most; i += kSegmentThreads) r.places[i] = {0, 0, 0, 0};
 }
 
+// Calls f(range) for every gridDim.y-th segment of the block; empty ones come last. All threads.
+template <typename F>
+__device__ __forceinline__ void for_each_segment(const Ranges& segments, F f) {
+  for (int64_t i = blockIdx.y; i < segments.most; i += gridDim.y) {
+    const RowRange range = segments.places[i];
+    if (range.count == 0) return;
+    if (i >= gridDim.y) __syncthreads();  // shared memory is read to the end of f
+    f(range);
+  }
+}
+
 static __global__ void __launch_bounds__(kSegmentThreads)
     int4_segments_kernel(const int32_t* expert_offsets, int64_t experts, int64_t rows,
                          Ranges segments, Ranges tiles) {
@@ -122,6 +134,10 @@ Grouped open_grouped(const char* op, const Args& a, void* stream) {
   KN_REQUIRE(a.workspace && uintptr_t(a.workspace) % 16 == 0 && a.workspace_bytes >= needed, op,
              ": workspace must have ", needed, " bytes, 16-byte aligned (got ", a.workspace_bytes,
              " at ", a.workspace, ")");
+  check_elements(op, {{a.x, dtype_bytes(a.x_dtype)},
+                      {a.x_index, 4},
+                      {a.expert_offsets, 4},
+                      {a.y, dtype_bytes(a.y_dtype)}});
   Grouped g;
   g.x = prepare_tokens(op, a.x, a.x_dtype, a.x_rows, a.in, a.workspace, stream);
   auto* places = reinterpret_cast<RowRange*>(static_cast<uint8_t*>(a.workspace) +
@@ -154,12 +170,16 @@ void launch_sm90(const char* op, const Args& a, const Ranges& tiles,
   int4_sm90(op, s, stream);
 }
 
+// Blocks of segments for each multiprocessor: a few times as many as run at once.
+constexpr int64_t kSegmentBlocks = 128;
+
 // Launches both kernels of a grouped op, each on its ranges.
 template <int kMatrices, typename Args>
 void launch_grouped(const char* op, const Args& a, const Grouped& g,
                     std::initializer_list<Int4Experts> matrices, void (*few)(Args, Grouped),
                     void (*many)(Args, Grouped), void* stream) {
-  launch({op, grid_of(op, row_tiles(a.out), g.segments.most), dim3(kRowThreads),
+  const int64_t at_once = blocks_of(kSegmentBlocks * multiprocessors(op), row_tiles(a.out));
+  launch({op, grid_of(op, row_tiles(a.out), std::min(g.segments.most, at_once)), dim3(kRowThreads),
           kRowSharedBytes<kMatrices>, stream},
          few, a, g);
   if (g.tiles.most == 0) return;  // too few rows for any

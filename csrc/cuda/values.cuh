@@ -2,6 +2,7 @@
 // row is aligned to them, else one by one. Either way a thread gets the same values, so alignment
 // never enters an order of sums.
 #pragma once
+#include "cuda/elements.h"
 #include "cuda/ptx.cuh"
 #include "kimi_native/types.h"
 

@@ -37,6 +37,7 @@ void wgmma_wait() {
 
 template <int kCount>
 void wgmma_settle(float (&)[kCount]) {}
+inline void wgmma_settle(const uint32_t (&)[4]) {}
 
 enum class Major { kK = 0, kN = 1 };
 

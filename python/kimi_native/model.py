@@ -11,8 +11,6 @@ whoever computes it; and a GPU's for decode. There prefill expands keys and valu
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +18,7 @@ from kimi_native import ops
 from kimi_native.attention import attend_heads
 from kimi_native.cache import CachedSequence, LatentCache
 from kimi_native.config import LATENT_NORM_EPS, KimiConfig
+from kimi_native.step import Step
 
 PREFILL_CHUNK = 1024  # tokens per pass: groups enough tokens per expert, bounds the working memory
 ATTENTION_ROWS = 128  # of them whose absorbed queries, heads x a cache row, are there at once
@@ -90,30 +89,6 @@ class Rope:
         return cos, sin
 
 
-@dataclass
-class Step:
-    """What one pass over the layers shares: where the tokens go in the cache, and their rotation."""
-
-    cache: LatentCache
-    slots: Tensor  # [tokens] int64: the cache rows of this pass's tokens
-    cos: Tensor  # [tokens, rope / 2]
-    sin: Tensor
-    page_table: Tensor | None = None  # [tokens, pages] int32: of each token's sequence
-    seq_lens: Tensor | None = None  # [tokens] int32: how much of it the token sees, itself included
-    prefix_slots: Tensor | None = None  # expanded form: rows of all tokens so far
-
-    def part(self, rows: slice) -> Step:
-        """Some of the tokens, in the absorbed form."""
-        tensors = (self.slots, self.cos, self.sin, self.page_table, self.seq_lens)
-        return Step(self.cache, *(t[rows] for t in tensors))
-
-    def on_device(self) -> Step:
-        """The same where the cache is."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "cache"}
-        moved = {n: t if t is None else t.to(self.cache.device) for n, t in tensors.items()}
-        return Step(self.cache, **moved)
-
-
 class Attention(nn.Module):
     """Multi-head latent attention. Source: DeepSeek-V2, arXiv 2405.04434, section 2.1."""
 
@@ -153,9 +128,11 @@ class Attention(nn.Module):
         k_rope = compressed[:, self.latent :]
         if step.prefix_slots is not None:
             return self.o_proj(self._expanded(q, latent, k_rope, step).flatten(1))
+        if x.shape[0] <= ATTENTION_ROWS or step.schedule is not None:
+            return self.o_proj(self._absorbed(q, latent, k_rope, step).flatten(1))
         blocks = (slice(i, i + ATTENTION_ROWS) for i in range(0, x.shape[0], ATTENTION_ROWS))
         attended = [self._absorbed(q[b], latent[b], k_rope[b], step.part(b)) for b in blocks]
-        return self.o_proj((attended[0] if len(attended) == 1 else torch.cat(attended)).flatten(1))
+        return self.o_proj(torch.cat(attended).flatten(1))
 
     def _rope_append(
         self, q_rope: Tensor, latent: Tensor, k_rope: Tensor, step: Step, q_out: Tensor
@@ -185,6 +162,7 @@ class Attention(nn.Module):
             step.seq_lens,
             kv_lora_rank=self.latent,
             softmax_scale=self.scale,
+            schedule=step.schedule,
         )
         return ops.bf16_gemm(attended, self.value_up, out_dtype=q.dtype)
 
@@ -343,7 +321,7 @@ class Trunk(nn.Module):
 
     def forward(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Embedded tokens to the residual stream and the last layer's update of it."""
-        update = None
+        step, update = step.scheduled(), None
         for layer in self.layers:
             x, update = layer(x, update, step)
         return x, update

@@ -18,6 +18,7 @@ from torch import Tensor
 from kimi_native import _native
 from kimi_native.arena import Arena, ViewsOnly
 from kimi_native.checks import check_integer, check_type
+from kimi_native.contents import check_contents
 
 # ---- runtime settings -----------------------------------------------------------------------------------------------
 
@@ -126,6 +127,8 @@ def call(name: str, tensors: _Tensors, *sizes: float) -> None:
     """
     device = _device_of(name, tensors)
     if uses_cuda(device):
+        if is_synchronous():
+            check_contents(name, tensors, sizes)
         _call_cuda(name, device, [*map(pointer, tensors), *sizes])
     else:
         getattr(_native.cpu, name)(*map(pointer, tensors), *sizes)
@@ -136,12 +139,27 @@ def call_with_workspace(name: str, tensors: _Tensors, *sizes: float) -> None:
     device = _device_of(name, tensors)
     arguments = [*map(pointer, tensors), *sizes]
     if uses_cuda(device):
+        if is_synchronous():
+            check_contents(name, tensors, sizes)
         with _current(device):  # scratch may differ from GPU to GPU
             nbytes = getattr(_native.cuda, name + "_workspace_bytes")(*arguments)
         _call_cuda(name, device, [*arguments, workspace(nbytes, device).data_ptr(), nbytes])
     else:
         nbytes = getattr(_native.cpu, name + "_workspace_bytes")(*arguments)
         getattr(_native.cpu, name)(*arguments, workspace(nbytes, device).data_ptr(), nbytes)
+
+
+def call_with_room(name: str, tensors: _Tensors, *sizes: float) -> Tensor:
+    """The same for an op of a GPU whose scratch is its result: a new tensor, uint8."""
+    device = _device_of(name, tensors)
+    if is_synchronous():
+        check_contents(name, tensors, sizes)
+    arguments = [*map(pointer, tensors), *sizes]
+    with _current(device):
+        nbytes = getattr(_native.cuda, name + "_workspace_bytes")(*arguments)
+    room = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    _call_cuda(name, device, [*arguments, room.data_ptr(), nbytes])
+    return room
 
 
 def pointer(x: Tensor | None) -> int:
@@ -169,6 +187,12 @@ def int4_tiled_bytes(out_features: int, in_features: int) -> tuple[int, int]:
 
 _cuda_on_host = False
 _synchronous = os.environ.get("KIMI_NATIVE_SYNC", "") == "1"
+
+
+def is_synchronous() -> bool:
+    """Whether an op on a GPU looks at contents before it starts, and waits until it is done (KIMI_NATIVE_SYNC=1)."""
+    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return _synchronous and not capturing
 
 
 def uses_cuda(device: torch.device) -> bool:
@@ -213,7 +237,7 @@ def _call_cuda(name: str, device: torch.device, arguments: list[float]) -> None:
         return
     with _current(device):
         op(*arguments, torch.cuda.current_stream(device).cuda_stream)
-    if _synchronous and not torch.cuda.is_current_stream_capturing():
+    if is_synchronous():
         try:
             torch.cuda.synchronize(device)
         except RuntimeError as error:

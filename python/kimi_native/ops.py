@@ -2,7 +2,7 @@
 
 Every op has the same name in reference.py (plain torch, naive, the specification) and in ops.h.
 A TypeError is of an argument's type or a tensor's dtype. A ValueError about contents (ids, slots, pages, lengths, rows)
-is the CPU's: on a GPU the kernel stops, and torch reports an error of the device.
+is the CPU's, and a GPU's with KIMI_NATIVE_SYNC=1; else its kernel stops, and torch reports an error of the device.
 The settings of native.py (backend, tier, threads, recording) are reached as attributes of this module.
 
 Fixed reduction order: natively computed rows depend on their own inputs only, to the last bit, whatever else is in the
@@ -30,6 +30,7 @@ from kimi_native.checks import (
     checked_rank,
     require,
 )
+from kimi_native.mla_schedule import MlaSchedule, schedule_arguments
 from kimi_native.native import (  # noqa: F401  the settings, as attributes of this module
     Recording,
     active_backend,
@@ -43,6 +44,7 @@ from kimi_native.native import (  # noqa: F401  the settings, as attributes of t
     empty,
     force_isa,
     int4_tiled_bytes,
+    is_synchronous,
     num_threads,
     record,
     set_num_threads,
@@ -500,6 +502,7 @@ def mla_decode(
     *,
     kv_lora_rank: int,
     softmax_scale: float,
+    schedule: MlaSchedule | None = None,
 ) -> Tensor:
     """Attention of one new token per sequence over the paged latent cache (absorbed form).
 
@@ -507,6 +510,7 @@ def mla_decode(
     cache       [pages, page_size, kv_lora_rank + qk_rope_head_dim]   bf16 or float32; uint8: FP8 rows (fp8_rows.py)
     page_table  [batch, max_pages]  int32, entries past the last used page are never read
     seq_lens    [batch]             int32, tokens to attend to; 0 gives a zero row
+    schedule    on a GPU: mla_schedule of these seq_lens, which all layers of a step can share
     returns     [batch, heads, kv_lora_rank]  of q's dtype; scores, softmax and sums in fp32
 
     Raises ValueError on a shape, layout or page id, TypeError on a dtype.
@@ -527,6 +531,7 @@ def mla_decode(
     check_cache(op, cache, kv_lora_rank, width - kv_lora_rank)
     check_tensor(op, "page_table", page_table, (batch, None), torch.int32)
     check_tensor(op, "seq_lens", seq_lens, (batch,), torch.int32)
+    max_tokens = page_table.shape[1] * cache.shape[1]
     out = empty((batch, heads, kv_lora_rank), q.dtype, q.device)
     call_with_workspace(
         op,
@@ -540,6 +545,7 @@ def mla_decode(
         cache.shape[1],
         page_table.shape[1],
         softmax_scale,
+        *schedule_arguments(op, schedule, batch=batch, max_tokens=max_tokens),
     )
     return out
 

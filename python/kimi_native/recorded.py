@@ -75,7 +75,9 @@ class RecordedModel:
         return logits
 
     def _is_recorded(self, tokens: int, cache: LatentCache) -> bool:
-        most = MAX_GRAPH_TOKENS if cache.device.type == "cuda" else MAX_RECORDED_TOKENS
+        most = MAX_RECORDED_TOKENS
+        if cache.device.type == "cuda":  # a graph's kernels start unseen
+            most = 0 if ops.is_synchronous() else MAX_GRAPH_TOKENS
         return (
             self._recordable
             and cache is self._cache

@@ -61,15 +61,14 @@ def copy(to: int, source: int, nbytes: int) -> None:
 def run_op(
     name: str,
     *,
-    args: str = "",
     schedule: Schedule = SCHEDULES[0],
     flush: str = "end",
     **fields: object,
 ) -> None:
-    """Calls kn::cuda::NAME with the Args of the op `args` (default: of NAME itself). Tensors are copied in, and back
+    """Calls kn::cuda::NAME. Tensors are copied in, and back
     when the op has run; the same tensor given twice is one buffer. A list of tensors (or of addresses) becomes an array
     of pointers; dtypes are given as torch dtypes. Scratch, if not given, is what the op asks for, and starts as NaN."""
-    args = args_type(args or name)()
+    args = args_type(name)()
     buffers: dict[int, tuple[Span, int]] = {}
     if not gpu.ON_GPU:
         use(schedule)

@@ -178,26 +178,50 @@ def test_cuda_mla_decode_passes_on_nan_in_its_own_sequence_only(place):
 # ---- the schedule ---------------------------------------------------------------------------------------------------
 
 
-def test_cuda_mla_decode_takes_a_schedule_made_before():
+def make_schedule(case, max_splits=0):
+    """The fields that a call with a schedule of its own has."""
+    sizes = {
+        "seq_lens": case.seq_lens,
+        "batch": case.q.shape[0],
+        "max_tokens": case.page_table.shape[1] * case.cache.shape[1],
+        "max_splits": max_splits,
+    }
+    args = args_type("mla_schedule")(**(sizes | {"seq_lens": None}))
+    splits = torch.full((workspace_bytes("mla_schedule", args),), 255, dtype=torch.uint8)
+    run_op("mla_schedule", workspace=splits, workspace_bytes=splits.numel(), **sizes)
+    return {"splits": splits, "max_splits": max_splits}
+
+
+def attend(case, **fields):
+    out = torch.full((*case.q.shape[:2], case.latent), math.nan, dtype=case.q.dtype)
+    run_op("mla_decode", **(fields_of(case, out) | fields))
+    return out
+
+
+@pytest.mark.parametrize("max_splits", [0, 3, 1000])
+def test_cuda_mla_decode_takes_a_schedule_made_before(max_splits):
     case = make([70, 0, 600], heads=4)
     expected = mla_decode(case)
-    out = torch.full_like(expected, math.nan)
+    fields = make_schedule(case, max_splits)
+    for _ in range(2):  # as two layers would
+        assert_same_bits(attend(case, **fields), expected)
+
+
+def test_cuda_mla_decode_needs_less_scratch_with_fewer_splits():
+    case = make([70, 0, 600], heads=4, max_pages=100)
     args = args_type("mla_decode")()
+    out = torch.empty(3, 4, LATENT, dtype=BF16)
     for name, value in fields_of(case, out).items():
         if isinstance(value, int | float):
             setattr(args, name, value)
-    scratch = torch.full((workspace_bytes("mla_decode", args) // 4,), math.nan)
-    fields = fields_of(case, out) | {
-        "workspace": scratch,
-        "workspace_bytes": scratch.numel() * 4,
-    }
-    run_op("mla_schedule", args="mla_decode", **fields)
-    for _ in range(2):  # as two layers would
-        run_op("mla_decode_scheduled", args="mla_decode", **fields)
-        assert_same_bits(out, expected)
+    args.splits = 64
+    every = workspace_bytes("mla_decode", args)
+    args.max_splits = 3
+    assert every == 3 * -(-100 * case.cache.shape[1] // SPLIT) * 4 * (LATENT * 4 + 8)
+    assert workspace_bytes("mla_decode", args) == 3 * 4 * (LATENT * 4 + 8)
 
 
-def test_cuda_mla_decode_uses_a_larger_workspace_for_shared_pages():
+def test_cuda_mla_decode_of_shared_pages():
     # Eight sequences of the same two pages have more splits than those pages have.
     case = make([1100], heads=1, page_size=1088, max_pages=2)
     alone = mla_decode(case)
@@ -205,27 +229,23 @@ def test_cuda_mla_decode_uses_a_larger_workspace_for_shared_pages():
     case.page_table = case.page_table.expand(8, 2).contiguous()
     case.cache = case.cache[sorted(set(case.page_table[0].tolist()))].contiguous()
     case.page_table = case.page_table - case.page_table.min()
-    room = torch.full((100_000,), math.nan)
-    out = mla_decode(case, workspace=room, workspace_bytes=room.numel() * 4)
-    assert_same_bits(out, alone.expand(8, 1, LATENT))
+    assert_same_bits(mla_decode(case), alone.expand(8, 1, LATENT))
 
 
 @pytest.mark.parametrize("splits", [9, 512, 515])
 def test_cuda_mla_decode_combines_any_number_of_splits(splits):
-    """A schedule written here instead: the last two tokens and the last one in turn, all with the same weight."""
-    case = make([600], heads=1, scale=0.0)
-    for i in (598, 599):
+    """Splits written here instead: the last two tokens and the last one in turn, all with the same weight."""
+    length = splits * SPLIT  # of pages that are all the same
+    case = make([64], heads=1, scale=0.0, page_size=64)
+    for i in (62, 63):
         case.row(0, i).copy_((randn(576, dtype=BF16, seed=i) * 4).round())
-    each = LATENT * 4 + 8  # values, stats; behind those of all splits, their places
-    workspace = torch.full(((16 + splits * (each + 8)) // 4,), math.nan)
-    words = workspace.view(torch.int32)
-    words[:2] = torch.tensor([0, splits])
-    places = torch.stack([torch.zeros(splits), 598 + torch.arange(splits) % 2], dim=1)
-    words[-2 * splits :] = places.int().flatten()
-    out = torch.full((1, 1, LATENT), math.nan, dtype=BF16)
-    fields = fields_of(case, out) | {"workspace": workspace, "workspace_bytes": 4 * len(words)}
-    run_op("mla_decode_scheduled", args="mla_decode", **fields)
-    pairs, (x, y) = (splits + 1) // 2, (case.row(0, i)[:LATENT].float() for i in (598, 599))
+    case.page_table = case.page_table[:, :1].expand(1, length // 64).contiguous()
+    case.seq_lens[0] = length
+    words = torch.zeros(4 + 2 * splits, dtype=torch.int32)
+    words[1] = splits
+    words[5::2] = length - 2 + torch.arange(splits) % 2
+    out = attend(case, splits=words)
+    pairs, (x, y) = (splits + 1) // 2, (case.row(0, i)[:LATENT].float() for i in (62, 63))
     assert_same_bits(out[0, 0], ((pairs * x + splits * y) / (pairs + splits)).to(BF16))
 
 
@@ -233,10 +253,10 @@ def test_cuda_mla_decode_combines_any_number_of_splits(splits):
 @pytest.mark.parametrize(
     ("seq_lens", "place", "page", "message"),
     [
-        ([65], 1, -1, "used page ids must be 0 to pages - 1"),
-        ([65], 1, 5, "used page ids must be 0 to pages - 1"),
-        ([129], None, None, r"seq_lens must be 0 to max_pages \* page_size"),
-        ([-1], None, None, r"seq_lens must be 0 to max_pages \* page_size"),
+        ([65], 1, -1, "mla_decode: used page ids must be 0 to pages - 1"),
+        ([65], 1, 5, "mla_decode: used page ids must be 0 to pages - 1"),
+        ([129], None, None, r"mla_schedule: seq_lens must be 0 to max_pages \* page_size"),
+        ([-1], None, None, r"mla_schedule: seq_lens must be 0 to max_pages \* page_size"),
     ],
 )
 def test_cuda_mla_decode_stops_at_what_is_out_of_range(seq_lens, place, page, message):
@@ -244,19 +264,25 @@ def test_cuda_mla_decode_stops_at_what_is_out_of_range(seq_lens, place, page, me
     case.seq_lens[0] = seq_lens[0]
     if place is not None:
         case.page_table[0, place] = page
-    with pytest.raises(Fault, match=f"mla_decode: {message}"):
+    with pytest.raises(Fault, match=message):
         mla_decode(case)
 
 
 @simt_only
-def test_cuda_mla_decode_stops_when_shared_pages_need_more_splits_than_there_is_room_for():
-    case = make([1100], heads=1, page_size=1088, max_pages=2)
-    case.q = case.q.expand(8, 1, 576).contiguous()
-    case.seq_lens = case.seq_lens.expand(8).clone()
-    case.page_table = (case.page_table - case.page_table.min()).expand(8, 2).contiguous()
-    case.cache = case.cache[:2].clone()
-    with pytest.raises(Fault, match="mla_decode: the workspace must hold all splits"):
-        mla_decode(case)
+def test_cuda_mla_schedule_stops_when_there_are_more_splits_than_room():
+    with pytest.raises(Fault, match="mla_schedule: all splits must be at most max_splits"):
+        make_schedule(make([1100, 1], heads=1), max_splits=3)
+
+
+@simt_only
+@pytest.mark.parametrize("hopper", [False, True])
+@pytest.mark.parametrize("lengths", [[600, 64], [70, 600], [0, 600], [1025, 1025]])
+def test_cuda_mla_decode_stops_at_a_schedule_of_other_lengths(lengths, hopper):
+    case = make([1100, 600], heads=33, page_size=64)
+    fields = make_schedule(case)
+    case.seq_lens = torch.tensor(lengths, dtype=torch.int32)
+    with pytest.raises(Fault, match="mla_decode: the schedule must be of these seq_lens"):
+        attend(case, schedule=Schedule(hopper=hopper), **fields)
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
@@ -273,19 +299,39 @@ def test_cuda_mla_decode_stops_when_shared_pages_need_more_splits_than_there_is_
         ({"qk_rope_head_dim": 32}, "must be 512 and 64 on a GPU"),
         ({"page_size": 48}, "page_size must be a multiple of 32"),
         ({"max_pages": 2**26}, r"below 2\^31 - 512"),
+        ({"max_splits": -1}, "max_splits must be >= 0"),
+        ({"splits": 72}, "splits must be 16-byte aligned"),
         ({"softmax_scale": math.inf}, "softmax_scale must be finite"),
         ({"seq_lens": None}, "seq_lens must not be null"),
-        ({"workspace_bytes": 4}, "workspace must have 2080 bytes"),
+        ({"workspace_bytes": 4}, "workspace must have 2088 bytes"),
         ({"workspace": 72}, "16-byte aligned"),
     ],
 )
-@pytest.mark.parametrize("name", ["mla_decode", "mla_schedule", "mla_decode_scheduled"])
-def test_cuda_mla_decode_refuses_what_does_not_fit(name, change, message):
+def test_cuda_mla_decode_refuses_what_does_not_fit(change, message):
     fields = {"batch": 1, "heads": 1, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
     fields |= {"pages": 9, "page_size": 64, "max_pages": 2, "q": 64, "cache": 64, "out": 64}
     fields |= {"page_table": 64, "seq_lens": 64, "workspace": 64, "workspace_bytes": 100000}
-    with pytest.raises(ValueError, match=message):
-        run_op(name, args="mla_decode", **(fields | change))
+    with pytest.raises(ValueError, match=f"mla_decode: .*{message}"):
+        run_op("mla_decode", **(fields | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch": -1}, r"need batch, max_tokens >= 0 \(got batch=-1, max_tokens=128\)"),
+        ({"max_tokens": -1}, "need batch, max_tokens >= 0"),
+        ({"max_tokens": 2**31}, r"below 2\^31 - 512"),
+        ({"max_splits": -2}, r"max_splits must be >= 0 \(got -2\)"),
+        ({"seq_lens": None}, "seq_lens must not be null"),
+        ({"workspace_bytes": 31}, "workspace must have 32 bytes, 16-byte aligned"),
+        ({"workspace": 72}, "workspace must have 32 bytes, 16-byte aligned"),
+    ],
+)
+def test_cuda_mla_schedule_refuses_what_does_not_fit(change, message):
+    fields = {"seq_lens": 64, "batch": 1, "max_tokens": 128, "max_splits": 0}
+    fields |= {"workspace": 64, "workspace_bytes": 32}
+    with pytest.raises(ValueError, match=f"mla_schedule: .*{message}"):
+        run_op("mla_schedule", **(fields | change))
 
 
 @pytest.mark.parametrize(
@@ -302,4 +348,4 @@ def test_cuda_mla_decode_refuses_bad_buffers(change, message):
     fields |= {"pages": 9, "page_size": 64, "max_pages": 2, "q": 64, "cache": 64, "out": 64}
     fields |= {"page_table": 64, "seq_lens": 64, "workspace": 64, "workspace_bytes": 100000}
     with pytest.raises(ValueError, match=message):
-        run_op("mla_decode_scheduled", args="mla_decode", **(fields | change))
+        run_op("mla_decode", **(fields | change))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kimi_native import native
+from kimi_native import mla_schedule, native, ops
 from kimi_native.cache import LatentCache
-from kimi_native.errors import RequestError
+from kimi_native.errors import MemoryPlanError, RequestError
 from kimi_native.loader import load_model
 from kimi_native.make_checkpoint import make_checkpoint
-from kimi_native.placement import HostExperts, check_device, device_bytes, place
+from kimi_native.placement import WORKING_BYTES, HostExperts, check_device, device_bytes, place
 from kimi_native.quant.modules import Int4Experts
 from simt import Schedule, library_path, simt_only, use
 
@@ -118,6 +118,29 @@ def test_cuda_model_decodes_in_bf16_as_exactly_as_the_cpu(folder, rows):
     assert errors[1].max() <= 2 * errors[0].max()
 
 
+def test_cuda_model_makes_one_schedule_a_step_for_all_its_layers(folder, monkeypatch):
+    model, _ = load_model(folder / "int4")
+    schedules, calls = [], []
+    call_with_room, call_with_workspace = mla_schedule.call_with_room, ops.call_with_workspace
+
+    def made(*arguments):
+        schedules.append(call_with_room(*arguments))
+        return schedules[-1]
+
+    def called(name, *arguments):
+        calls.append((name, arguments[-2]))  # of mla_decode: the address of its splits
+        call_with_workspace(name, *arguments)
+
+    monkeypatch.setattr(mla_schedule, "call_with_room", made)
+    monkeypatch.setattr(ops, "call_with_workspace", called)
+    with native.cuda_on_host(library_path()):
+        place(model, HOST, experts_on_cpu=False, cache_bytes=0)
+        decode(model, torch.bfloat16)
+    expected = [s.data_ptr() for s in schedules for _ in range(model.config.num_hidden_layers)]
+    assert len(schedules) == 3
+    assert [splits for name, splits in calls if name == "mla_decode"] == expected
+
+
 def test_cuda_model_counts_the_bytes_that_it_takes(folder):
     model, _ = load_model(folder / "int4")
     expected = device_bytes(model, experts_on_cpu=False)
@@ -132,6 +155,28 @@ def test_cuda_model_counts_the_bytes_that_it_takes(folder):
                 for w in weights.weights:
                     taken += w.weight_packed.numel() + w.weight_scale.numel()
     assert taken == expected
+
+
+@pytest.mark.parametrize("experts_on_cpu", [False, True])
+@pytest.mark.parametrize("cache_bytes", [0, 5 << 20])
+def test_cuda_model_is_refused_before_a_copy_where_there_is_no_room(
+    folder, monkeypatch, experts_on_cpu, cache_bytes
+):
+    """A GPU of torch's words alone: nothing may be moved to it."""
+    model, _ = load_model(folder / "int4")
+    needed = device_bytes(model, experts_on_cpu=experts_on_cpu) + cache_bytes + WORKING_BYTES
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed - 1, 1 << 40))
+    with pytest.raises(
+        MemoryPlanError, match=r"^memory: the model needs .* on cuda:1, .* are free"
+    ):
+        place(
+            model,
+            torch.device("cuda:1"),
+            experts_on_cpu=experts_on_cpu,
+            cache_bytes=cache_bytes,
+        )
+    assert {p.device for p in model.parameters()} == {HOST}
+    assert not any(isinstance(m, HostExperts) for m in model.modules())
 
 
 def test_cuda_model_refuses_widths_without_a_kernel(folder):

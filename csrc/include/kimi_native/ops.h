@@ -154,6 +154,8 @@ struct MlaDecodeArgs {
   int64_t batch, heads, kv_lora_rank, qk_rope_head_dim;
   int64_t pages, page_size, max_pages;
   float softmax_scale;
+  const void* splits;  // on a GPU: of mla_schedule, or null: they are made for this call
+  int64_t max_splits;  // on a GPU: see MlaScheduleArgs
   void* workspace;
   int64_t workspace_bytes;
 };
@@ -275,14 +277,23 @@ void bf16_gemm(const Bf16GemmArgs&, void* stream);
 int64_t int8_gemm_workspace_bytes(const Int8GemmArgs&);
 void int8_gemm(const Int8GemmArgs&, void* stream);
 
+// The splits of the sequences that mla_decode attends to one by one: they depend on seq_lens alone,
+// so one schedule serves all layers of a step. The workspace, 16-byte aligned, gets it.
+struct MlaScheduleArgs {
+  const int32_t* seq_lens;  // [batch], 0 .. max_tokens
+  int64_t batch;
+  int64_t max_tokens;  // max_pages * page_size
+  int64_t max_splits;  // that there is room for, of 512 tokens each; 0: of any seq_lens
+  void* workspace;
+  int64_t workspace_bytes;
+};
+int64_t mla_schedule_workspace_bytes(const MlaScheduleArgs&);
+void mla_schedule(const MlaScheduleArgs&, void* stream);
+
 // kv_lora_rank 512 and qk_rope_head_dim 64, bf16 with a cache in bf16 or fp8, pages of a multiple
-// of 32 tokens; q, cache and out 16-byte aligned. The workspace is enough if sequences share no
-// pages; a larger one than asked for is used. mla_decode is mla_schedule, then
-// mla_decode_scheduled: mla_schedule reads seq_lens alone and leaves its result in the workspace,
-// where it serves all layers of a step.
+// of 32 tokens; q, cache and out 16-byte aligned. Splits given must be of the same seq_lens, batch,
+// max_pages * page_size and max_splits.
 int64_t mla_decode_workspace_bytes(const MlaDecodeArgs&);
-void mla_schedule(const MlaDecodeArgs&, void* stream);
-void mla_decode_scheduled(const MlaDecodeArgs&, void* stream);
 void mla_decode(const MlaDecodeArgs&, void* stream);
 
 // One id from each row of logits, as sampling.sample chooses it. Of what is allowed: the lowest of

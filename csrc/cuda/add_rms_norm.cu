@@ -34,6 +34,9 @@ __global__ void __launch_bounds__(kNormThreads)
 void add_rms_norm(const AddRmsNormArgs& a, void* stream) {
   check_op(a);
   if (a.tokens == 0) return;
+  const int64_t bytes = dtype_bytes(a.dtype);
+  check_elements("add_rms_norm",
+                 {{a.x, bytes}, {a.residual, bytes}, {a.weight, 2}, {a.y, bytes}, {a.sum, bytes}});
   const LaunchConfig config{"add_rms_norm", grid_of("add_rms_norm", a.tokens), dim3(kNormThreads),
                             kNormSharedBytes, stream};
   const bool aligned = is_aligned({a.x, a.residual, a.weight, a.y, a.sum}, {a.hidden});

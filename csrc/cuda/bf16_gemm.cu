@@ -37,18 +37,21 @@ __global__ void __launch_bounds__(kLimbThreads)
 }
 
 void check_alignment(const Bf16GemmArgs& a) {
-  KN_REQUIRE(a.in % kPieceColumns == 0 && a.weight_head_stride % kPieceColumns == 0, kOp,
-             ": in and weight_head_stride must be multiples of 8 on a GPU (got in=", a.in,
-             ", weight_head_stride=", a.weight_head_stride, ")");
+  KN_REQUIRE(
+      a.in % kPieceColumns == 0 && (a.heads == 1 || a.weight_head_stride % kPieceColumns == 0), kOp,
+      ": in and weight_head_stride must be multiples of 8 on a GPU (got in=", a.in,
+      ", weight_head_stride=", a.weight_head_stride, ")");
   KN_REQUIRE(a.weight && uintptr_t(a.weight) % 16 == 0, kOp,
              ": weight must be 16-byte aligned on a GPU (got ", (const void*)a.weight, ")");
   KN_REQUIRE(a.y && uintptr_t(a.y) % uintptr_t(dtype_bytes(a.y_dtype)) == 0, kOp,
              ": y must be aligned to its elements on a GPU (got ", a.y, ")");
+  const int64_t token_stride = a.tokens > 1 ? a.x_token_stride : 0;
+  const int64_t head_stride = a.heads > 1 ? a.x_head_stride : 0;
   if (a.x_dtype == DType::kFp32)
     KN_REQUIRE(a.x && uintptr_t(a.x) % 4 == 0, kOp,
                ": fp32 x must be 4-byte aligned on a GPU (got ", a.x, ")");
   else
-    KN_REQUIRE(a.x && is_aligned({a.x}, {a.x_token_stride, a.x_head_stride}), kOp,
+    KN_REQUIRE(a.x && is_aligned({a.x}, {token_stride, head_stride}), kOp,
                ": rows of bf16 x must be 16-byte aligned on a GPU (got x=", a.x,
                ", x_token_stride=", a.x_token_stride, ", x_head_stride=", a.x_head_stride, ")");
 }

@@ -19,11 +19,13 @@ constexpr int kTilePlaneBytes = kTileSide * kChunkBytes;
 constexpr int kWarpRowTiles = 4, kWarpTokenTiles = 4;  // 64 rows, 32 tokens
 
 template <int kLimbs>
-constexpr int kTileStages = kLimbs == 1 ? 4 : 3;  // 64 and 96 KB: sm_86 and sm_120 have 99
+constexpr int kTileStages = kLimbs == 1 ? 4 : 3;  // 64 and 96 KB
 template <int kLimbs>
 constexpr int kTileStageBytes = (1 + kLimbs) * kTilePlaneBytes;
 template <int kLimbs>
 constexpr int kTileSharedBytes = kTileStages<kLimbs> * kTileStageBytes<kLimbs>;
+static_assert(kTileSharedBytes<1> <= kSharedBytesAnywhere);
+static_assert(kTileSharedBytes<3> <= kSharedBytesAnywhere);
 
 using TileSums = float[kWarpRowTiles][kWarpTokenTiles][4];
 

@@ -103,6 +103,7 @@ void int4_gemm(const Int4GemmArgs& a, void* stream) {
     KN_REQUIRE(p && uintptr_t(p) % 16 == 0, kOp,
                ": weights (from int4_pack) and workspace must be 16-byte aligned (got ", p, ")");
   KN_REQUIRE(a.x && a.y, kOp, ": x and y must not be null (got ", a.x, ", ", a.y, ")");
+  check_elements(kOp, {{a.x, dtype_bytes(a.x_dtype)}, {a.y, dtype_bytes(a.y_dtype)}});
   const Matrix weight = {a.weight_packed, reinterpret_cast<const uint8_t*>(a.weight_scale)};
   if (needs_sm90(a)) return multiply_sm90(a, weight, stream);
   const GemmArgs gemm{weight,

@@ -24,6 +24,7 @@ constexpr int kPartialFloats = kSegmentTokens * int(kTileRows);  // of a warp an
 template <int kMatrices>
 constexpr int kRowSharedBytes =
     kRowWarps * kMatrices * (kStages * kStageBytes + kPartialFloats * 4);
+static_assert(kRowSharedBytes<2> <= kSharedBytesAnywhere);
 
 // Rows of y that belong to one expert; none if `count` is 0.
 struct RowRange {
@@ -169,7 +170,7 @@ __device__ __forceinline__ void multiply_rows(const Matrix (&m)[kMatrices], int6
 // ---- activations --------------------------------------------------------------------------------
 
 template <typename T>
-__global__ void __launch_bounds__(kRowThreads)
+static __global__ void __launch_bounds__(kRowThreads)
     int4_prepare_kernel(const T* x, int64_t in, uint8_t* limbs, float* steps, int64_t groups) {
   const int64_t token = int64_t(blockIdx.x);
   const int64_t group = int64_t(blockIdx.y) * kRowWarps + threadIdx.x / 32;

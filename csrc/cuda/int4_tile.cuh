@@ -29,7 +29,8 @@ constexpr int kLimbsAt = kManySlots * kStageBytes;  // in a stage
 constexpr int kStepsAt = kLimbsAt + kManyTokens * kTokenBytes;
 constexpr int kManyStageBytes = kStepsAt + kManyTokens * 2 * kStepBytes;
 constexpr int kRowsAt = kManyStages * kManyStageBytes;       // prepared rows of the tokens, or -1
-constexpr int kManySharedBytes = kRowsAt + kManyTokens * 4;  // 87 KB: sm_86 and sm_120 have 99
+constexpr int kManySharedBytes = kRowsAt + kManyTokens * 4;  // 87 KB
+static_assert(kManySharedBytes <= kSharedBytesAnywhere);
 
 template <int kMatrices>
 constexpr int kManyRowTiles = kManySlots / kMatrices;  // of a block

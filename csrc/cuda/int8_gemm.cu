@@ -135,11 +135,12 @@ int64_t int8_gemm_workspace_bytes(const Int8GemmArgs& a) {
 void int8_gemm(const Int8GemmArgs& a, void* stream) {
   const int64_t needed = int8_gemm_workspace_bytes(a);
   if (a.tokens == 0 || a.out == 0) return;
+  check_elements(
+      kOp, {{a.x, dtype_bytes(a.x_dtype)}, {a.weight_scale, 2}, {a.y, dtype_bytes(a.y_dtype)}});
   KN_REQUIRE(a.weight && uintptr_t(a.weight) % 16 == 0, kOp,
              ": weight must be 16-byte aligned on a GPU (got ", (const void*)a.weight, ")");
-  KN_REQUIRE(a.x && a.y && a.weight_scale && uintptr_t(a.weight_scale) % 2 == 0, kOp,
-             ": x, y and weight_scale must be aligned to their elements (got ", a.x, ", ", a.y,
-             ", ", (const void*)a.weight_scale, ")");
+  KN_REQUIRE(a.x && a.y && a.weight_scale, kOp, ": x, y and weight_scale must not be null (got ",
+             a.x, ", ", a.y, ", ", (const void*)a.weight_scale, ")");
   KN_REQUIRE(a.workspace && uintptr_t(a.workspace) % 16 == 0 && a.workspace_bytes >= needed, kOp,
              ": workspace must have ", needed, " bytes, 16-byte aligned (got ", a.workspace_bytes,
              " at ", a.workspace, ")");

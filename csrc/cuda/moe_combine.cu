@@ -42,6 +42,11 @@ __global__ void __launch_bounds__(kThreads)
 void moe_combine(const MoeCombineArgs& a, void* stream) {
   const int64_t rows = check_op(a);
   if (a.tokens == 0) return;
+  check_elements("moe_combine", {{a.rows, dtype_bytes(a.rows_dtype)},
+                                 {a.row_index, 4},
+                                 {a.topk_weights, 4},
+                                 {a.shared, dtype_bytes(a.out_dtype)},
+                                 {a.out, dtype_bytes(a.out_dtype)}});
   const int64_t columns = (a.hidden + kThreads * kRun - 1) / (kThreads * kRun);
   const LaunchConfig config{"moe_combine", grid_of("moe_combine", a.tokens, columns),
                             dim3(kThreads), 0, stream};

@@ -11,6 +11,7 @@
 // Every word of `counts` is written by one lane of its own warp: no atomics, and the same result in
 // every run. Bytes: ids twice, 8 bytes a row out; nothing next to the experts. Up to 4096 experts.
 #include "core/op_checks.h"
+#include "cuda/elements.h"
 #include "cuda/reduce.cuh"
 
 namespace kn::cuda {
@@ -109,6 +110,8 @@ void moe_dispatch(const MoeDispatchArgs& a, void* stream) {
   const int64_t rows = check_op(a);
   KN_REQUIRE(a.experts <= kMaxExperts, "moe_dispatch: experts must be 1 to ", kMaxExperts,
              " on a GPU (got ", a.experts, ")");
+  check_elements("moe_dispatch",
+                 {{a.topk_ids, 4}, {a.token_index, 4}, {a.row_index, 4}, {a.expert_offsets, 4}});
   const DispatchPlan plan = make_plan(rows, a.experts);
   const size_t shared_bytes = 4 * (size_t(plan.warps) + size_t(plan.segments) * size_t(a.experts));
   launch({"moe_dispatch", dim3(1), dim3(unsigned(plan.warps) * 32), shared_bytes, stream},

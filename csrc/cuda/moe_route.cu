@@ -11,6 +11,7 @@
 // Order: softmax sums in double, each thread ascending, then block_sum; the chosen scores best
 // first.
 #include "core/op_checks.h"
+#include "cuda/elements.h"
 #include "cuda/order_key.cuh"
 #include "cuda/reduce.cuh"
 
@@ -189,6 +190,8 @@ __global__ void __launch_bounds__(kThreads) moe_route_kernel(MoeRouteArgs a) {
 void moe_route(const MoeRouteArgs& a, void* stream) {
   check_op(a);
   if (a.tokens == 0) return;
+  check_elements("moe_route",
+                 {{a.logits, 4}, {a.correction_bias, 4}, {a.topk_ids, 4}, {a.topk_weights, 4}});
   launch({"moe_route", grid_of("moe_route", a.tokens), dim3(kThreads), size_t(shared_bytes(a)),
           stream},
          moe_route_kernel, a);

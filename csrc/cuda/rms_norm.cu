@@ -24,6 +24,8 @@ __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(RmsNormArgs a, b
 void rms_norm(const RmsNormArgs& a, void* stream) {
   check_op(a);
   if (a.tokens == 0) return;
+  const int64_t bytes = dtype_bytes(a.dtype);
+  check_elements("rms_norm", {{a.x, bytes}, {a.weight, 2}, {a.y, bytes}});
   const LaunchConfig config{"rms_norm", grid_of("rms_norm", a.tokens), dim3(kNormThreads),
                             kNormSharedBytes, stream};
   const bool aligned = is_aligned({a.x, a.weight, a.y}, {a.hidden, a.x_token_stride});

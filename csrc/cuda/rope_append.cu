@@ -104,8 +104,15 @@ void with_cache_type(DType dtype, F f) {
 void rope_append(const RopeAppendArgs& a, void* stream) {
   check_op(a);
   if (a.tokens == 0) return;
-  KN_REQUIRE(a.cache_dtype != DType::kFp8 || uintptr_t(a.cache) % 4 == 0,
-             "rope_append: an fp8 cache must be 4-byte aligned on a GPU (got ", a.cache, ")");
+  const int64_t bytes = dtype_bytes(a.dtype);
+  check_elements("rope_append", {{a.q, bytes},
+                                 {a.latent, bytes},
+                                 {a.k_rope, bytes},
+                                 {a.cos, 4},
+                                 {a.sin, 4},
+                                 {a.slots, 8},
+                                 {a.q_out, dtype_bytes(a.q_out_dtype)},
+                                 {a.cache, dtype_bytes(a.cache_dtype)}});
   const LaunchConfig config{"rope_append", grid_of("rope_append", a.tokens), dim3(kThreads), 0,
                             stream};
   with_type(a.dtype, [&](auto x) {

@@ -260,6 +260,7 @@ void sample(const SampleArgs& a, void* stream) {
   KN_REQUIRE(a.workspace && uintptr_t(a.workspace) % 8 == 0 && a.workspace_bytes >= needed, op,
              ": workspace must have ", needed, " bytes, 8-byte aligned (got ", a.workspace_bytes,
              " at ", a.workspace, ")");
+  check_elements(op, {{a.logits, 4}, {a.options, 8}, {a.top_k, 4}, {a.ids, 4}});
   const Partials p = partials_of(a, chunks);
   const bool aligned = is_aligned({a.logits}, {a.vocab});
   const dim3 each_chunk = grid_of(op, chunks, a.rows), block(kCountThreads);

@@ -27,6 +27,8 @@ void swiglu(const SwigluArgs& a, void* stream) {
   check_op(a);
   const int64_t count = a.tokens * a.width;
   if (count == 0) return;
+  const int64_t bytes = dtype_bytes(a.dtype);
+  check_elements("swiglu", {{a.gate, bytes}, {a.up, bytes}, {a.y, bytes}});
   const int64_t blocks = (count + kThreads * kRun - 1) / (kThreads * kRun);
   const LaunchConfig config{"swiglu", grid_of("swiglu", blocks), dim3(kThreads), 0, stream};
   with_type(a.dtype, [&](auto type) {

@@ -147,6 +147,13 @@ def test_cuda_bf16_gemm_takes_heads_that_share_x_or_weight():
     assert_close(bf16_gemm(many_x, w.expand(3, 24, 64)), *expect(many_x, w.expand(3, 24, 64), FP32))
 
 
+@pytest.mark.parametrize("x_dtype", [BF16, FP32])
+def test_cuda_bf16_gemm_takes_any_stride_of_a_dimension_of_one(x_dtype):
+    x, w = randn(1, 1, 64, dtype=x_dtype), randn(1, 24, 64, dtype=BF16, seed=1)
+    odd_x, odd_w = x.as_strided(x.shape, (3, 5, 1)), w.as_strided(w.shape, (7, 64, 1))
+    assert_same_bits(bf16_gemm(odd_x, odd_w), bf16_gemm(x, w))
+
+
 # ---- one order of sums ----------------------------------------------------------------------------------------------
 
 
@@ -188,7 +195,7 @@ def test_cuda_bf16_gemm_of_many_tokens_has_no_bank_conflicts():
         ({"in": 0}, "need tokens >= 0 and heads, out, in >= 1"),
         ({"x_dtype": 2}, r"x must be bf16 \(0\) or fp32 \(1\)"),
         ({"in": 36}, r"in and weight_head_stride must be multiples of 8 on a GPU \(got in=36"),
-        ({"weight_head_stride": 60}, "weight_head_stride must be multiples of 8"),
+        ({"weight_head_stride": 60, "heads": 2}, "weight_head_stride must be multiples of 8"),
         ({"weight": 8}, "weight must be 16-byte aligned on a GPU"),
         ({"weight": None}, "weight must be 16-byte aligned on a GPU"),
         ({"x": 68}, "rows of bf16 x must be 16-byte aligned on a GPU"),

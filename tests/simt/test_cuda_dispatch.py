@@ -5,6 +5,8 @@ The numbers are the other tests' business; here every op must hand the same argu
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -122,3 +124,11 @@ def test_cuda_dispatch_leaves_the_package_with_its_own_library():
 def test_cuda_dispatch_passes_the_kernels_error_on():
     with pytest.raises(ValueError, match="moe_dispatch: experts must be 1 to 4096 on a GPU"):
         ops.moe_dispatch(torch.zeros(1, 1, dtype=torch.int32), 5000)
+
+
+def test_cuda_dispatch_refuses_tensors_of_two_devices():
+    here, there = randn(3, 96, dtype=BF16), SimpleNamespace(device=torch.device("cuda:1"))
+    with pytest.raises(
+        RuntimeError, match=r"rms_norm: tensors must be on one device \(got cpu and cuda:1\)"
+    ):
+        native.call("rms_norm", (here, None, there))

@@ -83,6 +83,21 @@ def test_cuda_int4_grouped_gemm_matches_float64(out, in_, dtype, counts, schedul
     assert_within(y, expected, bound)
 
 
+# Eleven segments of which a block of 1300 rows, on a device as small as the shim's, gets every fifth.
+MANY_SEGMENTS = (3, 0, 17, 1, 16, 20, 0, 5, 32, 2)
+
+
+@schedules
+def test_cuda_int4_grouped_gemm_goes_from_segment_to_segment(schedule):
+    x, dispatch, packed, expected, bound = down_case(MANY_SEGMENTS, 1300, 96, BF16)
+    tiles, scales = pointers(packed, MANY_SEGMENTS)
+    weights = {"weight_packed": tiles, "weight_scale": scales}
+    y = run_grouped(
+        "int4_grouped_gemm", x, dispatch, weights, 1300, y_dtype=BF16, schedule=schedule
+    )
+    assert_within(y, expected, bound)
+
+
 # Experts with segments alone, a tile alone, and a tile with segments behind it.
 MIXED = (3, 0, 1, 17, 40, 150, 0)
 

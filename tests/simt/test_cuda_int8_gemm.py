@@ -103,8 +103,8 @@ def test_cuda_int8_gemm_reads_shared_memory_without_bank_conflicts():
         ({"workspace_bytes": 10}, "workspace must have 272 bytes"),
         ({"workspace": 72}, "16-byte aligned"),
         ({"weight": 8}, "weight must be 16-byte aligned on a GPU"),
-        ({"weight_scale": 65}, "weight_scale must be aligned to their elements"),
-        ({"x": None}, "x, y and weight_scale must be"),
+        ({"weight_scale": 65}, r"aligned to their elements of 2 bytes on a GPU \(got 0x41\)"),
+        ({"x": None}, "x, y and weight_scale must not be null"),
     ],
 )
 def test_cuda_int8_gemm_refuses_what_does_not_fit(change, message):

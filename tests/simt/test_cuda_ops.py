@@ -12,6 +12,7 @@ import torch
 
 import test_moe_route
 from kimi_native import ops, reference
+from op_args import args_type
 from oracle_dense import TINY, U, assert_close, assert_same_bits, randn
 from simt import SCHEDULES, Fault, simt_only
 from simt_ops import run_op
@@ -364,3 +365,34 @@ def test_cuda_moe_combine_stops_at_a_row_out_of_range(bad):
 def test_cuda_ops_refuse_bad_sizes(name, fields, message):
     with pytest.raises(ValueError, match=message):
         run_op(name, **fields)
+
+
+SIZES = {"tokens": 1, "topk": 1, "experts": 1, "hidden": 8, "width": 8, "heads": 1}
+SIZES |= {"n_group": 1, "topk_group": 1, "x_token_stride": 8, "eps": EPS, "cache_rows": 1}
+SIZES |= {"kv_lora_rank": 8, "qk_rope_head_dim": 8, "q_token_stride": 8, "q_head_stride": 8}
+SIZES |= {"q_out_token_stride": 8, "q_out_head_stride": 8, "latent_token_stride": 8}
+SIZES |= {"k_rope_token_stride": 8, "rows": 1, "vocab": 8, "workspace": 64, "workspace_bytes": 4096}
+TENSORS = {
+    "rms_norm": {"x": 2, "weight": 2, "y": 2},
+    "add_rms_norm": {"x": 2, "residual": 2, "weight": 2, "y": 2, "sum": 2},
+    "swiglu": {"gate": 2, "up": 2, "y": 2},
+    "rope_append": {"q": 2, "latent": 2, "k_rope": 2, "cos": 4, "sin": 4, "slots": 8, "q_out": 2}
+    | {"cache": 2},
+    "moe_route": {"logits": 4, "correction_bias": 4, "topk_ids": 4, "topk_weights": 4},
+    "moe_dispatch": {"topk_ids": 4, "token_index": 4, "row_index": 4, "expert_offsets": 4},
+    "moe_combine": {"rows": 2, "row_index": 4, "topk_weights": 4, "shared": 2, "out": 2},
+    "sample": {"logits": 4, "options": 8, "top_k": 4, "ids": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"), [(name, tensor) for name, ts in TENSORS.items() for tensor in ts]
+)
+def test_cuda_ops_refuse_tensors_that_cut_their_elements(name, tensor):
+    known = {field for field, _ in args_type(name)._fields_}
+    fields = {field: size for field, size in SIZES.items() if field in known}
+    fields |= dict.fromkeys(TENSORS[name], 64)
+    nbytes = TENSORS[name][tensor]
+    message = f"{name}: tensors must be aligned to their elements of {nbytes} bytes on a GPU"
+    with pytest.raises(ValueError, match=message):
+        run_op(name, **(fields | {tensor: 64 + nbytes // 2}))

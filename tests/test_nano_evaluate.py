@@ -107,6 +107,23 @@ def test_evaluate_finds_the_trusting_assistant_out():
     assert trusts.exact.count <= trusts.solved.count
 
 
+@pytest.mark.parametrize("at_once", [1, 7, 60, 1000])
+def test_evaluate_plays_so_many_at_once_and_gets_the_same_score(at_once):
+    asked = []
+
+    def answer_all(episodes):
+        asked.append(len(episodes))
+        return [trusting(e.messages, e.tools) for e in episodes]
+
+    arguments = {"num_steps": 5, "failures": Failures(0.2), "count": 60}
+    score = evaluate_all(answer_all, at_once=at_once, **arguments)
+    assert score == evaluate(trusting, **arguments)
+    assert max(asked) == min(at_once, 60)
+    assert sum(asked) >= 5 * 60
+    with pytest.raises(ValueError, match=r"at_once must be at least 1 \(got 0\)"):
+        evaluate_all(answer_all, at_once=0, **arguments)
+
+
 def test_evaluate_accuracy_of_a_step_is_the_assistants():
     """It slips at 5 % of the calculations, which are nearly 9 of 10 steps."""
     score = evaluate(Slipping(0.05), num_steps=10, count=200, split="train")

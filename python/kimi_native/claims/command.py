@@ -107,7 +107,8 @@ def _interleaved(args: argparse.Namespace) -> dict[str, Any]:
     path = None if args.out is None else Path(args.out) / "interleaved-cells.jsonl"
     subject = None if path is None else {"seed": args.seed, "weights": _weights_of(folder)}
     kept = KeptRows(path, subject)
-    options = {"max_context": args.max_context or CONTEXT}
+    context = args.max_context or CONTEXT
+    options = {"max_context": context}
     model = load_model(argparse.Namespace(**{**vars(args), **options}), max_batch=BATCH)
 
     def done(score: Score) -> None:
@@ -126,7 +127,9 @@ def _interleaved(args: argparse.Namespace) -> dict[str, Any]:
             "claims: interleaved must have a cell left "
             f"(got lengths {args.lengths}, failure rates {args.failure_rates})"
         )
-    rows = interleaved.play(answer_all, plan, seed=args.seed, done=done, kept=kept)
+    rows = interleaved.play(
+        answer_all, plan, seed=args.seed, done=done, kept=kept, room=BATCH * context
+    )
     calls = interleaved.calls_per_step(plan, seed=args.seed)
     return {"seed": args.seed, "cells": rows, "fits": list(interleaved.fits(rows, calls))}
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 VARIANTS = ("bf16", "nearest", "calibrated", "qat")
 DECODED = 256  # tokens that the speed is measured on
+AT_ONCE = 128  # problems that are played, so that the cache keeps all their conversations
 Load = Callable[[Path], "Model"]
 Say = Callable[[str], None]
 
@@ -149,6 +150,7 @@ def _played(model: Model, plan: Plan, seed: int) -> dict[str, Any]:
         num_steps=plan.num_steps,
         failures=Failures(plan.failure_rate),
         count=plan.problems,
+        at_once=AT_ONCE,
         seed=seed,
     )
     options: Mapping[str, Any] = {"temperature": 0.0, "ignore_eos": True, "max_tokens": DECODED}

@@ -44,6 +44,9 @@ def cells(*, quick: bool) -> tuple[Cell, ...]:
     return tuple(Cell(*row) for row in plan)
 
 
+TOKENS_OF_A_STEP = 160  # in a conversation, where tools often fail
+
+
 def play(
     answer_all: AnswerAll,
     plan: Sequence[Cell],
@@ -51,11 +54,13 @@ def play(
     seed: int,
     done: Callable[[Score], None],
     kept: KeptRows | None = None,
+    room: int | None = None,
 ) -> list[dict[str, Any]]:
     """One row for each cell: its numbers, each share as count and trials, and the seconds it took.
 
     done  called with each score as it comes in
     kept  rows of cells that need not be played again; gets those that are
+    room  tokens of conversations that can be kept: with more of them at once, each computes all of its own anew
     """
     kept = kept or KeptRows(None, None)
     rows = []
@@ -70,6 +75,7 @@ def play(
             num_steps=cell.num_steps,
             failures=Failures(cell.failure_rate),
             count=cell.count,
+            at_once=None if room is None else max(1, room // (TOKENS_OF_A_STEP * cell.num_steps)),
             seed=seed,
         )
         rows.append({**asdict(score), "seconds": time.perf_counter() - started})

@@ -131,20 +131,24 @@ def evaluate_all(
     num_steps: int,
     failures: Failures | None = None,
     count: int = 100,
+    at_once: int | None = None,
     seed: int = 0,
     split: Split = "held-out",
 ) -> Score:
     """The score of one who answers many conversations at once, as a model does that runs them as a batch.
 
     answer_all  called with the episodes still open, whose messages and tools it reads, until none is
+    at_once     so many of them at most, the first ones (default: all); the score is the same for who answers each alone
 
     Raises ValueError on a bad argument, or if answer_all gives another number of messages than it was asked for.
     """
+    if at_once is not None and at_once < 1:
+        raise ValueError(f"evaluate: at_once must be at least 1 (got {at_once})")
     failures = failures or Failures()
     episodes = make_episodes(
         mode=mode, num_steps=num_steps, failures=failures, count=count, seed=seed, split=split
     )
-    while still_open := [episode for episode in episodes if episode.outcome == "open"]:
+    while still_open := [e for e in episodes if e.outcome == "open"][:at_once]:
         for episode, message in zip(still_open, answer_all(still_open), strict=True):
             episode.push(message)
     return score(episodes)

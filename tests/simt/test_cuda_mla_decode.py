@@ -278,7 +278,7 @@ def test_cuda_mla_schedule_stops_when_there_are_more_splits_than_room():
 @pytest.mark.parametrize("hopper", [False, True])
 @pytest.mark.parametrize("lengths", [[600, 64], [70, 600], [0, 600], [1025, 1025]])
 def test_cuda_mla_decode_stops_at_a_schedule_of_other_lengths(lengths, hopper):
-    case = make([1100, 600], heads=33, page_size=64)
+    case = make([1100, 600], heads=33, page_size=1088)
     fields = make_schedule(case)
     case.seq_lens = torch.tensor(lengths, dtype=torch.int32)
     with pytest.raises(Fault, match="mla_decode: the schedule must be of these seq_lens"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ def draw_interleaved(result: dict[str, Any], path: Path) -> None:
             label=f"{mode}, {100 * rate:g} % fail",
         )
     axes.set_xscale("log")
+    _plain_ticks(axes.xaxis, sorted({row["num_steps"] for row in result["cells"]}))
     axes.set_xlabel("steps")
     axes.set_ylabel("held-out problems solved")
     axes.set_ylim(-0.02, 1.02)
@@ -73,6 +74,7 @@ def draw_routing(result: dict[str, Any], path: Path) -> None:
     for row in result["rows"]:
         if "max_over_mean" in row:
             left.semilogy(row["step"], row["max_over_mean"], label=row["variant"], linewidth=1)
+    _plain_ticks(left.yaxis, [1, 2, 3, 4, 6, 8])
     left.set_xlabel("step")
     left.set_ylabel("largest load of any layer / mean")
     left.legend(fontsize="small")
@@ -80,6 +82,12 @@ def draw_routing(result: dict[str, Any], path: Path) -> None:
     right.barh(names[::-1], [row["loss"] for row in result["rows"]][::-1])
     right.set_xlabel("held-out loss, nats per token")
     figure.savefig(path, dpi=120)
+
+
+def _plain_ticks(axis: Any, values: Sequence[int]) -> None:
+    """Of a logarithmic axis: numbers as one writes them."""
+    axis.set_ticks(values, [str(value) for value in values])
+    axis.set_ticks([], minor=True)
 
 
 DRAW: dict[str, Callable[[dict[str, Any], Path], None]] = {

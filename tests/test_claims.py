@@ -205,11 +205,20 @@ def test_claims_int4_compares_four_checkpoints(folder, tmp_path, monkeypatch, ca
     monkeypatch.setattr(int4, "QUICK", int4.Plan(2, 4096, 2, num_steps=1))
     monkeypatch.setattr(int4, "DECODED", 4)
     out = tmp_path / "out"
+    formats, load_model = [], command.load_model
+
+    def loaded(*args, **options):
+        model = load_model(*args, **options)
+        formats.append(model.chat_format)
+        return model
+
+    monkeypatch.setattr(command, "load_model", loaded)
     argv = ["claims", "int4", "--quick", "--model", str(folder), "--out", str(out)]
     argv += ["--max-context", "512", "--json"]
     assert cli.main(argv) == 0
     rows = {r["variant"]: r for r in json.loads(capsys.readouterr().out)["int4"]["rows"]}
     assert list(rows) == list(int4.VARIANTS)
+    assert set(formats) == {"k2-thinking"}  # the BF16 copy's too
     assert rows["bf16"]["kl"]["mean"] == 0
     assert min(rows[name]["kl"]["mean"] for name in int4.VARIANTS[1:]) > 0
     assert len({row["loss"] for row in rows.values()}) == 4

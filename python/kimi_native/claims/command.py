@@ -171,13 +171,26 @@ def _int4(args: argparse.Namespace) -> dict[str, Any]:
 
     source = NANO_FOLDER if args.model is None else Path(args.model)
 
-    def load(path: Path) -> Model:
+    def load(path: Path, chat_format: str | None = None) -> Model:
         options = {"model": str(path), "max_context": args.max_context or CONTEXT}
-        return load_model(argparse.Namespace(**{**vars(args), **options}), max_batch=BATCH)
+        return load_model(
+            argparse.Namespace(**{**vars(args), **options}),
+            max_batch=BATCH,
+            chat_format=chat_format,
+        )
 
+    # Told: from its config.json a BF16 copy would be taken for a model of the family that does not think.
+    chat_format = load(source).chat_format
     plan = int4.QUICK if args.quick else int4.FULL
     with _work_folder(args.out) as folder:
-        return int4.run(source, folder / "int4-work", plan, seed=args.seed, load=load, say=note)
+        return int4.run(
+            source,
+            folder / "int4-work",
+            plan,
+            seed=args.seed,
+            load=lambda path: load(path, chat_format),
+            say=note,
+        )
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from kimi_native.chat.template import (
 )
 from kimi_native.chat.tool import Tool
 from kimi_native.chat.types import Message, ToolCall
-from kimi_native.errors import RequestError, TokenizerError
+from kimi_native.errors import ConfigError, RequestError, TokenizerError
 from kimi_native.tokenizer import load_tokenizer
 from tokenizer_files import (
     KIMI_SLOTS,
@@ -588,6 +588,25 @@ def test_detect_format_knows_k27_code_by_its_published_name(small, folder, expec
     assert detect_format(config, small, folder) == expected
     config = SimpleNamespace(model_type="kimi_k2", quantization=None)
     assert detect_format(config, small, folder) == "k2-instruct"
+
+
+@pytest.mark.parametrize("kind", ["int4", "fp8", None])
+@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])
+def test_detect_format_of_kimi_k2_goes_by_the_chat_template_if_there_is_one(
+    small, tmp_path, kind, file
+):
+    """As of a copy of the thinking model in FP8 or BF16: the form of the weights does not say how it talks."""
+    quantization = SimpleNamespace(kind=kind) if kind else None
+    config = SimpleNamespace(model_type="kimi_k2", quantization=quantization)
+    without = detect_format(config, small, tmp_path)
+    assert without == ("k2-thinking" if kind == "int4" else "k2-instruct")
+    for source, expected in [("<think></think>", "k2-thinking"), ("<|im_end|>", "k2-instruct")]:
+        text = source if file.endswith("jinja") else json.dumps({"chat_template": source})
+        (tmp_path / file).write_text(text)
+        assert detect_format(config, small, tmp_path) == expected
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match="must be UTF-8 text"):
+        detect_format(config, small, tmp_path)
 
 
 def test_detect_format_needs_the_family_tokens_for_deepseek_v3(tmp_path):

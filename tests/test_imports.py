@@ -18,7 +18,7 @@ PACKAGE = ROOT / "python" / "kimi_native"
 # module: (modules of this package it may import, packages outside the standard library). `errors` is open to all.
 TOOLS = {"chat.tool", "chat.function_schema", "chat.arguments", "chat.docstrings"}
 CHAT = {"chat.types", "chat.template", "chat.parser", "chat.typescript", "chat.call_ids", *TOOLS}
-CHAT |= {"chat.jinja_template", "chat.masking", "chat.sandbox"}
+CHAT |= {"chat.jinja_template", "chat.masking", "chat.sandbox", "chat.template_source"}
 QUANT = {"quant.int4", "quant.int8", "quant.fp8", "quant.modules"}
 FORMATS = {"quant.groups", "checks", "weights"}
 FILES = {"safetensors_file", "tensor_table", "json_file", "model_file", "mapped_file", "gc_pause"}
@@ -157,12 +157,14 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "chat.docstrings": (set(), set()),
     "chat.typescript": (set(), set()),
     "chat.template": (
-        {"chat.types", "chat.tool", "chat.typescript", "tokenizer", "config"},
+        {"chat.types", "chat.tool", "chat.typescript", "tokenizer", "config"}
+        | {"chat.template_source"},
         set(),
     ),
+    "chat.template_source": ({"json_file", "model_file"}, set()),
     "chat.jinja_template": (
         {"chat.types", "chat.tool", "chat.masking", "chat.sandbox", "tokenizer"}
-        | {"json_file", "model_file"},
+        | {"chat.template_source"},
         set(),
     ),
     "chat.masking": (set(), set()),

@@ -7,8 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
 
 import kimi_native as kn
+from kimi_native.chat.jinja_template import find_template
+from kimi_native.chat.template import render, render_text
 from kimi_native.checkpoint import Checkpoint
 from kimi_native.folder_names import NANO_FOLDER
 from kimi_native.nano.evaluate import evaluate_all
@@ -35,6 +38,40 @@ def test_nano_is_what_load_gives_without_a_folder(nano):
     assert nano.config.hidden_size == 192
     assert nano.chat_format == "k2-thinking"
     assert nano.generation_config["do_sample"] is False
+
+
+def _conversations():
+    """Turns with and without reasoning, calls and results, text in every form; all have to be rendered."""
+    call = {"id": "functions.f:0", "function": {"name": "f", "arguments": '{"a": "ä"}'}}
+    user = {"role": "user", "content": "Hello <|im_end|> there"}
+    thought = {"role": "assistant", "reasoning_content": "so", "content": "Yes."}
+    calling = {**thought, "content": None, "tool_calls": [{**call, "type": "function"}]}
+    result = {"role": "tool", "tool_call_id": "functions.f:0", "content": "1\n"}
+    yield [user]
+    yield [{"role": "system", "content": "Be brief."}, user, thought, user]
+    yield [user, calling, result, calling | {"content": "Again."}, result]
+    yield [user, calling, result, thought, user, calling, result | {"name": "f"}]
+    yield [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+    ]
+
+
+@pytest.mark.parametrize(
+    "tools", [None, [{"function": {"a": "ü", "name": "f"}, "type": "function"}]]
+)
+@pytest.mark.parametrize("opened", [False, True])
+def test_nano_has_the_chat_template_of_its_format(nano, tools, opened):
+    """For other programs, and for copies of it in BF16, which are known by it."""
+    template = find_template(NANO_FOLDER)
+    options = {"tokenizer": nano.tokenizer, "tools": tools, "add_generation_prompt": opened}
+    for messages in _conversations():
+        expected = render(messages, format="k2-thinking", **options)
+        assert template.render(messages, **options) == expected
+        tokenize = {"tools": tools, "chat_template": template.source}
+        text = render_jinja_template([messages], add_generation_prompt=opened, **tokenize)[0][0]
+        assert text == render_text(
+            messages, format="k2-thinking", tools=tools, add_generation_prompt=opened
+        )
 
 
 def test_nano_says_who_it_is(nano):

@@ -17,14 +17,12 @@ from typing import Any
 
 from kimi_native.chat.masking import Mask
 from kimi_native.chat.sandbox import Sandbox
+from kimi_native.chat.template_source import read_tokenizer_config, template_source
 from kimi_native.chat.tool import ToolLike, declarations
 from kimi_native.chat.types import Message, as_messages, json_text
-from kimi_native.errors import ConfigError, RequestError
-from kimi_native.json_file import read_json
-from kimi_native.model_file import find_file
+from kimi_native.errors import RequestError
 from kimi_native.tokenizer import Tokenizer
 
-_MAX_FILE_BYTES = 64 << 20
 _TOKEN_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -102,39 +100,13 @@ class JinjaTemplate:
 
 
 def find_template(folder: str | Path) -> JinjaTemplate | None:
-    """The chat template of a checkpoint folder: chat_template.jinja, else tokenizer_config.json's chat_template.
-
-    Of several named templates the one named default. Raises ConfigError on a file that is malformed or too long.
-    """
-    folder = Path(folder)
-    config: dict[str, Any] = {}
-    if path := find_file(folder, "tokenizer_config.json"):
-        config = read_json(path, max_bytes=_MAX_FILE_BYTES)
-    source = config.get("chat_template")
-    if isinstance(source, list):
-        named = [one for one in source if isinstance(one, dict) and one.get("name") == "default"]
-        source = named[0].get("template") if named else None
-    if path := find_file(folder, "chat_template.jinja"):
-        source = _read_source(path)
+    """The chat template of a checkpoint folder, None if it has none. Raises ConfigError on a malformed file."""
+    source = template_source(folder)
     if source is None:
         return None
-    if not isinstance(source, str):
-        raise ConfigError(
-            f"{folder / 'tokenizer_config.json'}: chat_template must be a string (got {type(source).__name__})"
-        )
+    config = read_tokenizer_config(folder)
     tokens = {name: _token_name(config.get(name)) for name in _TOKEN_NAMES}
     return JinjaTemplate(source, {k: v for k, v in tokens.items() if v is not None}, Sandbox())
-
-
-def _read_source(path: Path) -> str:
-    with open(path, "rb") as file:
-        data = file.read(_MAX_FILE_BYTES + 1)
-    if len(data) > _MAX_FILE_BYTES:
-        raise ConfigError(f"{path}: must be at most {_MAX_FILE_BYTES} bytes (got more)")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: must be UTF-8 text ({error})") from None
 
 
 def _token_name(value: Any) -> str | None:

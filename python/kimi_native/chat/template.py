@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from typing import Any, Literal, Protocol, get_args
 
+from kimi_native.chat.template_source import template_source
 from kimi_native.chat.tool import ToolLike, declarations
 from kimi_native.chat.types import Message, ToolCall, as_messages, json_text
 from kimi_native.chat.typescript import typescript_tools
@@ -92,18 +93,28 @@ def detect_format(
 ) -> str | None:
     """The chat format of a checkpoint, None if it is none of FORMATS.
 
-    config  a KimiConfig; model_type and quantization decide, and for deepseek_v3 the tokenizer's control tokens
-    folder  of the checkpoint: K2.7-Code has the config.json of K2.5, only its published name tells them apart
+    config  a KimiConfig; model_type decides, and for deepseek_v3 the tokenizer's control tokens
+    folder  of the checkpoint: K2.7-Code has the config.json of K2.5, only its published name tells them apart; of
+            kimi_k2 models those think whose chat template writes <think>, without a template those in INT4
+
+    Raises ConfigError on a chat template of a kimi_k2 model that cannot be read.
     """
     if config.model_type == "kimi_k25":
         return "k2.7-code" if _K27_CODE.search(fspath(folder)) else "k2.5"
     if config.model_type == "kimi_k2":
-        # Of the K2 text models only the thinking ones are published in INT4.
-        is_int4 = config.quantization is not None and config.quantization.kind == "int4"
-        return "k2-thinking" if is_int4 else "k2-instruct"
+        return "k2-thinking" if _thinks(config, folder) else "k2-instruct"
     if config.model_type == "deepseek_v3" and set(FAMILY_TOKENS) <= set(tokenizer.control_ids):
         return "moonlight"
     return None
+
+
+def _thinks(config: _Config, folder: str | PathLike[str]) -> bool:
+    source = template_source(fspath(folder)) if fspath(folder) else None
+    if (
+        source is not None
+    ):  # the form of the weights may have been changed by whoever copied the model
+        return THINK in source
+    return config.quantization is not None and config.quantization.kind == "int4"
 
 
 def get_format(format: str) -> ChatFormat:

@@ -171,11 +171,11 @@ def _datasets(
         for name, content in files.items():
             (Path(folder) / name).write_bytes(content)
         tokenizer = load_tokenizer(folder, vocab_size=vocab_size)
+        format = args.chat_format or _chat_format(values, tokenizer, settings, folder)
     if data == WORLD:
         whole = Recipe(drills=0)  # what the model is for
         held_out = TranscriptDataset(tokenizer, WORLD_EXAMPLES, settings.seed, "held-out", whole)
         return TranscriptDataset(tokenizer, WORLD_EXAMPLES, settings.seed), held_out
-    format = args.chat_format or _chat_format(values, tokenizer, settings)
     rows = read_rows(
         data,
         tokenizer.encode,
@@ -189,12 +189,12 @@ def _datasets(
 
 
 def _chat_format(
-    values: Mapping[str, Any], tokenizer: Tokenizer, settings: TrainSettings
+    values: Mapping[str, Any], tokenizer: Tokenizer, settings: TrainSettings, folder: str
 ) -> str | None:
-    """The format that whoever loads the written checkpoint will talk to it in."""
+    """The format that whoever loads the written checkpoint will talk to it in; folder: of its tokenizer's files."""
     quantization = presets.QUANTIZATION["bf16" if settings.qat_from is None else "int4"]
     written = {**values, "quantization_config": quantization}
-    return detect_format(KimiConfig.from_dict(written, source="train: values"), tokenizer)
+    return detect_format(KimiConfig.from_dict(written, source="train: values"), tokenizer, folder)
 
 
 # ---- what is shown --------------------------------------------------------------------------------------------------

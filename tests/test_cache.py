@@ -120,3 +120,10 @@ def test_cache_page_table_is_as_wide_as_the_longest():
     unused = 2**31 - 1
     assert table.dtype == torch.int32
     assert table.tolist() == [[*short.pages, unused, unused], long.pages, [unused] * 3]
+
+
+def test_cache_lies_on_huge_pages():
+    """Where the system has them: it begins at one, and asks for more of them."""
+    data = make_cache().data
+    assert data.data_ptr() % (2 << 20) == 0
+    assert not data.any()

@@ -197,7 +197,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         {"model", "ops", "weights", "units", "quant.modules", "quant.tiles"},
         {"torch"},
     ),
-    "cache": ({"config", "fp8_rows"}, {"torch"}),
+    "cache": ({"config", "fp8_rows", "huge_pages"}, {"torch"}),
     # files
     "config": (
         {"config_keys", "quantization", "json_file", "model_file", "folder_names"},

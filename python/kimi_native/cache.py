@@ -4,7 +4,8 @@ in FP8 (fp8_rows.py) at 57 % of bf16's bytes.
 A row holds the latent after its norm, then the rotated shared key part: everything absorbed attention needs, 35.6 times
 less than expanded keys and values at K2's shape. Rows live in pages of 64 tokens; a sequence owns a list of pages, so
 sequences grow without copying and give their pages back in one step. All memory is set aside when the cache is made
-(and committed by the operating system as pages are first written); nothing is allocated per token.
+(and committed by the operating system as it is first written, on huge pages where it has them: attention reads all rows
+of a sequence for every token, and would wait for page tables); nothing is allocated per token.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from kimi_native import fp8_rows
 from kimi_native.errors import RequestError
+from kimi_native.huge_pages import HugePages
 
 if TYPE_CHECKING:
     from kimi_native.config import KimiConfig
@@ -62,7 +64,7 @@ class LatentCache:
         self._widths = (config.kv_lora_rank, config.qk_rope_head_dim)
         items = fp8_rows.cache_row_items(dtype, *self._widths)
         shape = (config.num_hidden_layers, self.num_pages, page_size, items)
-        self.data = torch.empty(shape, dtype=dtype, device=device)
+        self.data = _memory(shape, dtype, torch.device(device))
         self._free_pages = list(range(self.num_pages - 1, -1, -1))
 
     @property
@@ -127,3 +129,11 @@ class LatentCache:
         return torch.tensor(
             [s.pages + [unused] * (width - len(s.pages)) for s in seqs], dtype=torch.int32
         )
+
+
+def _memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    pages = HugePages()
+    pages.reserve(shape, dtype)
+    return pages.empty(shape, dtype)

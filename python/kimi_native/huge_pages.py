@@ -1,6 +1,7 @@
-"""Memory for weights that are made while loading: one piece, on 2 MiB pages where the system gives them.
+"""Memory that kernels stream through, such as weights made while loading and the latent cache: one piece, on 2 MiB pages
+where the system gives them.
 
-A matrix of its own from the allocator would lie on 4 KiB pages: the kernels would wait for page tables, and the first
+A tensor of its own from the allocator would lie on 4 KiB pages: the kernels would wait for page tables, and the first
 touch of each page for the system.
 """
 

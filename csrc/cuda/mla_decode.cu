@@ -120,9 +120,10 @@ void check_supported(const MlaDecodeArgs& a) {
 
 MlaProblem problem(const MlaDecodeArgs& a) {
   const int64_t needed = mla_decode_workspace_bytes(a);
-  KN_REQUIRE(a.workspace && uintptr_t(a.workspace) % 16 == 0 && a.workspace_bytes >= needed, kOp,
-             ": workspace must have ", needed, " bytes, 16-byte aligned (got ", a.workspace_bytes,
-             " at ", a.workspace, ")");
+  KN_REQUIRE(needed == 0 ||
+                 (a.workspace && uintptr_t(a.workspace) % 16 == 0 && a.workspace_bytes >= needed),
+             kOp, ": workspace must have ", needed, " bytes, 16-byte aligned (got ",
+             a.workspace_bytes, " at ", a.workspace, ")");
   KN_REQUIRE(a.seq_lens, kOp, ": seq_lens must not be null (got null)");
   MlaProblem p{};
   p.q = static_cast<const bf16*>(a.q);

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kimi_native.checks import require
@@ -23,6 +24,17 @@ def check_contents(op: str, tensors: _Tensors, sizes: _Sizes) -> None:
     check = _CHECKS.get(op)
     if check is not None:
         check(op, tensors, sizes)
+
+
+def check_splits(op: str, splits: Tensor, seq_lens: Tensor) -> None:
+    """The same of a schedule, which starts with each sequence's first split and ends there (mla_schedule.cuh)."""
+    first = splits[: 4 * (seq_lens.numel() + 1)].view(torch.int32)
+    for b, (count, length) in enumerate(zip(first.diff().tolist(), seq_lens.tolist(), strict=True)):
+        needed = -(-length // SPLIT_TOKENS)
+        require(
+            count == needed,
+            f"{op}: schedule must be of these seq_lens, {needed} splits of sequence {b} (got {count})",
+        )
 
 
 def _check_range(op: str, name: str, values: Tensor, stop: int) -> None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kimi_native.checks import check_integer, check_tensor, require
-from kimi_native.contents import SPLIT_TOKENS
-from kimi_native.native import call_with_room, pointer, uses_cuda
+from kimi_native.checks import check_integer, check_tensor, check_type, require
+from kimi_native.contents import SPLIT_TOKENS, check_splits
+from kimi_native.native import call_with_room, is_synchronous, pointer, uses_cuda
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,22 @@ def splits_of_pages(batch: int, cache_tokens: int) -> int:
 
 
 def schedule_arguments(
-    op: str, schedule: MlaSchedule | None, *, batch: int, max_tokens: int
+    op: str, schedule: MlaSchedule | None, seq_lens: Tensor, *, max_tokens: int
 ) -> tuple[int, int]:
-    """Its address and max_splits. Raises ValueError unless it is for such a call."""
+    """Its address and max_splits. Raises ValueError unless it is for such a call, RuntimeError on another device."""
     if schedule is None:
         return 0, 0
+    check_type(op, "schedule", schedule, MlaSchedule)
+    batch, splits = seq_lens.shape[0], schedule.splits
     require(
         (schedule.batch, schedule.max_tokens) == (batch, max_tokens),
         f"{op}: schedule must be of {batch} sequences of at most {max_tokens} tokens "
         f"(got {schedule.batch} of {schedule.max_tokens})",
     )
-    return pointer(schedule.splits), schedule.max_splits
+    if splits.device != seq_lens.device:
+        raise RuntimeError(
+            f"{op}: schedule must be on the device of seq_lens, {seq_lens.device} (got {splits.device})"
+        )
+    if is_synchronous() and uses_cuda(splits.device):
+        check_splits(op, splits, seq_lens)
+    return pointer(splits), schedule.max_splits

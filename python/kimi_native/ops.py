@@ -545,7 +545,7 @@ def mla_decode(
         cache.shape[1],
         page_table.shape[1],
         softmax_scale,
-        *schedule_arguments(op, schedule, batch=batch, max_tokens=max_tokens),
+        *schedule_arguments(op, schedule, seq_lens, max_tokens=max_tokens),
     )
     return out
 

@@ -63,6 +63,14 @@ def attend(length=70, page=None):
     return case.run()
 
 
+def attend_scheduled(lengths=(1, 70)):
+    case = Case([1, 70], latent=512, rope=64, heads=1)
+    max_tokens = case.page_table.shape[1] * case.cache.shape[1]
+    made = mla_schedule(torch.tensor(lengths, dtype=torch.int32), max_tokens=max_tokens)
+    tensors = (case.q, case.cache, case.page_table, case.seq_lens)
+    return ops.mla_decode(*tensors, kv_lora_rank=512, softmax_scale=case.scale, schedule=made)
+
+
 def schedule(lengths=(70, 513), **options):
     return mla_schedule(torch.tensor(lengths, dtype=torch.int32), max_tokens=640, **options).splits
 
@@ -100,6 +108,10 @@ def schedule(lengths=(70, 513), **options):
             lambda: schedule(max_splits=2),
             "mla_schedule: all splits must be at most max_splits=2 (got 3)",
         ),
+        (
+            lambda: attend_scheduled((1, 0)),
+            "mla_decode: schedule must be of these seq_lens, 1 splits of sequence 1 (got 0)",
+        ),
     ],
 )
 def test_cuda_contents_that_are_wrong_are_told_with_their_value(call, message):
@@ -118,6 +130,7 @@ def test_cuda_contents_that_are_wrong_are_told_with_their_value(call, message):
         append,
         attend,
         lambda: attend(1, page=6),  # of a page that is not used
+        attend_scheduled,
         lambda: torch.tensor(schedule().shape),  # between its parts nothing is written
         lambda: torch.tensor(schedule(max_splits=3).shape),
     ],

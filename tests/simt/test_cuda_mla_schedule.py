@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -87,6 +89,22 @@ def test_cuda_mla_schedule_refuses(seq_lens, options, error, message):
 def test_cuda_mla_schedule_is_a_gpus_alone():
     with native.cpu_kernels(), pytest.raises(RuntimeError, match=r"must be on a GPU \(got cpu\)"):
         mla_schedule(torch.tensor([1], dtype=torch.int32), max_tokens=64)
+
+
+def test_cuda_mla_decode_takes_a_schedule_where_there_are_no_pages():
+    case = make([0, 0])
+    case.page_table = case.page_table[:, :0].contiguous()
+    assert not attend(case, schedule_of(case)).any()
+
+
+def test_cuda_mla_decode_refuses_a_schedule_on_another_device():
+    case = make([70])
+    made = schedule_of(case)
+    other = dataclasses.replace(made, splits=made.splits.to("meta"))
+    with pytest.raises(RuntimeError, match=r"schedule must be on the device .* cpu \(got meta\)"):
+        attend(case, other)
+    with pytest.raises(TypeError, match="mla_decode: schedule must be of type MlaSchedule"):
+        attend(case, made.splits)
 
 
 @pytest.mark.parametrize(("batch", "max_tokens"), [(1, 640), (2, 64)])

@@ -152,7 +152,7 @@ class Attention(nn.Module):
             raise RuntimeError("model: Attention.absorb() must come first (the loader calls it)")
         # A GPU's tensor cores take BF16; a CPU loses nothing by keeping what the two products give.
         dtype = torch.bfloat16 if ops.uses_cuda(q.device) else torch.float32
-        query = ops.empty((*q.shape[:2], self.latent + self.rope), dtype, q.device)
+        query = ops.empty("mla_decode", (*q.shape[:2], self.latent + self.rope), dtype, q.device)
         self._rope_append(q[..., self.nope :], latent, k_rope, step, query[..., self.latent :])
         ops.bf16_gemm(q[..., : self.nope], self.key_up_t, out=query[..., : self.latent])
         attended = ops.mla_decode(

@@ -8,6 +8,7 @@ differentiable. There is no silent fallback between the two.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -102,20 +103,36 @@ _Tensors = Sequence[Tensor | None]
 _CPU = torch.device("cpu")
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = _CPU) -> Tensor:
+def empty(
+    op: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = _CPU
+) -> Tensor:
     """An uninitialised tensor for an op to write, from the arena of the recording in progress if there is one."""
     arena = getattr(_state, "arena", None)
     if arena is None or device.type != "cpu":
-        return torch.empty(shape, dtype=dtype, device=device)
+        return _allocate(op, "its result", shape, dtype, device)
     return arena.empty(shape, dtype)
 
 
-def workspace(nbytes: int, device: torch.device = _CPU) -> Tensor:
+def _allocate(
+    op: str, what: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """A tensor of a GPU's memory; if that is full, an error that says whose it would have been."""
+    try:
+        return torch.empty(shape, dtype=dtype, device=device)
+    except torch.OutOfMemoryError as error:
+        nbytes = math.prod(shape) * dtype.itemsize
+        raise torch.OutOfMemoryError(
+            f"{op}: {what} must fit into the memory of {device} (got {nbytes} bytes): {error}"
+        ) from error
+
+
+def workspace(nbytes: int, device: torch.device = _CPU, *, op: str = "workspace") -> Tensor:
     """This thread's scratch buffer, grown as needed and kept: nothing is allocated per op in a steady state."""
     buffers = _state.__dict__.setdefault("workspaces", {})
     buffer = buffers.get(device)
     if buffer is None or buffer.numel() < nbytes + 64:
-        buffers[device] = buffer = torch.empty(nbytes + 64, dtype=torch.uint8, device=device)
+        buffer = _allocate(op, "its scratch", (nbytes + 64,), torch.uint8, device)
+        buffers[device] = buffer
     start = -buffer.data_ptr() % 64
     return buffer[start : start + nbytes]
 
@@ -143,7 +160,8 @@ def call_with_workspace(name: str, tensors: _Tensors, *sizes: float) -> None:
             check_contents(name, tensors, sizes)
         with _current(device):  # scratch may differ from GPU to GPU
             nbytes = getattr(_native.cuda, name + "_workspace_bytes")(*arguments)
-        _call_cuda(name, device, [*arguments, workspace(nbytes, device).data_ptr(), nbytes])
+        scratch = workspace(nbytes, device, op=name)
+        _call_cuda(name, device, [*arguments, scratch.data_ptr(), nbytes])
     else:
         nbytes = getattr(_native.cpu, name + "_workspace_bytes")(*arguments)
         getattr(_native.cpu, name)(*arguments, workspace(nbytes, device).data_ptr(), nbytes)
@@ -157,7 +175,7 @@ def call_with_room(name: str, tensors: _Tensors, *sizes: float) -> Tensor:
     arguments = [*map(pointer, tensors), *sizes]
     with _current(device):
         nbytes = getattr(_native.cuda, name + "_workspace_bytes")(*arguments)
-    room = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    room = _allocate(name, "its result", (nbytes,), torch.uint8, device)
     _call_cuda(name, device, [*arguments, room.data_ptr(), nbytes])
     return room
 

@@ -138,8 +138,8 @@ def moe_route(
     if correction_bias is not None:
         check_tensor("moe_route", "correction_bias", correction_bias, (experts,), torch.float32)
     require(1 <= topk <= experts, f"moe_route: topk must be 1 to {experts} (got {topk})")
-    topk_ids = empty((tokens, topk), torch.int32, logits.device)
-    topk_weights = empty((tokens, topk), torch.float32, logits.device)
+    topk_ids = empty("moe_route", (tokens, topk), torch.int32, logits.device)
+    topk_weights = empty("moe_route", (tokens, topk), torch.float32, logits.device)
     call(
         "moe_route",
         (logits, correction_bias, topk_ids, topk_weights),
@@ -167,7 +167,7 @@ def moe_dispatch(topk_ids: Tensor, experts: int) -> MoeDispatch:
     require(experts >= 1, f"moe_dispatch: experts must be at least 1 (got {experts})")
     tokens, topk = topk_ids.shape
     shapes = ((tokens * topk,), (tokens, topk), (experts + 1,))
-    outputs = [empty(shape, torch.int32, topk_ids.device) for shape in shapes]
+    outputs = [empty("moe_dispatch", shape, torch.int32, topk_ids.device) for shape in shapes]
     call("moe_dispatch", (topk_ids, *outputs), tokens, topk, experts)
     return MoeDispatch(*outputs)
 
@@ -201,7 +201,7 @@ def moe_combine(
     tokens, topk = topk_weights.shape
     check_activation("moe_combine", "rows", rows, (tokens * topk, None))
     check_tensor("moe_combine", "row_index", dispatch.row_index, (tokens, topk), torch.int32)
-    out = empty((tokens, rows.shape[1]), out_dtype, rows.device)
+    out = empty("moe_combine", (tokens, rows.shape[1]), out_dtype, rows.device)
     check_activation("moe_combine", "out", out, (tokens, None))
     if shared is not None:
         check_tensor("moe_combine", "shared", shared, tuple(out.shape), out_dtype)
@@ -265,7 +265,7 @@ def _group_gemm(
 ) -> Tensor:
     """What int4_gemm and int8_gemm share: everything but the width of a weight."""
     check_activation(op, "x", x, (None, in_))
-    y = empty((x.shape[0], out), out_dtype, x.device)
+    y = empty(op, (x.shape[0], out), out_dtype, x.device)
     check_activation(op, "out", y, (None, None))
     call_with_workspace(
         op,
@@ -300,7 +300,7 @@ def _grouped(
     rows = dispatch.token_index.shape[0]
     if x_index is None:
         require(x.shape[0] == rows, f"{op}: x must have {rows} rows (got {x.shape[0]})")
-    y = empty((rows, first.out_features), out_dtype, x.device)
+    y = empty(op, (rows, first.out_features), out_dtype, x.device)
     check_activation(op, "out", y, (None, None))
     tables = [t for p in projections for t in (p.packed_pointers, p.scale_pointers)]
     call_with_workspace(
@@ -422,7 +422,7 @@ def bf16_gemm(
     check_matrices(op, x, weight)
     per_head = x.dim() == 3
     shape = (*x.shape[:-1], weight.shape[-2])
-    y = empty(shape, out_dtype, x.device) if out is None else out
+    y = empty(op, shape, out_dtype, x.device) if out is None else out
     check_dtype(op, "out", y, *_DTYPES)
     check_rows(op, "out", y, shape, out_dtype)
     call_with_workspace(
@@ -473,8 +473,8 @@ def int4_quantize(w: Tensor, *, out: Int4Weight | None = None) -> Int4Weight:
         f"{op}: in must be a positive multiple of {GROUP_SIZE} (got {columns})",
     )
     if out is None:
-        packed = empty((rows, columns // 8), torch.int32, w.device)
-        out = Int4Weight(packed, empty((rows, columns // GROUP_SIZE), torch.bfloat16, w.device))
+        packed = empty(op, (rows, columns // 8), torch.int32, w.device)
+        out = Int4Weight(packed, empty(op, (rows, columns // GROUP_SIZE), torch.bfloat16, w.device))
     check_type(op, "out", out, Int4Weight)
     require(
         (out.out_features, out.in_features) == (rows, columns),
@@ -532,7 +532,7 @@ def mla_decode(
     check_tensor(op, "page_table", page_table, (batch, None), torch.int32)
     check_tensor(op, "seq_lens", seq_lens, (batch,), torch.int32)
     max_tokens = page_table.shape[1] * cache.shape[1]
-    out = empty((batch, heads, kv_lora_rank), q.dtype, q.device)
+    out = empty(op, (batch, heads, kv_lora_rank), q.dtype, q.device)
     call_with_workspace(
         op,
         (q, cache, page_table, seq_lens, out),
@@ -568,7 +568,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
         f"rms_norm: x must be [tokens, hidden] with contiguous rows (got {list(x.shape)}, strides {x.stride()})",
     )
     check_tensor("rms_norm", "weight", weight, (x.shape[1],), torch.bfloat16)
-    y = empty(x.shape, x.dtype, x.device)
+    y = empty("rms_norm", x.shape, x.dtype, x.device)
     call(
         "rms_norm",
         (x, weight, y),
@@ -598,7 +598,7 @@ def add_rms_norm(
     check_activation("add_rms_norm", "x", x, (None, None))
     check_tensor("add_rms_norm", "residual", residual, tuple(x.shape), x.dtype)
     check_tensor("add_rms_norm", "weight", weight, (x.shape[1],), torch.bfloat16)
-    y, total = (empty(x.shape, x.dtype, x.device) for _ in range(2))
+    y, total = (empty("add_rms_norm", x.shape, x.dtype, x.device) for _ in range(2))
     call(
         "add_rms_norm",
         (x, residual, weight, y, total),
@@ -681,6 +681,6 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         return reference.swiglu(gate, up)
     check_activation("swiglu", "gate", gate, (None, None))
     check_tensor("swiglu", "up", up, tuple(gate.shape), gate.dtype)
-    y = empty(gate.shape, gate.dtype, gate.device)
+    y = empty("swiglu", gate.shape, gate.dtype, gate.device)
     call("swiglu", (gate, up, y), _DTYPES[gate.dtype], *gate.shape)
     return y

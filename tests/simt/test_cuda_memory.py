@@ -1,0 +1,62 @@
+"""What the ops allocate on a GPU: full memory is told with the op."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+
+import pytest
+import torch
+
+from kimi_native import native, ops
+from kimi_native.mla_schedule import mla_schedule
+from simt import library_path, simt_only
+
+pytestmark = simt_only
+BF16 = torch.bfloat16
+FULL = "CUDA out of memory. Tried to allocate 2.00 GiB."
+
+
+@pytest.fixture(autouse=True)
+def _new_thread(monkeypatch):
+    """One that has no scratch yet."""
+    monkeypatch.setattr(native, "_state", threading.local())
+
+
+def fill_memory(monkeypatch, *, after):
+    """Only the first allocations succeed."""
+    empty, calls = torch.empty, itertools.count()
+
+    def full(*arguments, **options):
+        if next(calls) >= after:
+            raise torch.OutOfMemoryError(FULL)
+        return empty(*arguments, **options)
+
+    monkeypatch.setattr(torch, "empty", full)
+
+
+@pytest.mark.parametrize(
+    ("call", "after", "message"),
+    [
+        (
+            lambda: ops.rms_norm(torch.ones(2, 8), torch.ones(8, dtype=BF16), eps=1e-6),
+            0,
+            r"rms_norm: its result must fit into the memory of cpu \(got 64 bytes\): CUDA out of",
+        ),
+        (
+            lambda: ops.bf16_gemm(torch.ones(2, 8), torch.ones(3, 8, dtype=BF16)),
+            1,
+            r"bf16_gemm: its scratch must fit into the memory of cpu \(got 160 bytes\): CUDA out",
+        ),
+        (
+            lambda: mla_schedule(torch.tensor([70], dtype=torch.int32), max_tokens=640),
+            0,
+            r"mla_schedule: its result must fit into the memory of cpu \(got 32 bytes\): CUDA out",
+        ),
+    ],
+)
+def test_cuda_memory_that_is_full_is_told_with_the_op(call, after, message, monkeypatch):
+    with native.cuda_on_host(library_path()):
+        fill_memory(monkeypatch, after=after)
+        with pytest.raises(torch.OutOfMemoryError, match=f"^{message}"):
+            call()

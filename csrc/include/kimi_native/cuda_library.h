@@ -15,8 +15,8 @@
 
 namespace kn {
 
-// To be raised whenever an Args struct changes.
-constexpr int32_t kCudaAbi = 1;
+// To be raised whenever an Args struct changes (tests/simt/test_cuda_library.py notices).
+constexpr int32_t kCudaAbi = 2;
 
 // args: the op's Args struct. Returns "" or an error, whose first word is its kind ("value" for
 // std::invalid_argument, "runtime" for std::runtime_error); valid until the thread's next call.

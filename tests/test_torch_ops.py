@@ -127,6 +127,12 @@ def test_operator_is_its_op_and_tells_the_compiler_the_truth(name, experts, rout
     assert set(report.values()) == {"SUCCESS"}
 
 
+@pytest.mark.parametrize("device", ["CPU", "CUDA"])
+@pytest.mark.parametrize("name", ops.__all__)
+def test_operator_is_there_for_the_tensors_of(name, device):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"kimi_native::{name}", device)
+
+
 def test_rope_append_operator_writes_cache_and_queries_compiled_too():
     expected, eager, compiled = (rope_arguments() for _ in range(3))
     ops.rope_append(*expected)

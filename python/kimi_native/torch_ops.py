@@ -3,7 +3,8 @@
 Each is an alias of the function of the same name in ops.py: same meaning, same bits, same errors. Operators take plain
 tensors and numbers, so a quantized matrix is its tensors, a MoeDispatch is its members, and the matrices of all experts
 are the number that `expert_handle` gives: a graph with every expert's tensors as inputs would be too large to compile.
-For inference: no gradients are registered.
+For inference: no gradients are registered. On a GPU INT4 matrices are tiles (quant.tiles): those of experts have a
+handle as others do, int4_gemm's operator has no form of them.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ def _of_handle(op: str, handle: int) -> Int4ExpertWeights:
 
 
 def _register(schema: str, function: Callable, fake: Callable) -> None:
-    """Defines kimi_native::<schema>: `function` computes it on the CPU, `fake` gives the results' shapes and dtypes."""
+    """Defines kimi_native::<schema>: `function` computes it, `fake` gives the results' shapes and dtypes."""
     name, arguments = schema.split("(", 1)
     torch.library.define(f"kimi_native::{name}", f"({arguments}")
-    torch.library.impl(f"kimi_native::{name}", "cpu", function)
+    torch.library.impl(f"kimi_native::{name}", ("cpu", "cuda"), function)
     torch.library.register_fake(f"kimi_native::{name}", fake)
 
 

@@ -72,7 +72,9 @@ def test_decode_steps_replayed_as_graphs_have_the_bits_of_the_steps(folder):
         place(model, device, experts_on_cpu=False, cache_bytes=0)
         run = steps(model, LatentCache(model.config, max_tokens=256, device=device))
         cache = LatentCache(model.config, max_tokens=256, device=device)
-        replayed = steps(RecordedModel(model, cache), cache)
+        graphs = RecordedModel(model, cache)
+        replayed = steps(graphs, cache)
+    assert list(graphs._steps) == [(2, False)]  # else the same steps were run twice
     assert torch.equal(run, replayed)
 
 

@@ -61,6 +61,7 @@ const char* kn_gpu_allocate(void** out, uint64_t bytes) {
     char* memory = nullptr;
     check("allocate", cudaMalloc(reinterpret_cast<void**>(&memory), bytes + 2 * kGuard));
     check("allocate", cudaMemset(memory, kCanary, bytes + 2 * kGuard));
+    check("allocate", cudaDeviceSynchronize());  // `stream` does not wait for the default one
     *out = memory + kGuard;
     buffers[*out] = bytes;
   });
@@ -78,7 +79,10 @@ const char* kn_gpu_free(void* p) {
 }
 
 const char* kn_gpu_copy(void* to, const void* from, uint64_t bytes) {
-  return call([=] { check("copy", cudaMemcpy(to, from, bytes, cudaMemcpyDefault)); });
+  return call([=] {
+    check("copy", cudaMemcpy(to, from, bytes, cudaMemcpyDefault));
+    check("copy", cudaDeviceSynchronize());  // small ones return before their bytes are there
+  });
 }
 
 const char* kn_gpu_synchronize() {

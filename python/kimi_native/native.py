@@ -133,8 +133,23 @@ def workspace(nbytes: int, device: torch.device = _CPU, *, op: str = "workspace"
     if buffer is None or buffer.numel() < nbytes + 64:
         buffer = _allocate(op, "its scratch", (nbytes + 64,), torch.uint8, device)
         buffers[device] = buffer
+    if device.type == "cuda":
+        _take_turns(buffer, device)
     start = -buffer.data_ptr() % 64
     return buffer[start : start + nbytes]
+
+
+def _take_turns(buffer: Tensor, device: torch.device) -> None:
+    """Kernels of another stream may not be done with the scratch: those of the current one wait for them. The stream of
+    a capture stands for those that the graph is replayed on."""
+    if torch.cuda.is_current_stream_capturing():
+        return
+    streams = _state.__dict__.setdefault("scratch_streams", {})
+    stream, last = torch.cuda.current_stream(device), streams.get(device)
+    if last is not None and last != stream:
+        stream.wait_stream(last)
+        buffer.record_stream(stream)
+    streams[device] = stream
 
 
 def call(name: str, tensors: _Tensors, *sizes: float) -> None:

@@ -149,5 +149,10 @@ class _RecordedStep:
             stream = torch.cuda.Stream()
             with torch.cuda.graph(graph, stream=stream):
                 self._compute()
-        graph.replay()
-        return graph.replay
+
+        def replay() -> None:
+            ops.workspace(0, self._x.device)  # after whoever used it on another stream
+            graph.replay()
+
+        replay()
+        return replay

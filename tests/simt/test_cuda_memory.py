@@ -1,4 +1,4 @@
-"""What the ops allocate on a GPU: full memory is told with the op."""
+"""What the ops allocate on a GPU: full memory is told with the op, and scratch that streams share is used in turns."""
 
 from __future__ import annotations
 
@@ -60,3 +60,58 @@ def test_cuda_memory_that_is_full_is_told_with_the_op(call, after, message, monk
         fill_memory(monkeypatch, after=after)
         with pytest.raises(torch.OutOfMemoryError, match=f"^{message}"):
             call()
+
+
+class Stream:
+    """A stream of torch's words alone."""
+
+    def __init__(self, log):
+        self.log = log
+
+    def wait_stream(self, other):
+        self.log.append((self, "waits for", other))
+
+
+class Scratch:
+    """A GPU's buffer, of torch's words alone."""
+
+    def __init__(self, shape, log):
+        self.shape, self.log = shape, log
+
+    def data_ptr(self):
+        return 64
+
+    def numel(self):
+        return self.shape[0]
+
+    def __getitem__(self, part):
+        return self
+
+    def record_stream(self, stream):
+        self.log.append((stream, "uses", self))
+
+
+def test_cuda_memory_scratch_is_used_by_one_stream_after_the_other(monkeypatch):
+    log, gpu = [], torch.device("cuda", 1)
+    first, second, capturing = Stream(log), Stream(log), Stream(log)
+    state = {"stream": first}
+    monkeypatch.setattr(native, "_allocate", lambda op, what, shape, *_: Scratch(shape, log))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: state["stream"])
+    monkeypatch.setattr(
+        torch.cuda, "is_current_stream_capturing", lambda: state["stream"] is capturing
+    )
+
+    def use(stream, nbytes):
+        state["stream"] = stream
+        scratch = native.workspace(nbytes, gpu)
+        steps = [step for step in log if step[1] != "uses"]
+        recorded = [(who, what) for who, _, what in log if what is scratch]
+        log.clear()
+        return steps, [who for who, _ in recorded]
+
+    assert use(first, 100) == ([], [])
+    assert use(first, 200) == ([], [])
+    assert use(second, 50) == ([(second, "waits for", first)], [second])
+    assert use(second, 1000) == ([], [])
+    assert use(capturing, 1000) == ([], [])  # of a graph, which is replayed elsewhere
+    assert use(first, 1000) == ([(first, "waits for", second)], [first])

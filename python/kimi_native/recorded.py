@@ -34,6 +34,7 @@ class RecordedModel:
         self.model = model
         self._cache = cache
         self._steps: dict[tuple[int, bool], _RecordedStep] = {}
+        self._graphs: _Graphs | None = None
         self._recordable = not any(isinstance(m, Experts | HostExperts) for m in model.modules())
 
     @property
@@ -65,7 +66,7 @@ class RecordedModel:
     @torch.inference_mode(mode=False)
     @torch.no_grad()
     def decode(self, ids: Tensor, cache: LatentCache, seqs: list[CachedSequence]) -> Tensor:
-        """See KimiModel.decode. The logits are overwritten by the next step of as many sequences."""
+        """See KimiModel.decode. The logits are overwritten by the next step."""
         if not self._is_recorded(len(seqs), cache):
             return self.model.decode(ids, cache, seqs)
         step = self.model.decode_step(ids, cache, seqs)
@@ -88,19 +89,41 @@ class RecordedModel:
     def _replay(self, ids: Tensor, step: Step, *, last_alone: bool) -> Tensor:
         """The logits after each of the tokens, or after the last one alone."""
         kind = len(ids), last_alone and len(ids) > 1
+        if self._graphs is None and self._cache.device.type == "cuda":
+            self._graphs = _Graphs(self._cache.device, self.config.vocab_size)
         if kind not in self._steps:
-            self._steps[kind] = _RecordedStep(self.model, self._cache, *kind)
+            self._steps[kind] = _RecordedStep(self.model, self._cache, *kind, self._graphs)
         return self._steps[kind].run(self.model.embed(ids), step)
+
+
+class _Graphs:
+    """What a GPU's steps share, so that graphs of many batch sizes take little more memory than the largest: they run
+    one at a time, and leave nothing behind but the logits."""
+
+    def __init__(self, device: torch.device, vocab_size: int) -> None:
+        with torch.cuda.device(device):
+            # Of this device: torch's own stream for captures belongs to the device that was current first.
+            self.stream = torch.cuda.Stream()
+            self.pool = torch.cuda.graph_pool_handle()
+        self.logits = torch.empty(MAX_GRAPH_TOKENS, vocab_size, device=device)
 
 
 class _RecordedStep:
     """One number of tokens: buffers that change from step to step, and the recording or CUDA graph that reads them."""
 
-    def __init__(self, model: KimiModel, cache: LatentCache, batch: int, last_alone: bool) -> None:
+    def __init__(
+        self,
+        model: KimiModel,
+        cache: LatentCache,
+        batch: int,
+        last_alone: bool,
+        graphs: _Graphs | None,
+    ) -> None:
         config = model.config
         pages = min(cache.num_pages, -(-config.max_position_embeddings // cache.page_size))
         half = config.qk_rope_head_dim // 2
         self._model, self._logits_of = model, slice(-1 if last_alone else 0, None)
+        self._graphs = graphs
         where = {"device": cache.device}
         self._x = torch.empty(batch, config.hidden_size, dtype=model.dtype, **where)
         self._step = Step(
@@ -124,7 +147,7 @@ class _RecordedStep:
         mine.page_table[:, : step.page_table.shape[1]].copy_(step.page_table)
         mine.seq_lens.copy_(step.seq_lens)
         if self._replay is None:
-            self._replay = self._capture() if self._x.is_cuda else self._record()
+            self._replay = self._record() if self._graphs is None else self._capture(self._graphs)
         else:
             self._replay()
         return self._logits
@@ -138,17 +161,18 @@ class _RecordedStep:
         x, update = self._model.model(self._x, self._step)
         self._logits = self._model.logits(x[self._logits_of], update[self._logits_of])
 
-    def _capture(self) -> Callable[[], None]:
+    def _capture(self, shared: _Graphs) -> Callable[[], None]:
         """Capturing runs nothing: the step is made before, which also sizes the scratch, and replayed after."""
         self._compute()
         torch.cuda.synchronize(self._x.device)
         self._scratch = ops.workspace(0, self._x.device)
         graph = torch.cuda.CUDAGraph()
-        # A stream of this device: torch's own for captures belongs to the device that was current first.
-        with torch.cuda.device(self._x.device):
-            stream = torch.cuda.Stream()
-            with torch.cuda.graph(graph, stream=stream):
-                self._compute()
+        with (
+            torch.cuda.device(self._x.device),
+            torch.cuda.graph(graph, pool=shared.pool, stream=shared.stream),
+        ):
+            self._compute()
+            self._logits = shared.logits[: len(self._logits)].copy_(self._logits)
 
         def replay() -> None:
             ops.workspace(0, self._x.device)  # after whoever used it on another stream

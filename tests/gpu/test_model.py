@@ -38,15 +38,16 @@ def kernels():
         yield check_device("cuda", None) if gpu.ON_GPU else torch.device("cpu")
 
 
-def steps(model, cache, count=4):
-    """Logits after a prompt of 62 tokens, then of decode steps beside a sequence of 3."""
+def steps(model, cache):
+    """Logits after a prompt of 62 tokens, then of decode steps, in most of them beside a sequence of 3."""
     seqs = [cache.new_sequence(), cache.new_sequence()]
     rows = [
         model.prefill(torch.tensor(PROMPT[:n]), cache, s)
         for s, n in zip(seqs, (62, 3), strict=True)
     ]
-    for step in range(count):
-        rows += model.decode(torch.tensor([step, 2 * step]), cache, seqs).clone()
+    for step, batch in enumerate((2, 2, 1, 2, 1, 2)):
+        ids = torch.tensor([step, 2 * step])[:batch]
+        rows += model.decode(ids, cache, seqs[:batch]).clone()
     return torch.stack([row.cpu() for row in rows])
 
 
@@ -74,7 +75,7 @@ def test_decode_steps_replayed_as_graphs_have_the_bits_of_the_steps(folder):
         cache = LatentCache(model.config, max_tokens=256, device=device)
         graphs = RecordedModel(model, cache)
         replayed = steps(graphs, cache)
-    assert list(graphs._steps) == [(2, False)]  # else the same steps were run twice
+    assert list(graphs._steps) == [(2, False), (1, False)]  # else the same steps were run twice
     assert torch.equal(run, replayed)
 
 

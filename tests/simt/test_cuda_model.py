@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
-from kimi_native import mla_schedule, native, ops
+from kimi_native import mla_schedule, native, ops, recorded
 from kimi_native.cache import LatentCache
 from kimi_native.errors import MemoryPlanError, RequestError
 from kimi_native.loader import load_model
 from kimi_native.make_checkpoint import make_checkpoint
 from kimi_native.placement import WORKING_BYTES, HostExperts, check_device, device_bytes, place
 from kimi_native.quant.modules import Int4Experts
+from oracle_dense import assert_same_bits
 from simt import Schedule, library_path, simt_only, use
 
 pytestmark = simt_only
@@ -139,6 +142,48 @@ def test_cuda_model_makes_one_schedule_a_step_for_all_its_layers(folder, monkeyp
     expected = [s.data_ptr() for s in schedules for _ in range(model.config.num_hidden_layers)]
     assert len(schedules) == 3
     assert [splits for name, splits in calls if name == "mla_decode"] == expected
+
+
+class Graph:
+    """A CUDA graph of torch's words alone: what is captured has been computed then."""
+
+    def replay(self):
+        pass
+
+
+def test_cuda_model_has_all_its_graphs_in_the_memory_of_one(folder, monkeypatch):
+    """Else every batch size would keep its own, logits and all: 9 GB for the sizes up to 128 of K2."""
+    captures = []
+
+    @contextlib.contextmanager
+    def capture(graph, **options):
+        captures.append(options)
+        yield
+
+    words = {"Stream": object, "graph_pool_handle": object, "CUDAGraph": Graph, "graph": capture}
+    words |= {"device": contextlib.nullcontext, "synchronize": lambda device: None}
+    for name, word in words.items():
+        monkeypatch.setattr(torch.cuda, name, word)
+    model, _ = load_model(folder / "int4")
+    logits = {}
+    with native.cuda_on_host(library_path()):
+        place(model, HOST, experts_on_cpu=False, cache_bytes=0)
+        for graphs in (None, recorded._Graphs(HOST, model.config.vocab_size)):
+            cache = LatentCache(model.config, max_tokens=256)
+            steps = model if graphs is None else recorded.RecordedModel(model, cache)
+            if graphs:
+                steps._graphs = graphs
+            seqs = [cache.new_sequence(), cache.new_sequence()]
+            for seq in seqs:
+                model.prefill(torch.tensor([5, 9]), cache, seq)
+            ids = torch.tensor([7, 8])
+            two = steps.decode(ids, cache, seqs)
+            first = two.clone()
+            one = steps.decode(ids[:1], cache, seqs[:1])
+            logits[graphs is None] = torch.cat([first, one])
+    assert_same_bits(logits[False], logits[True])
+    assert captures[0] == captures[1]
+    assert one.data_ptr() == two.data_ptr()
 
 
 def test_cuda_model_counts_the_bytes_that_it_takes(folder):

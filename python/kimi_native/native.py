@@ -127,11 +127,13 @@ def _allocate(
 
 
 def workspace(nbytes: int, device: torch.device = _CPU, *, op: str = "workspace") -> Tensor:
-    """This thread's scratch buffer, grown as needed and kept: nothing is allocated per op in a steady state."""
+    """This thread's scratch buffer, grown as needed and kept: nothing is allocated per op in a steady state. It grows
+    by a quarter at least, since every CUDA graph keeps the one that it was captured with."""
     buffers = _state.__dict__.setdefault("workspaces", {})
     buffer = buffers.get(device)
     if buffer is None or buffer.numel() < nbytes + 64:
-        buffer = _allocate(op, "its scratch", (nbytes + 64,), torch.uint8, device)
+        grown = 0 if buffer is None else buffer.numel() * 5 // 4
+        buffer = _allocate(op, "its scratch", (max(nbytes + 64, grown),), torch.uint8, device)
         buffers[device] = buffer
     if device.type == "cuda":
         _take_turns(buffer, device)

@@ -62,6 +62,12 @@ def test_cuda_memory_that_is_full_is_told_with_the_op(call, after, message, monk
             call()
 
 
+def test_cuda_memory_scratch_that_grows_with_the_batch_is_made_a_few_times():
+    """Graphs of 256 batch sizes, met in ascending order, keep these: not 256."""
+    kept = [native.workspace(1_000_000 + 4000 * batch) for batch in range(256)]
+    assert len({scratch.untyped_storage().data_ptr() for scratch in kept}) <= 5
+
+
 class Stream:
     """A stream of torch's words alone."""
 

@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "cuda/device.cuh"
+#include "cuda/machine.h"
 #include "kimi_native/cuda_library.h"
 #include "kimi_native/ops.h"
 
@@ -84,7 +85,7 @@ static const char* find_device() {
   return call([] {
     int driver = 0;  // stays so where there is none, of which cudaGetDeviceCount says "too old"
     check("cuda", cudaDriverGetVersion(&driver));
-    if (driver == 0) throw std::runtime_error("cuda: no NVIDIA driver was found");
+    check_driver(driver, CUDART_VERSION);
     int count = 0;
     check("cuda", cudaGetDeviceCount(&count));
     if (count == 0) throw std::runtime_error("cuda: no device");
@@ -97,10 +98,7 @@ static const char* find_device() {
       if (major > least) best = device;
     }
     check("cuda", cudaGetDeviceProperties(&properties, best));
-    if (properties.major < 8)
-      throw std::runtime_error(std::string("cuda: ") + properties.name +
-                               " has compute capability " + std::to_string(properties.major) + "." +
-                               std::to_string(properties.minor) + ", 8.0 is needed");
+    check_architecture(properties.name, properties.major, properties.minor, KN_CUDA_ARCHITECTURES);
   });
 }
 

@@ -169,7 +169,13 @@ class _RecordedStep:
         graph = torch.cuda.CUDAGraph()
         with (
             torch.cuda.device(self._x.device),
-            torch.cuda.graph(graph, pool=shared.pool, stream=shared.stream),
+            # Of this thread: what others do on the GPU meanwhile must not end the capture.
+            torch.cuda.graph(
+                graph,
+                pool=shared.pool,
+                stream=shared.stream,
+                capture_error_mode="thread_local",
+            ),
         ):
             self._compute()
             self._logits = shared.logits[: len(self._logits)].copy_(self._logits)

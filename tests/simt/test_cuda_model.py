@@ -183,6 +183,7 @@ def test_cuda_model_has_all_its_graphs_in_the_memory_of_one(folder, monkeypatch)
             logits[graphs is None] = torch.cat([first, one])
     assert_same_bits(logits[False], logits[True])
     assert captures[0] == captures[1]
+    assert captures[0]["capture_error_mode"] == "thread_local"  # a Model is one of several threads
     assert one.data_ptr() == two.data_ptr()
 
 

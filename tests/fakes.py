@@ -23,6 +23,8 @@ class FakeSequence:
 class FakeCache:
     """Pages of token ids, so that a page handed out twice or freed too early changes what the model reads."""
 
+    device = torch.device("cpu")
+
     def __init__(self, *, max_tokens: int, page_size: int = 4) -> None:
         self.page_size = page_size
         self.storage = torch.full((-(-max_tokens // page_size), page_size), -1, dtype=torch.int64)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 
 import pytest
+import torch
 
 from fakes import EOS, VOCAB, FakeCache, FakeModel
 from kimi_native.engine import DEFAULT_MAX_TOKENS, Engine
@@ -303,6 +305,23 @@ def test_engine_failed_decode_ends_its_batch_and_passes_the_error_on(error):
     assert [engine.is_active(i) for i in (first, second, waiting)] == [False, False, True]
     tokens, _ = run(engine)
     assert len(tokens[waiting]) == 4
+    assert_idle(engine, cache)
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ("prefill", "prefill: what it computes must fit into the memory of cpu (got 3 tokens): full"),
+        ("decode", "decode: what it computes must fit into the memory of cpu (got 1 sequences): full"),
+    ],
+)
+def test_engine_says_which_step_a_full_memory_ended(step, message):
+    """Of a GPU: torch's own operations say only how much they wanted."""
+    model = FakeModel(fail={(step, 1): torch.OutOfMemoryError("full")})
+    engine, _, cache = make_engine(model, eos_ids=())
+    engine.add([0, 1, 2], SamplingParams(max_tokens=4))
+    with pytest.raises(torch.OutOfMemoryError, match=re.escape(message)):
+        run(engine)
     assert_idle(engine, cache)
 
 

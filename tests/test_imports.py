@@ -177,7 +177,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     # ids in, ids out
     "engine": (
-        {"model", "cache", "config", "device_sampling", "sampling", "prefixes"},
+        {"model", "cache", "config", "device_memory", "device_sampling", "sampling", "prefixes"},
         {"torch", "numpy"},
     ),
     "prefixes": ({"cache"}, set()),
@@ -188,7 +188,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "mla_schedule": ({"checks", "contents", "native"}, {"torch"}),
     "attention": (set(), {"torch"}),
     "single_threads": (set(), {"torch"}),
-    "recorded": ({"model", "ops", "cache", "config", "placement"}, {"torch"}),
+    "recorded": ({"model", "ops", "cache", "config", "device_memory", "placement"}, {"torch"}),
     "network": (
         {"checkpoint", "loader", "placement", "recorded", "cache", "fp8_rows"},
         set(),
@@ -436,7 +436,8 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     # kernels
     "ops": ({"native", "reference", "checks", "weights", "fp8_rows", "mla_schedule"}, {"torch"}),
-    "native": ({"_native", "arena", "checks", "contents"}, {"torch"}),
+    "device_memory": (set(), {"torch"}),
+    "native": ({"_native", "arena", "checks", "contents", "device_memory"}, {"torch"}),
     "contents": ({"checks"}, {"torch"}),
     "arena": (set(), {"torch", "numpy"}),
     "torch_ops": ({"ops", "weights"}, {"torch"}),

@@ -12,12 +12,12 @@ Text is not known here: stop strings, templates and parsing live in generate.py.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kimi_native.device_memory import memory_of
 from kimi_native.device_sampling import Draw, sample_rows
 from kimi_native.errors import KimiNativeError, RequestError
 from kimi_native.prefixes import KeptPrefix, PrefixStore
@@ -295,12 +296,13 @@ class Engine:
 
     def _prefill(self, batch: list[_Request]) -> list[StepOutput]:
         started = time.perf_counter()
-        with ExitStack() as undo:
+        with contextlib.ExitStack() as undo:
             for request in batch:
                 request.report.waiting_s = started - request.added
                 undo.callback(self._end, request, failed=True)
             prompts = [torch.tensor(r.prompt_ids[r.seq.length :], dtype=torch.int64) for r in batch]
-            logits = self._model.prefill_batch(prompts, self._cache, [r.seq for r in batch])
+            with self._memory("prefill", f"{sum(map(len, prompts))} tokens"):
+                logits = self._model.prefill_batch(prompts, self._cache, [r.seq for r in batch])
             self._check_weights()
             for request in batch:
                 self._waiting.remove(request)
@@ -315,11 +317,12 @@ class Engine:
     def _decode(self) -> list[StepOutput]:
         started = time.perf_counter()
         batch = list(self._running)
-        with ExitStack() as undo:
+        with contextlib.ExitStack() as undo:
             for request in batch:
                 undo.callback(self._end, request, failed=True)
             ids = torch.tensor([r.output_ids[-1] for r in batch], dtype=torch.int64)
-            logits = self._model.decode(ids, self._cache, [r.seq for r in batch])
+            with self._memory("decode", f"{len(batch)} sequences"):
+                logits = self._model.decode(ids, self._cache, [r.seq for r in batch])
             self._check_weights()
             outputs = self._choose(batch, logits)
             undo.pop_all()
@@ -327,6 +330,9 @@ class Engine:
         for request in batch:
             request.report.decode_s += elapsed
         return outputs
+
+    def _memory(self, step: str, got: str) -> contextlib.AbstractContextManager[None]:
+        return memory_of(step, "what it computes", self._cache.device, got)
 
     def _choose(self, batch: list[_Request], logits: Tensor) -> list[StepOutput]:
         """Samples a row for each request and ends those whose last token it was."""

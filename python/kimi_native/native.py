@@ -1,4 +1,4 @@
-"""The seam's Python side, under ops.py: the native library's settings, scratch memory, and recordings of calls.
+"""The seam's Python side, under ops.py: the native library's settings, and recordings of calls.
 
 The native backend takes an op to the kernels of the device that its tensors are on. `backend("reference")`, or
 KIMI_NATIVE_BACKEND=reference, runs the specification instead: for checking, and for training, since it is
@@ -8,7 +8,6 @@ differentiable. There is no silent fallback between the two.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from kimi_native import _native
 from kimi_native.arena import Arena, ViewsOnly
 from kimi_native.checks import check_integer, check_type
 from kimi_native.contents import check_contents
+from kimi_native.device_memory import CPU, allocate, cpu_scratch, gpu_scratch
 
 # ---- runtime settings -----------------------------------------------------------------------------------------------
 
@@ -100,58 +100,14 @@ def backend(name: str) -> Iterator[None]:
 
 
 _Tensors = Sequence[Tensor | None]
-_CPU = torch.device("cpu")
-
-
 def empty(
-    op: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = _CPU
+    op: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU
 ) -> Tensor:
     """An uninitialised tensor for an op to write, from the arena of the recording in progress if there is one."""
     arena = getattr(_state, "arena", None)
     if arena is None or device.type != "cpu":
-        return _allocate(op, "its result", shape, dtype, device)
+        return allocate(op, "its result", shape, dtype, device)
     return arena.empty(shape, dtype)
-
-
-def _allocate(
-    op: str, what: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """A tensor of a GPU's memory; if that is full, an error that says whose it would have been."""
-    try:
-        return torch.empty(shape, dtype=dtype, device=device)
-    except torch.OutOfMemoryError as error:
-        nbytes = math.prod(shape) * dtype.itemsize
-        raise torch.OutOfMemoryError(
-            f"{op}: {what} must fit into the memory of {device} (got {nbytes} bytes): {error}"
-        ) from error
-
-
-def workspace(nbytes: int, device: torch.device = _CPU, *, op: str = "workspace") -> Tensor:
-    """This thread's scratch buffer, grown as needed and kept: nothing is allocated per op in a steady state. It grows
-    by a quarter at least, since every CUDA graph keeps the one that it was captured with."""
-    buffers = _state.__dict__.setdefault("workspaces", {})
-    buffer = buffers.get(device)
-    if buffer is None or buffer.numel() < nbytes + 64:
-        grown = 0 if buffer is None else buffer.numel() * 5 // 4
-        buffer = _allocate(op, "its scratch", (max(nbytes + 64, grown),), torch.uint8, device)
-        buffers[device] = buffer
-    if device.type == "cuda":
-        _take_turns(buffer, device)
-    start = -buffer.data_ptr() % 64
-    return buffer[start : start + nbytes]
-
-
-def _take_turns(buffer: Tensor, device: torch.device) -> None:
-    """Kernels of another stream may not be done with the scratch: those of the current one wait for them. The stream of
-    a capture stands for those that the graph is replayed on."""
-    if torch.cuda.is_current_stream_capturing():
-        return
-    streams = _state.__dict__.setdefault("scratch_streams", {})
-    stream, last = torch.cuda.current_stream(device), streams.get(device)
-    if last is not None and last != stream:
-        stream.wait_stream(last)
-        buffer.record_stream(stream)
-    streams[device] = stream
 
 
 def call(name: str, tensors: _Tensors, *sizes: float) -> None:
@@ -177,11 +133,11 @@ def call_with_workspace(name: str, tensors: _Tensors, *sizes: float) -> None:
             check_contents(name, tensors, sizes)
         with _current(device):  # scratch may differ from GPU to GPU
             nbytes = getattr(_native.cuda, name + "_workspace_bytes")(*arguments)
-        scratch = workspace(nbytes, device, op=name)
-        _call_cuda(name, device, [*arguments, scratch.data_ptr(), nbytes])
+        with gpu_scratch(name, nbytes, device) as scratch:
+            _call_cuda(name, device, [*arguments, scratch.data_ptr(), nbytes])
     else:
         nbytes = getattr(_native.cpu, name + "_workspace_bytes")(*arguments)
-        getattr(_native.cpu, name)(*arguments, workspace(nbytes, device).data_ptr(), nbytes)
+        getattr(_native.cpu, name)(*arguments, cpu_scratch(name, nbytes).data_ptr(), nbytes)
 
 
 def call_with_room(name: str, tensors: _Tensors, *sizes: float) -> Tensor:
@@ -192,7 +148,7 @@ def call_with_room(name: str, tensors: _Tensors, *sizes: float) -> Tensor:
     arguments = [*map(pointer, tensors), *sizes]
     with _current(device):
         nbytes = getattr(_native.cuda, name + "_workspace_bytes")(*arguments)
-    room = _allocate(name, "its result", (nbytes,), torch.uint8, device)
+    room = allocate(name, "its result", (nbytes,), torch.uint8, device)
     _call_cuda(name, device, [*arguments, room.data_ptr(), nbytes])
     return room
 
@@ -209,7 +165,7 @@ def _device_of(op: str, tensors: _Tensors) -> torch.device:
         if device is not None:
             raise RuntimeError(f"{op}: tensors must be on one device (got {device} and {x.device})")
         device = x.device
-    return _CPU if device is None else device
+    return CPU if device is None else device
 
 
 def int4_tiled_bytes(out_features: int, in_features: int) -> tuple[int, int]:
@@ -319,7 +275,7 @@ def record() -> Iterator[Recording]:
     """Record the native ops of this thread inside the with-block; see Recording. Not with the reference backend."""
     if active_backend() == "reference":
         raise RuntimeError("record: the reference backend has nothing to record")
-    if uses_cuda(_CPU):
+    if uses_cuda(CPU):
         raise RuntimeError("record: CUDA kernels on the host are not recorded")
     recording = Recording()
     recording._native.begin()

@@ -50,7 +50,6 @@ from kimi_native.native import (  # noqa: F401  the settings, as attributes of t
     set_num_threads,
     supported_isas,
     uses_cuda,
-    workspace,
 )
 from kimi_native.weights import (
     GROUP_SIZE,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kimi_native import ops
 from kimi_native.cache import CachedSequence, LatentCache
+from kimi_native.device_memory import gpu_scratch
 from kimi_native.model import Experts, KimiModel, Step
 from kimi_native.placement import HostExperts
 
@@ -163,26 +164,27 @@ class _RecordedStep:
 
     def _capture(self, shared: _Graphs) -> Callable[[], None]:
         """Capturing runs nothing: the step is made before, which also sizes the scratch, and replayed after."""
-        self._compute()
-        torch.cuda.synchronize(self._x.device)
-        self._scratch = ops.workspace(0, self._x.device)
-        graph = torch.cuda.CUDAGraph()
-        with (
-            torch.cuda.device(self._x.device),
-            # Of this thread: what others do on the GPU meanwhile must not end the capture.
-            torch.cuda.graph(
-                graph,
-                pool=shared.pool,
-                stream=shared.stream,
-                capture_error_mode="thread_local",
-            ),
-        ):
+        device, graph = self._x.device, torch.cuda.CUDAGraph()
+        with gpu_scratch("decode", 0, device):  # nobody makes it grow between the two
             self._compute()
-            self._logits = shared.logits[: len(self._logits)].copy_(self._logits)
+            torch.cuda.synchronize(device)
+            with (
+                gpu_scratch("decode", 0, device) as self._scratch,
+                torch.cuda.device(device),
+                # Of this thread: what others do on the GPU meanwhile must not end the capture.
+                torch.cuda.graph(
+                    graph,
+                    pool=shared.pool,
+                    stream=shared.stream,
+                    capture_error_mode="thread_local",
+                ),
+            ):
+                self._compute()
+                self._logits = shared.logits[: len(self._logits)].copy_(self._logits)
 
         def replay() -> None:
-            ops.workspace(0, self._x.device)  # after whoever used it on another stream
-            graph.replay()
+            with gpu_scratch("decode", 0, device):  # after whoever used it on another stream
+                graph.replay()
 
         replay()
         return replay

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from kimi_native import native, ops
+from kimi_native import device_memory, native, ops
 from kimi_native.mla_schedule import mla_schedule
 from simt import library_path, simt_only
 
@@ -19,8 +19,9 @@ FULL = "CUDA out of memory. Tried to allocate 2.00 GiB."
 
 @pytest.fixture(autouse=True)
 def _new_thread(monkeypatch):
-    """One that has no scratch yet."""
-    monkeypatch.setattr(native, "_state", threading.local())
+    """One that has no scratch yet, and GPUs without any."""
+    monkeypatch.setattr(device_memory, "_threads", threading.local())
+    monkeypatch.setattr(device_memory, "_gpus", {})
 
 
 def fill_memory(monkeypatch, *, after):
@@ -62,10 +63,46 @@ def test_cuda_memory_that_is_full_is_told_with_the_op(call, after, message, monk
             call()
 
 
+def scratch_of(nbytes, device=device_memory.CPU):
+    with device_memory.gpu_scratch("op", nbytes, device) as room:
+        return room
+
+
 def test_cuda_memory_scratch_that_grows_with_the_batch_is_made_a_few_times():
     """Graphs of 256 batch sizes, met in ascending order, keep these: not 256."""
-    kept = [native.workspace(1_000_000 + 4000 * batch) for batch in range(256)]
+    kept = [scratch_of(1_000_000 + 4000 * batch) for batch in range(256)]
     assert len({scratch.untyped_storage().data_ptr() for scratch in kept}) <= 5
+
+
+def test_cuda_memory_threads_of_a_gpu_take_turns_with_one_scratch():
+    """asyncio's threads are many, and a scratch of each would fill the GPU. What is launched stays together."""
+    log, addresses = [], set()
+
+    def work(name, wait):
+        with device_memory.gpu_scratch("op", 1000, device_memory.CPU) as room:
+            log.append(name)
+            addresses.add(room.data_ptr())
+            if wait:
+                second.start()
+                second.join(0.2)  # it cannot come in
+            log.append(name)
+
+    second = threading.Thread(target=work, args=("second", False))
+    first = threading.Thread(target=work, args=("first", True))
+    first.start()
+    first.join()
+    second.join()
+    assert log == ["first", "first", "second", "second"]
+    assert len(addresses) == 1
+
+
+def test_cuda_memory_threads_of_the_cpu_have_scratch_of_their_own():
+    rooms = [device_memory.cpu_scratch("op", 100)]
+    thread = threading.Thread(target=lambda: rooms.append(device_memory.cpu_scratch("op", 100)))
+    thread.start()
+    thread.join()
+    assert rooms[0].data_ptr() != rooms[1].data_ptr()
+    assert device_memory.cpu_scratch("op", 50).data_ptr() == rooms[0].data_ptr()
 
 
 class Stream:
@@ -80,6 +117,8 @@ class Stream:
 
 class Scratch:
     """A GPU's buffer, of torch's words alone."""
+
+    device = torch.device("cuda", 1)
 
     def __init__(self, shape, log):
         self.shape, self.log = shape, log
@@ -98,10 +137,10 @@ class Scratch:
 
 
 def test_cuda_memory_scratch_is_used_by_one_stream_after_the_other(monkeypatch):
-    log, gpu = [], torch.device("cuda", 1)
+    log, gpu = [], Scratch.device
     first, second, capturing = Stream(log), Stream(log), Stream(log)
     state = {"stream": first}
-    monkeypatch.setattr(native, "_allocate", lambda op, what, shape, *_: Scratch(shape, log))
+    monkeypatch.setattr(device_memory, "allocate", lambda op, what, shape, *_: Scratch(shape, log))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: state["stream"])
     monkeypatch.setattr(
         torch.cuda, "is_current_stream_capturing", lambda: state["stream"] is capturing
@@ -109,7 +148,7 @@ def test_cuda_memory_scratch_is_used_by_one_stream_after_the_other(monkeypatch):
 
     def use(stream, nbytes):
         state["stream"] = stream
-        scratch = native.workspace(nbytes, gpu)
+        scratch = scratch_of(nbytes, gpu)
         steps = [step for step in log if step[1] != "uses"]
         recorded = [(who, what) for who, _, what in log if what is scratch]
         log.clear()

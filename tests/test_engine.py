@@ -311,8 +311,14 @@ def test_engine_failed_decode_ends_its_batch_and_passes_the_error_on(error):
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        ("prefill", "prefill: what it computes must fit into the memory of cpu (got 3 tokens): full"),
-        ("decode", "decode: what it computes must fit into the memory of cpu (got 1 sequences): full"),
+        (
+            "prefill",
+            "prefill: what it computes must fit into the memory of cpu (got 3 tokens): full",
+        ),
+        (
+            "decode",
+            "decode: what it computes must fit into the memory of cpu (got 1 sequences): full",
+        ),
     ],
 )
 def test_engine_says_which_step_a_full_memory_ended(step, message):

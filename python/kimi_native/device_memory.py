@@ -1,5 +1,6 @@
-"""What ops ask of a device's memory: results, and scratch, which is kept so that nothing is allocated per op in a steady
-state. On the CPU every thread has its own; the threads of a GPU take turns with one, since a server's are many."""
+"""What ops ask of a device's memory: results, and scratch, which is kept so that nothing is allocated per op in a
+steady state. On the CPU every thread has its own; the threads of a GPU take turns with one, since a server's are many.
+"""
 
 from __future__ import annotations
 

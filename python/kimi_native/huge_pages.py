@@ -1,5 +1,5 @@
-"""Memory that kernels stream through, such as weights made while loading and the latent cache: one piece, on 2 MiB pages
-where the system gives them.
+"""Memory that kernels stream through, such as weights made while loading and the latent cache: one piece, on 2 MiB
+pages where the system gives them.
 
 A tensor of its own from the allocator would lie on 4 KiB pages: the kernels would wait for page tables, and the first
 touch of each page for the system.

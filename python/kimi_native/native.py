@@ -100,6 +100,8 @@ def backend(name: str) -> Iterator[None]:
 
 
 _Tensors = Sequence[Tensor | None]
+
+
 def empty(
     op: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU
 ) -> Tensor:

@@ -10,7 +10,8 @@ from kimi_native.bench.rows import Limits, make_row, median_and_spread
 
 # After a call an engine's threads spin for up to some milliseconds; the next one to be timed must not pay for it.
 REST_SECONDS = 0.01
-TURN_SECONDS = 0.04
+# Long enough that what a rest has cost an engine hardly counts: matrix tiles need some 100 ms to reach their rate again.
+TURN_SECONDS = 0.4
 FEWEST_SAMPLES = 5
 
 
@@ -25,13 +26,14 @@ def take_turns(
     """
     samples: tuple[list[float], list[float]] = ([], [])
     calls = [0, 0]
+    turn_seconds = min(TURN_SECONDS, budget_s / 4)
     until = time.perf_counter() + budget_s
     while time.perf_counter() < until or min(map(len, samples)) < FEWEST_SAMPLES:
         for who, (solve, per_run) in enumerate(((ours, 1), (theirs, calls_per_run))):
             time.sleep(REST_SECONDS)
             solve(calls[who])
             ended = time.perf_counter()
-            turn = ended + TURN_SECONDS
+            turn = ended + turn_seconds
             while ended < turn:
                 calls[who] += 1
                 started = time.perf_counter()

@@ -10,7 +10,7 @@ from kimi_native.bench.rows import Limits, make_row, median_and_spread
 
 # After a call an engine's threads spin for up to some milliseconds; the next one to be timed must not pay for it.
 REST_SECONDS = 0.01
-# Long enough that what a rest has cost an engine hardly counts: matrix tiles need some 100 ms to reach their rate again.
+# Long enough that what a rest has cost an engine hardly counts: matrix tiles need some 100 ms to their full rate.
 TURN_SECONDS = 0.4
 FEWEST_SAMPLES = 5
 

@@ -62,6 +62,10 @@ __device__ __forceinline__ SharedPtr<T> shared_cast(U* p) {
 void check_launch(const char* op, cudaStream_t stream);
 void check(const char* op, cudaError_t status);
 
+// Lets a kernel have so much dynamic shared memory on the current device. What was allowed before
+// stays: another thread may be about to launch with it.
+void allow_shared(const char* op, const void* kernel, size_t bytes);
+
 // How many blocks run at once, if each multiprocessor takes one.
 int multiprocessors(const char* op);
 
@@ -71,9 +75,7 @@ bool is_hopper(const char* op);
 template <typename... P, typename... A>
 void launch(const LaunchConfig& c, void (*kernel)(P...), A&&... arguments) {
   const auto stream = static_cast<cudaStream_t>(c.stream);
-  if (c.shared_bytes > 48 * 1024)  // what a kernel may have without asking
-    check(c.op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     static_cast<int>(c.shared_bytes)));
+  allow_shared(c.op, reinterpret_cast<const void*>(kernel), c.shared_bytes);
   kernel<<<c.grid, c.block, c.shared_bytes, stream>>>(static_cast<P>(arguments)...);
   check_launch(c.op, stream);
 }

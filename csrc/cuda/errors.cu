@@ -1,6 +1,9 @@
 // What is asked of the CUDA runtime, and its errors with the op's name. There are none in the shim.
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <mutex>
+#include <utility>
 
 #include "cuda/device.cuh"
 
@@ -26,6 +29,20 @@ void check_launch(const char* op, cudaStream_t stream) {
   cudaStreamCaptureStatus capturing;  // then there is nothing to wait for yet
   check(op, cudaStreamIsCapturing(stream, &capturing));
   if (capturing == cudaStreamCaptureStatusNone) check(op, cudaStreamSynchronize(stream));
+}
+
+void allow_shared(const char* op, const void* kernel, size_t bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, size_t> allowed;
+  if (bytes <= 48 * 1024) return;  // what a kernel may have without asking
+  int device = 0;
+  check(op, cudaGetDevice(&device));
+  const std::lock_guard lock(mutex);
+  size_t& most = allowed[{device, kernel}];
+  if (bytes <= most) return;
+  check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(bytes)));
+  most = bytes;
 }
 
 int multiprocessors(const char* op) {

@@ -184,8 +184,9 @@ _synchronous = os.environ.get("KIMI_NATIVE_SYNC", "") == "1"
 
 def is_synchronous() -> bool:
     """Whether an op on a GPU looks at contents before it starts, and waits until it is done (KIMI_NATIVE_SYNC=1)."""
-    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-    return _synchronous and not capturing
+    if not _synchronous:
+        return False
+    return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
 
 def uses_cuda(device: torch.device) -> bool:

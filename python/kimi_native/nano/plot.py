@@ -43,7 +43,7 @@ def plot_log(log: Path, picture: Path) -> None:
         lower.plot(at, ratio, label=f"layer with experts {layer + 1}")
     lower.set_ylabel("largest load / mean")
     lower.set_xlabel("step")
-    lower.legend(fontsize="small", ncols=3)
+    figure.legend(handles=lower.get_lines(), loc="outside lower center", fontsize="small", ncols=4)
     try:
         figure.savefig(picture)
     except (OSError, ValueError) as error:

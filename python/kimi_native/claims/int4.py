@@ -46,7 +46,7 @@ Say = Callable[[str], None]
 class Plan:
     """How much is done.
 
-    steps     that both copies are trained on
+    steps     that both copies are trained on, of tokens_per_step
     tokens    held-out ones that loss and KL are taken over; as many of the training's calibrate
     problems  held-out ones played by each variant, of num_steps steps, the share failure_rate of the calls failing
     """
@@ -56,23 +56,25 @@ class Plan:
     problems: int
     num_steps: int = 10
     failure_rate: float = 0.1
+    tokens_per_step: int = 4096
 
 
-FULL, QUICK = Plan(300, 65536, 400), Plan(10, 8192, 10)
+FULL, QUICK = Plan(200, 65536, 400, tokens_per_step=12288), Plan(10, 8192, 10)
 
 
 def settings_of(plan: Plan, seed: int) -> TrainSettings:
-    """The recipe of kimi-nano's last part, in small: up to half its rate and down to 0."""
+    """The recipe of kimi-nano's last part: up to half its rate and down to 0."""
     return TrainSettings(
         steps=plan.steps,
-        tokens_per_step=4096,
+        tokens_per_step=plan.tokens_per_step,
         seed=seed + 1000,  # conversations that the model has not been trained on
-        learning_rate=2.5e-3,
+        learning_rate=1.5e-3,
         warmup_steps=max(1, plan.steps // 10),
         decay_steps=plan.steps // 2,
         stretch_chance=0.3,
         stretch_to=32768,
         stretch_jumps=4,
+        highest_temperature=1.4,
     )
 
 

@@ -62,6 +62,7 @@ def draw_int4(result: dict[str, Any], path: Path) -> None:
     low = [share.rate - share.interval()[0] for share in solved]
     high = [share.interval()[1] - share.rate for share in solved]
     right.errorbar(names, [s.rate for s in solved], yerr=[low, high], fmt="o", capsize=3)
+    right.margins(x=0.15)
     right.set_ylabel("held-out problems solved")
     right.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kimi_native import ops
+from kimi_native.device_memory import gpu_scratch
 
 Solve = Callable[[int], Tensor]
 FEWEST_SAMPLES = 20
@@ -50,10 +50,10 @@ class Runs:
         self._replay = self._make_calls
         self._solve(0)
         torch.cuda.synchronize(device)
-        self._scratch = ops.workspace(0, device)  # that the graph's kernels write to
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            # Its kernels write to the scratch: it is kept.
+            with gpu_scratch("timing", 0, device) as self._scratch, torch.cuda.graph(graph):
                 self._make_calls()
         except RuntimeError:
             torch.cuda.synchronize(device)

@@ -82,7 +82,9 @@ def gpu_scratch(op: str, nbytes: int, device: torch.device) -> Iterator[Tensor]:
     """For what is launched on the current stream inside the with-block: other threads wait for its end, and kernels of
     this stream for those of the one that had the scratch before. Blocks may be nested, and share it."""
     with _lock:
-        gpu = _gpus.setdefault(device, _Gpu(device))
+        gpu = _gpus.get(device)
+        if gpu is None:
+            gpu = _gpus[device] = _Gpu(device)
         room = gpu.buffer.room(op, nbytes)
         if device.type == "cuda":
             _take_turns(gpu, room)

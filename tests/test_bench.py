@@ -450,6 +450,7 @@ def test_take_turns_gives_both_their_turns(monkeypatch):
     """Turns alternate, every call has a number of its own, and the first of a turn is not counted."""
     clock = [0.0]
     calls = []
+    monkeypatch.setattr(turns, "TURN_SECONDS", 0.05)
     monkeypatch.setattr(turns.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(turns.time, "sleep", lambda seconds: None)
 

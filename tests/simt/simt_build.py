@@ -5,10 +5,13 @@ Not part of the package's build. Objects are cached in build/simt by the hash of
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,11 +25,21 @@ SOURCES = [
 ]
 HEADERS = ["csrc/**/*.h", "csrc/**/*.cuh", "tests/gpu/conformance/*.h"]
 BENCH_SOURCES = ["bench/cuda/*.cpp", "bench/cuda/*.cu", "bench/options.cpp"]
+FOLDER = ROOT / "build" / "simt"
 ON_GPU_ALONE = {"gpu.cpp", "cublas.cpp"}  # rehearsal.cpp stands in for these
 BENCH_HEADERS = ["bench/*.h", "bench/cuda/*.h"]
 # A misaligned access through a typed pointer traps; the shim turns the trap into a report.
 TRAPS = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+
+
+@contextmanager
+def one_builder() -> Iterator[None]:
+    """Of several test processes one compiles; the others wait and find its objects."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with open(FOLDER / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def files(patterns: list[str]) -> list[Path]:
@@ -57,11 +70,11 @@ def flags(source: Path, sanitize: str, defines: tuple[str, ...]) -> list[str]:
     return result + (["-x", "c++"] if source.suffix == ".cu" else [])
 
 
-def compile_object(source: Path, headers: bytes, folder: Path, options: list[str]) -> Path:
+def compile_object(source: Path, headers: bytes, options: list[str]) -> Path:
     key = hashlib.sha256(
         headers + source.read_bytes() + repr((str(source), options)).encode()
     ).hexdigest()
-    out = folder / f"{source.stem}.{key[:24]}.o"
+    out = FOLDER / f"{source.stem}.{key[:24]}.o"
     if not out.exists():
         unfinished = out.with_suffix(f".{os.getpid()}")
         command = [compiler(), *options, "-c", str(source), "-o", str(unfinished)]
@@ -72,19 +85,17 @@ def compile_object(source: Path, headers: bytes, folder: Path, options: list[str
     return out
 
 
+@one_builder()
 def build_bench(library: Path, *others: Path) -> Path:
     """The GPU's benchmark program against the shim `library`, compiled if it has to be. What the sources `others`
     define takes the place of what the library does."""
-    folder = ROOT / "build" / "simt"
     headers = b"".join(path.read_bytes() for path in files(HEADERS + BENCH_HEADERS))
     sources = [path for path in files(BENCH_SOURCES) if path.name not in ON_GPU_ALONE]
     sources += others
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(
-            pool.map(lambda s: compile_object(s, headers, folder, flags(s, "", ())), sources)
-        )
+        objects = list(pool.map(lambda s: compile_object(s, headers, flags(s, "", ())), sources))
     key = hashlib.sha256(repr((str(library), sorted(map(str, objects)))).encode()).hexdigest()
-    program = folder / f"kn_cuda_bench.{key[:24]}"
+    program = FOLDER / f"kn_cuda_bench.{key[:24]}"
     if not program.exists():
         unfinished = program.with_suffix(f".{os.getpid()}")
         command = [compiler(), "-pthread", *map(str, objects), str(library)]
@@ -93,20 +104,17 @@ def build_bench(library: Path, *others: Path) -> Path:
     return program
 
 
+@one_builder()
 def build(sanitize: str = "", defines: tuple[str, ...] = ()) -> Path:
     """The shared library, compiled if it has to be; `sanitize` is a list for -fsanitize, `defines` macros to set."""
-    folder = ROOT / "build" / "simt"
-    folder.mkdir(parents=True, exist_ok=True)
     headers = b"".join(path.read_bytes() for path in files(HEADERS))
     sources = files(SOURCES)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(
-            pool.map(
-                lambda s: compile_object(s, headers, folder, flags(s, sanitize, defines)), sources
-            )
+            pool.map(lambda s: compile_object(s, headers, flags(s, sanitize, defines)), sources)
         )
     key = hashlib.sha256(repr(sorted(map(str, objects))).encode()).hexdigest()
-    library = folder / f"libkn_simt.{key[:24]}.so"
+    library = FOLDER / f"libkn_simt.{key[:24]}.so"
     if not library.exists():
         unfinished = library.with_suffix(f".{os.getpid()}")
         sanitizers = [f"-fsanitize={sanitize}"] if sanitize else []

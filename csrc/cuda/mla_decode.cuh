@@ -16,8 +16,8 @@
 // more.
 //
 // Bytes: 1152 (fp8: 656) a token for every 32 heads (for 64 heads once more from L2), and 2 KB a
-// head and split of results. Order: tiles ascending with one running maximum. It depends on the
-// sequence alone.
+// head and row of results. Order: tiles ascending with one running maximum, then that of splits. It
+// depends on the sequence alone.
 #pragma once
 #include "cuda/bf16_fragments.cuh"
 #include "cuda/mla_splits.cuh"
@@ -261,41 +261,47 @@ __device__ __forceinline__ void add_values(const MlaThread& th, SharedPtr<uint8_
 
 // The split's sums of values, and the maximum and sum of its weights. One barrier inside.
 __device__ __forceinline__ void write_split(const MlaProblem& p, const MlaThread& th,
-                                            const GroupShared& shared, int64_t split, int64_t head,
-                                            const RunningSoftmax& softmax,
+                                            const GroupShared& shared, const Split& split,
+                                            int64_t head, const RunningSoftmax& softmax,
                                             const float (&acc)[kColumnTiles][4]) {
-  const int64_t row = split * p.heads + head + th.g;
+  const int64_t row = split.row * p.heads + head + th.g;
   float* to = p.results.values + row * kLatent + th.part * (kColumnTiles * 8) + th.t * 2;
+  float2 there[2] = {}, factors[2] = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float sum = softmax.sum[half];
     sum = __fadd_rn(sum, __shfl_xor_sync(kAllLanes, sum, 1));
     sum = __fadd_rn(sum, __shfl_xor_sync(kAllLanes, sum, 2));
     if (th.t == 0) shared.of_warps[th.part * kMlaHeads + half * 8 + th.g] = sum;
-    if (head + half * 8 + th.g < p.heads)
-#pragma unroll
-      for (int i = 0; i < kColumnTiles; ++i)
-        *reinterpret_cast<float2*>(to + half * 8 * kLatent + i * 8) =
-            make_float2(acc[i][2 * half], acc[i][2 * half + 1]);
+    if (head + half * 8 + th.g >= p.heads) continue;
+    if (split.joins) {
+      there[half] = p.results.stats[row + half * 8];
+      factors[half] = fold_factors(there[half].x, softmax.maximum[half]);
+    }
+    write_run<kColumnTiles>(to + half * 8 * kLatent, split.joins, factors[half], [&](int i) {
+      return make_float2(acc[i][2 * half], acc[i][2 * half + 1]);
+    });
   }
-  __syncthreads();
+  __syncthreads();  // all have read the stats that are there
   if (th.part != 0 || th.t != 0) return;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float sum = 0.0f;
     for (int w = 0; w < kGroupWarps; ++w)
       sum = __fadd_rn(sum, shared.of_warps[w * kMlaHeads + half * 8 + th.g]);
+    const float2 stats = make_float2(softmax.maximum[half], sum);
     if (head + half * 8 + th.g < p.heads)
-      p.results.stats[row + half * 8] = make_float2(softmax.maximum[half], sum);
+      p.results.stats[row + half * 8] =
+          split.joins ? fold_stats(factors[half], there[half], stats) : stats;
   }
 }
 
-// All tiles of split `split`, for 16 heads from `head` in each group.
+// All tiles of a split, for 16 heads from `head` in each group.
 template <int kGroups, bool kFp8, typename Bytes>
-__device__ __forceinline__ void attend_split(const MlaProblem& p, int64_t split, int64_t head,
+__device__ __forceinline__ void attend_split(const MlaProblem& p, const Split& split, int64_t head,
                                              Bytes bytes) {
   const MlaThread th = mla_thread();
-  const auto [sequence, begin, end] = find_split(p, split);
+  const int sequence = split.sequence, begin = split.begin, end = split.end;
   const GroupShared shared = group_shared(bytes, th.group);
   // bf16: two tiles in turn. fp8: the tile first, then the rows it is made of. The queries pass
   // through what no copy is on its way to.

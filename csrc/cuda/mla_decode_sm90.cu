@@ -13,7 +13,7 @@ TensorMap rows_map(const char* op, const void* rows, int64_t count) {
 
 }  // namespace
 
-void mla_decode_sm90(const char* op, const MlaProblem& p, bool fp8, int64_t splits, void* stream) {
+int mla_decode_sm90(const char* op, const MlaProblem& p, bool fp8, int64_t splits, void* stream) {
   const int head_blocks = int((p.heads + kSm90Heads - 1) / kSm90Heads);
   const int64_t each = (multiprocessors(op) + head_blocks - 1) / head_blocks;
   const int64_t workers = std::max<int64_t>(std::min(each, splits), 1);
@@ -28,6 +28,7 @@ void mla_decode_sm90(const char* op, const MlaProblem& p, bool fp8, int64_t spli
     run(mla_decode_sm90_kernel<true>, MlaSm90Layout<true>::kBytes);
   else
     run(mla_decode_sm90_kernel<false>, MlaSm90Layout<false>::kBytes);
+  return int(workers);
 }
 
 }  // namespace kn::cuda

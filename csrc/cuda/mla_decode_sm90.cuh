@@ -10,7 +10,8 @@
 // lie, 41 KB, and the consumers widen them to the one bf16 tile.
 //
 // Bytes: 1152 (fp8: 656) a token for every 64 heads, 72 KB of queries a split, and 2 KB a head and
-// split of results. FLOPs: 2 * 64 * 1088 a token. Order: tiles ascending with one running maximum.
+// row of results. FLOPs: 2 * 64 * 1088 a token. Order: tiles ascending with one running maximum,
+// then that of splits.
 #pragma once
 #include "cuda/mla_decode_sm90.h"
 #include "cuda/ptx_sm90.cuh"
@@ -40,7 +41,8 @@ struct MlaSm90Layout {
   static constexpr int kWeights = kTiles + (kFp8 ? 1 : kStages) * kMatrixBytes;
   static constexpr int kRows = kFp8 ? kWeights + kBoxBytes : kTiles;
   static constexpr int kRescale = kFp8 ? kRows + kRowsBytes : kWeights + kBoxBytes;  // [64] float
-  static constexpr int kFull = kRescale + kSm90Heads * 4;
+  static constexpr int kFactors = kRescale + kSm90Heads * 4;                         // [64] float2
+  static constexpr int kFull = kFactors + kSm90Heads * 8;
   static constexpr int kEmpty = kFull + kStages * 8;
   static constexpr int kQueriesFull = kEmpty + kStages * 8;
   static constexpr int kQueriesEmpty = kQueriesFull + 8;
@@ -92,23 +94,25 @@ struct MlaRing {
 struct ResultRows {
   int64_t first;
   int count;
+  bool join;
 };
 
-// Block i: heads i % head_blocks of splits i / head_blocks, and every `workers` on. The next split
-// is looked up while f has this one.
+// Block i: heads i % head_blocks of the splits of worker i / head_blocks. The next split is looked
+// up while f has this one.
 template <typename F>
 __device__ __forceinline__ void for_each_split(const MlaSm90Problem& p, F f) {
-  const int64_t splits = p.a.schedule.first[p.a.batch];
   const int64_t head = int64_t(blockIdx.x) % p.head_blocks * kSm90Heads;
-  int64_t split = blockIdx.x / p.head_blocks;
+  const int each = splits_each(p.a, p.workers);
+  int split = int(blockIdx.x) / p.head_blocks * each;
+  const int end = min(split + each, p.a.schedule.first[p.a.batch]);
   Split next{};
-  if (split < splits) next = find_split(p.a, split);
-  while (split < splits) {
+  if (split < end) next = find_split(p.a, split, each);
+  while (split < end) {
     const Split s = next;
-    const ResultRows rows = {split * p.a.heads + head,
-                             int(min(p.a.heads - head, int64_t(kSm90Heads)))};
-    split += p.workers;
-    if (split < splits) next = find_split(p.a, split);
+    const ResultRows rows = {s.row * p.a.heads + head,
+                             int(min(p.a.heads - head, int64_t(kSm90Heads))), s.joins};
+    ++split;
+    if (split < end) next = find_split(p.a, split, each);
     f(s, head, rows);
   }
 }
@@ -285,7 +289,15 @@ __device__ __forceinline__ void weigh(float scale, int present, MlaScores& s,
 struct PassedWeights {
   SharedPtr<uint8_t> weights;  // [64 heads][64 tokens] bf16, a box
   SharedPtr<float> rescale;    // [64 heads]
+  SharedPtr<float2> factors;   // [64 heads], where a split joins others
 };
+
+template <bool kFp8, typename Bytes>
+__device__ __forceinline__ PassedWeights passed_weights(Bytes shared) {
+  using Layout = MlaSm90Layout<kFp8>;
+  return {shared_at<uint8_t>(shared, Layout::kWeights), shared_at<float>(shared, Layout::kRescale),
+          shared_at<float2>(shared, Layout::kFactors)};
+}
 
 // Head g of this thread's two.
 __device__ __forceinline__ int first_head() {
@@ -331,31 +343,44 @@ __device__ __forceinline__ void add_values(SharedPtr<uint8_t> tile, int box, Mla
   ptx::wgmma_settle(acc);
 }
 
-// The split's sums of values of 256 columns from `column` on.
+// The split's sums of values of 256 columns from `column` on, and of one warpgroup; `factors` are
+// read where it joins others.
 __device__ __forceinline__ void write_values(const MlaProblem& p, const ResultRows& rows,
-                                             int column, const MlaValues& acc) {
+                                             int column, SharedPtr<float2> factors,
+                                             const MlaValues& acc) {
   float* to =
       p.results.values + (rows.first + first_head()) * kLatent + column + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    if (first_head() + half * 8 >= rows.count) break;
-#pragma unroll
-    for (int i = 2 * half; i < kLatent / 4; i += 4)
-      *reinterpret_cast<float2*>(to + half * 8 * kLatent + i / 4 * 8) =
-          make_float2(acc[i], acc[i + 1]);
+    const int head = first_head() + half * 8;
+    if (head >= rows.count) break;
+    const float2 factor = rows.join ? factors[head] : make_float2(0.0f, 1.0f);
+    write_run<kLatent / 2 / 8>(to + half * 8 * kLatent, rows.join, factor, [&](int i) {
+      return make_float2(acc[4 * i + 2 * half], acc[4 * i + 2 * half + 1]);
+    });
   }
 }
 
+// The split's maxima and sums; where it joins others also their factors, for both warpgroups.
 __device__ __forceinline__ void write_stats(const MlaProblem& p, const ResultRows& rows,
-                                            const RunningSoftmax& softmax) {
+                                            const RunningSoftmax& softmax,
+                                            SharedPtr<float2> factors) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int head = first_head() + half * 8;
     float sum = softmax.sum[half];
     sum = __fadd_rn(sum, __shfl_xor_sync(kAllLanes, sum, 1));
     sum = __fadd_rn(sum, __shfl_xor_sync(kAllLanes, sum, 2));
-    if (threadIdx.x % 4 == 0 && head < rows.count)
-      p.results.stats[rows.first + head] = make_float2(softmax.maximum[half], sum);
+    if (threadIdx.x % 4 != 0 || head >= rows.count) continue;
+    float2& stats = p.results.stats[rows.first + head];
+    const float2 mine = make_float2(softmax.maximum[half], sum);
+    if (rows.join) {
+      const float2 there = stats, factor = fold_factors(there.x, mine.x);
+      factors[head] = factor;
+      stats = fold_stats(factor, there, mine);
+    } else {
+      stats = mine;
+    }
   }
 }
 
@@ -366,8 +391,7 @@ __device__ __forceinline__ void attend_first(const MlaSm90Problem& p, Bytes shar
   const auto queries = shared_at<uint8_t>(shared, Layout::kQueries);
   const auto queries_full = shared_at<uint64_t>(shared, Layout::kQueriesFull);
   const auto queries_empty = shared_at<uint64_t>(shared, Layout::kQueriesEmpty);
-  const PassedWeights passed = {shared_at<uint8_t>(shared, Layout::kWeights),
-                                shared_at<float>(shared, Layout::kRescale)};
+  const PassedWeights passed = passed_weights<kFp8>(shared);
   MlaRing<kFp8, Bytes> ring{shared};
   int parity = 0;  // of the queries
   for_each_split(p, [&](const Split& s, int64_t, const ResultRows& rows) {
@@ -393,17 +417,17 @@ __device__ __forceinline__ void attend_first(const MlaSm90Problem& p, Bytes shar
       if constexpr (!kFp8) release(ring.empty());
       ring.advance();
     }
-    write_stats(p.a, rows, softmax);
-    write_values(p.a, rows, 0, acc);
+    if (rows.join) ptx::barrier_sync(kWeightsRead, kMlaConsumers);
+    write_stats(p.a, rows, softmax, passed.factors);
+    if (rows.join) ptx::barrier_sync(kWeightsWritten, kMlaConsumers);
+    write_values(p.a, rows, 0, passed.factors, acc);
   });
 }
 
 // The other one.
 template <bool kFp8, typename Bytes>
 __device__ __forceinline__ void attend_second(const MlaSm90Problem& p, Bytes shared) {
-  using Layout = MlaSm90Layout<kFp8>;
-  const PassedWeights passed = {shared_at<uint8_t>(shared, Layout::kWeights),
-                                shared_at<float>(shared, Layout::kRescale)};
+  const PassedWeights passed = passed_weights<kFp8>(shared);
   MlaRing<kFp8, Bytes> ring{shared};
   for_each_split(p, [&](const Split& s, int64_t, const ResultRows& rows) {
     MlaValues acc = {};
@@ -419,7 +443,11 @@ __device__ __forceinline__ void attend_second(const MlaSm90Problem& p, Bytes sha
       if constexpr (!kFp8) release(ring.empty());
       ring.advance();
     }
-    write_values(p.a, rows, kLatent / 2, acc);
+    if (rows.join) {
+      ptx::barrier_arrive(kWeightsRead, kMlaConsumers);
+      ptx::barrier_sync(kWeightsWritten, kMlaConsumers);
+    }
+    write_values(p.a, rows, kLatent / 2, passed.factors, acc);
   });
 }
 

@@ -16,7 +16,8 @@ inline bool suits_mla_sm90(const MlaProblem& p) {
          p.pages * p.page_size < kRows && p.batch * p.heads < kRows;
 }
 
-// The results of all splits of the schedule, at most `splits`. `p` must suit.
-void mla_decode_sm90(const char* op, const MlaProblem& p, bool fp8, int64_t splits, void* stream);
+// The results of all splits of the schedule, at most `splits`; returns how many workers share them.
+// `p` must suit.
+int mla_decode_sm90(const char* op, const MlaProblem& p, bool fp8, int64_t splits, void* stream);
 
 }  // namespace kn::cuda

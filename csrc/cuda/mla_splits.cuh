@@ -13,11 +13,16 @@ constexpr int kLatent = 512, kRope = 64, kWidth = kLatent + kRope;
 constexpr int kFp8RowBytes = int(fp8_row_bytes(kLatent, kRope));
 static_assert(kFp8RowBytes % 16 == 0);
 
-// Results of the splits; split s of the schedule is row s.
+// Results of the splits; split s of the schedule has row s, or is in an earlier one (row_of).
 struct SplitResults {
   float* values;  // [splits, heads, 512], not yet divided by the sum
   float2* stats;  // [splits, heads]: maximum of the scores (base 2), sum of the weights
 };
+
+// The order of a sequence's results: four splits one after the other, then these groups. A block
+// that has the first of a group and more of it adds them up in the first one's row, which stays in
+// L2; what other blocks have of the group is added by the last kernel. Same operations, same bits.
+constexpr int kFoldSplits = 4;
 
 struct MlaProblem {
   const bf16* q;
@@ -31,16 +36,72 @@ struct MlaProblem {
   SplitResults results;
 };
 
-// Tokens begin .. end of a sequence.
+// Worker w of `workers` has splits w * each .. (w + 1) * each.
+__device__ __forceinline__ int splits_each(const MlaProblem& p, int workers) {
+  return max((p.schedule.first[p.batch] - 1) / workers + 1, 1);
+}
+
+// The row of results of a split; `first` is its sequence's first one.
+__device__ __forceinline__ int row_of(int split, int first, int each) {
+  const int group = split - (split - first) % kFoldSplits;
+  return group / each == split / each ? group : split;
+}
+
+// Tokens begin .. end of a sequence, and the row that the result goes to, or joins if something is
+// there already.
 struct Split {
-  int sequence, begin, end;
+  int sequence, begin, end, row;
+  bool joins;
 };
 
-__device__ __forceinline__ Split find_split(const MlaProblem& p, int64_t split) {
+__device__ __forceinline__ Split find_split(const MlaProblem& p, int split, int each) {
   const int2 place = p.schedule.splits[split];
   const int end = min(p.seq_lens[place.x], place.y + kSplitTokens);
   device_require(place.y < end, "mla_decode: the schedule must be of these seq_lens");
-  return {place.x, place.y, end};
+  const int row = row_of(split, p.schedule.first[place.x], each);
+  return {place.x, place.y, end, row, row != split};
+}
+
+// Factors of what is there (x) and of what joins it (y), whose maxima these are.
+__device__ __forceinline__ float2 fold_factors(float there, float joining) {
+  const float largest = fmaxf(there, joining);
+  return make_float2(ptx::exp2_approx(__fsub_rn(there, largest)),
+                     ptx::exp2_approx(__fsub_rn(joining, largest)));
+}
+
+__device__ __forceinline__ float fold(const float2& factors, float there, float joining) {
+  return __fmaf_rn(there, factors.x, __fmul_rn(joining, factors.y));
+}
+
+__device__ __forceinline__ float2 fold_stats(const float2& factors, const float2& there,
+                                             const float2& joining) {
+  return make_float2(fmaxf(there.x, joining.x), fold(factors, there.y, joining.y));
+}
+
+// What a thread has of a row of results: pairs of columns 8 i and 8 i + 1 from `to` on, by
+// value(i). It alone writes and reads them until the last kernel.
+template <int kPairs, typename F>
+__device__ __forceinline__ void write_run(float* to, bool joins, const float2& factors, F value) {
+  constexpr int kAhead = 8;
+  static_assert(kPairs % kAhead == 0);
+#pragma unroll
+  for (int i = 0; i < kPairs; i += kAhead) {
+    float2 v[kAhead];
+    if (joins) {
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) v[j] = *reinterpret_cast<const float2*>(to + (i + j) * 8);
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const float2 joining = value(i + j);
+        v[j] = make_float2(fold(factors, v[j].x, joining.x), fold(factors, v[j].y, joining.y));
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) v[j] = value(i + j);
+    }
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) *reinterpret_cast<float2*>(to + (i + j) * 8) = v[j];
+  }
 }
 
 // The page of a tile; a tile never straddles two. 0 past the last token, where nothing is read.

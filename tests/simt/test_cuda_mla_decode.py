@@ -55,8 +55,8 @@ def expect(case):
     A score: one chain of the whole width (on Hopper; two of half of it elsewhere), at most 2 U an addition (a tensor
     core may truncate), two roundings of the scale. exp: 2 ulp (4 U), and U of the difference that it is taken of. A
     weight is then rounded to bf16 (2^-8); the sum that divides is of the rounded weights. Each of a split's tiles may
-    bring a new maximum: a factor with 4 U and U of the step, and a product. Values: at most 512 additions in a split,
-    2 U each; splits: a factor as above, a multiply-add each, and the division.
+    bring a new maximum: a factor with 4 U and U of the step, and a product; so may the splits of its group, up to four of
+    them, and the groups. Values: at most 512 additions in a split, 2 U each; splits: a multiply-add each; the division.
     """
     batch, heads, width = case.q.shape
     out = torch.zeros(batch, heads, case.latent, dtype=torch.float64)
@@ -74,7 +74,7 @@ def expect(case):
         spread = scores.amax(dim=-1, keepdim=True) - scores
         widest = spread.amax(dim=-1, keepdim=True)
         off = (2 * width + 4) * U * absolute + 3 * U * (spread + widest) + 12 * U + 2.0**-8
-        off = off + 6 * (SPLIT // TILE) * U
+        off = off + 6 * (SPLIT // TILE + 5) * U
         sums = (2 * min(length, SPLIT) + 3 * math.ceil(length / SPLIT) + 8) * U
         bound[b] = (p * off) @ values.abs() + (p * off).sum(dim=-1, keepdim=True) * out[b].abs()
         bound[b] += sums * (p @ values.abs() + out[b].abs())

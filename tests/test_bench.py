@@ -241,6 +241,14 @@ def test_read_rows_names_the_line_that_is_none(tmp_path):
     file.write_text("[1]")
     with pytest.raises(ValueError, match="line 1 must be a row"):
         read_rows(file)
+    timed = {"op": "a", "shape": "s", "threads": 1, "tokens": 1, "percent_of_limit": 50}
+    for field in ("shape", "threads", "tokens"):
+        file.write_text(json.dumps({**timed, field: None}))
+        with pytest.raises(ValueError, match=f"line 1 must have a right {field} \\(got None"):
+            read_rows(file)
+    file.write_bytes(b"\xff")
+    with pytest.raises(RequestError, match="must be UTF-8 text"):
+        read_rows(file)
 
 
 # ---- whole models ---------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_logits(verb("logits", _logits, "tell what load()'s inexact options do to the logits"))
     _add_peers(measured(verb("peers", _peers, "time other engines and ours in one run")))
     plot = verb("plot", _plot, "draw percent of limit by token count")
-    plot.add_argument("rows", metavar="ROWS.json", help="what --json printed")
+    plot.add_argument("rows", metavar="ROWS.json", help="what --json printed; -: stdin")
     plot.add_argument("out", metavar="OUT.png", help="picture to write; .svg and .pdf work too")
     plot.add_argument("--threads", type=int, metavar="N", help="rows of this count (default: most)")
 

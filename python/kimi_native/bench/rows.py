@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kimi_native.argument_files import read_text
 from kimi_native.bench.native import program_rows
 
 # Every row of a timed case has at least these.
@@ -163,18 +164,29 @@ def limits_line(limits: Limits) -> str:
     return f"# limits, threads={limits.threads}: read {limits.read_gb_per_s:.1f} GB/s, {peaks} G/s"
 
 
+# What a row of a timed case is drawn by.
+_DRAWN = {"shape": str, "threads": int, "tokens": int, "percent_of_limit": (int, float)}
+
+
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a file: one JSON object a line. Raises ValueError on a line that is none, OSError on the file."""
+    """The rows of a file, - for standard input: one JSON object a line.
+
+    Raises ValueError on a line that is none, RequestError on a file that is no text, OSError on the file.
+    """
     rows = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+    for number, line in enumerate(read_text(str(path)).splitlines(), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: line {number} must be a JSON object ({error})") from None
-        if not isinstance(row, dict) or "op" not in row:
+        if not isinstance(row, dict) or not isinstance(row.get("op"), str):
             raise ValueError(f"{path}: line {number} must be a row with an op (got {line[:60]})")
+        for field, kind in _DRAWN.items() if timed_rows([row]) else ():
+            if not isinstance(row.get(field), kind):
+                got = row.get(field)
+                raise ValueError(f"{path}: line {number} must have a right {field} (got {got!r})")
         rows.append(row)
     return rows
 

@@ -417,7 +417,8 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "bench.llama_worker": (set(), {"numpy", "llama_cpp"}),
     "bench.peers": (
-        {"ops", "bench.rows", "bench.load", "bench.turns", "bench.problem", "bench.peer_llama"}
+        {"ops", "checkpoint", "bench.rows", "bench.load", "bench.turns", "bench.problem"}
+        | {"bench.peer_llama"}
         | {f"bench.peer_{kind}" for kind in ("int4", "dense", "mla", "moe")},
         {"torch"},
     ),

@@ -357,6 +357,22 @@ def test_e2e_of_several_folders_runs_each_in_its_own_process(folder, capfd):
     assert all(line.startswith("tiny ") for line in lines[1:])
 
 
+def test_e2e_table_of_folders_of_one_name():
+    """Each line has its own folder's figures: those of its first depth."""
+
+    def rows(gigabytes: int, times_ms: tuple[int, ...]) -> list[dict]:
+        decode = [
+            {"op": "e2e_decode", "shape": f"model depth={i}", "bytes": 1e9, "time_us": 1e3 * ms}
+            for i, ms in enumerate(times_ms)
+        ]
+        load = {"op": "e2e_load", "shape": "model", "file_bytes": 1e9 * gigabytes, "load_s": 0.1}
+        return [{"op": "limits"}, *({**d, "percent_of_limit": 50} for d in decode), load]
+
+    _, first, second = e2e.size_table(rows(2, (10, 11)) + rows(3, (20, 21)))
+    assert first.split() == ["model", "2.00", "0.10", "1.000", "10.00", "50"]
+    assert second.split() == ["model", "3.00", "0.10", "1.000", "20.00", "50"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -409,6 +425,11 @@ def test_e2e_table_of_folders_of_one_name():
         (["peers", "no_such_op"], "op must be one of"),
         (["peers", "--model", "a"], "both --model and --gguf"),
         (["peers", "e2e"], "needs --model and --gguf"),
+        (["peers", "--model", "nowhere", "--gguf", "a"], "nowhere: must be a model folder"),
+        (["peers", "--time-budget", "-1"], "budget must be positive seconds (got -1.0)"),
+        (["peers", "--time-budget", "0"], "budget must be positive seconds (got 0.0)"),
+        (["peers", "--time-budget", "nan"], "budget must be positive seconds (got nan)"),
+        (["peers", "--tokens", ""], "--tokens must be counts"),
     ],
 )
 def test_bench_refuses_with_a_word(arguments, says, capsys):

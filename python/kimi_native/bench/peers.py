@@ -7,8 +7,10 @@ the engine rounds activations to 8 bits (not the same numbers), "bf16" and "fp32
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +23,7 @@ from kimi_native.bench.peer_llama import compare_llama
 from kimi_native.bench.problem import OurCalls, PeerMissing, Problem
 from kimi_native.bench.rows import Limits
 from kimi_native.bench.turns import pair_rows, take_turns
+from kimi_native.checkpoint import Checkpoint
 from kimi_native.errors import RequestError
 
 # Root-mean-square error that rounding alone explains, with room: bf16 keeps 8 bits, w4a8 seven per 32 activations.
@@ -73,7 +76,8 @@ class Selection:
 
 
 def check(selection: Selection) -> None:
-    """Raises RequestError on an unknown op, or when e2e lacks one of its two files."""
+    """Raises RequestError on an unknown op, a budget of no time, or when e2e lacks one of its two files; what
+    Checkpoint.open raises."""
     unknown = [op for op in selection.ops if op not in OPS]
     if unknown:
         raise RequestError(
@@ -83,6 +87,14 @@ def check(selection: Selection) -> None:
         raise RequestError("bench peers: e2e needs both --model and --gguf (got one)")
     if "e2e" in selection.ops and selection.model is None:
         raise RequestError("bench peers: e2e needs --model and --gguf (got none)")
+    if not 0 < selection.budget_s < math.inf:
+        raise RequestError(
+            f"bench peers: budget must be positive seconds (got {selection.budget_s})"
+        )
+    if selection.model is not None:
+        Checkpoint.open(selection.model)
+        if not Path(selection.gguf).is_file():
+            raise RequestError(f"bench peers: gguf must be a file (got {selection.gguf})")
 
 
 def compare(
@@ -92,11 +104,12 @@ def compare(
 
     skipped  called with a sentence for each peer that is not installed
 
-    Raises RuntimeError if a peer's result is not ours.
+    Raises RuntimeError if a peer's result is not ours, RequestError if no case is as selected.
     """
     ops.set_num_threads(limits.threads)
     torch.set_num_threads(limits.threads)
     missing: set[str] = set()
+    found = False
 
     def miss(error: PeerMissing) -> None:
         if str(error) not in missing:
@@ -105,15 +118,22 @@ def compare(
 
     with torch.no_grad():
         for op in selection.ops or OPS:
-            if op != "e2e":
-                yield from _compare_op(op, selection, limits, miss)
-            elif selection.model is not None:
-                yield from _compare_e2e(selection, limits, miss)
+            for row in _compare_op(op, selection, limits, miss):
+                found = True
+                yield row
+    if not found and not missing:
+        raise RequestError(
+            f"bench peers: no case matches (shape={selection.shape}, peer={selection.peer})"
+        )
 
 
 def _compare_op(
     op: str, selection: Selection, limits: Limits, miss: Callable[[PeerMissing], None]
 ) -> Iterator[dict[str, Any]]:
+    if op == "e2e":
+        if selection.model is not None:
+            yield from _compare_e2e(selection, limits, miss)
+        return
     for make, shape in PROBLEMS[op]():
         # Problems named "tiny" exist for tests.
         if selection.shape not in shape or (not selection.shape and shape.startswith("tiny")):

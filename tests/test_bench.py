@@ -175,6 +175,7 @@ def test_kernels_refuses_with_a_word(arguments, code, says):
 def test_bench_hands_its_options_to_the_program(monkeypatch):
     given = []
     monkeypatch.setattr(native, "run_program", lambda arguments: given.append(arguments) or 0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert cli.main(["bench", "limits", "--threads", "1,2", "--json"]) == 0
     options = ["--threads", "1", "--tokens", "1,8", "--shape", "k2 gate", "--time-budget", "0.5"]
     assert cli.main(["bench", "kernels", "int4_gemm", *options, "--pages", "4k", "--quick"]) == 0
@@ -182,6 +183,26 @@ def test_bench_hands_its_options_to_the_program(monkeypatch):
         ["limits", "--threads", "1,2", "--json"],
         ["int4_gemm", *options, "--pages", "4k", "--quick"],
     ]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["limits"], ["kernels", "int4_gemm"], ["e2e"], ["peers"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_bench_refuses_more_threads_than_cores(monkeypatch, capsys, arguments):
+    """They would wait for each other by turns, for minutes where there are hundreds."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert cli.main(["bench", *arguments, "--threads", "3"]) == 1
+    assert "bench: threads must be at most the 2 cores (got 3)" in capsys.readouterr().err
+
+
+def test_bench_tells_a_signal_as_a_shell_does(monkeypatch, tmp_path):
+    ended = tmp_path / "kn_bench"
+    ended.write_text("#!/bin/sh\nkill -TERM $$\n")
+    ended.chmod(0o755)
+    monkeypatch.setattr(native, "PROGRAM", ended)
+    assert cli.main(["bench", "limits"]) == 128 + 15
 
 
 def test_bench_says_when_the_program_is_missing(monkeypatch, tmp_path, capsys):
@@ -400,22 +421,6 @@ def test_bench_knows_the_forms_of_a_model(capsys, verb, option):
     assert f"{option}: invalid choice: 'bf17'" in capsys.readouterr().err
 
 
-def test_e2e_table_of_folders_of_one_name():
-    """Each line has its own folder's figures: those of its first depth."""
-
-    def rows(gigabytes: int, times_ms: tuple[int, ...]) -> list[dict]:
-        decode = [
-            {"op": "e2e_decode", "shape": f"model depth={i}", "bytes": 1e9, "time_us": 1e3 * ms}
-            for i, ms in enumerate(times_ms)
-        ]
-        load = {"op": "e2e_load", "shape": "model", "file_bytes": 1e9 * gigabytes, "load_s": 0.1}
-        return [{"op": "limits"}, *({**d, "percent_of_limit": 50} for d in decode), load]
-
-    _, first, second = e2e.size_table(rows(2, (10, 11)) + rows(3, (20, 21)))
-    assert first.split() == ["model", "2.00", "0.10", "1.000", "10.00", "50"]
-    assert second.split() == ["model", "3.00", "0.10", "1.000", "20.00", "50"]
-
-
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -435,6 +440,15 @@ def test_e2e_table_of_folders_of_one_name():
 def test_bench_refuses_with_a_word(arguments, says, capsys):
     assert cli.main(["bench", *arguments]) == 1
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["e2e", "peers"])
+def test_bench_refuses_a_missing_tier_before_it_measures(verb):
+    command = [sys.executable, "-m", "kimi_native", "bench", verb, "--json"]
+    environment = {**os.environ, "KIMI_NATIVE_CPU_ISA": "no_such_tier"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "KIMI_NATIVE_CPU_ISA=no_such_tier is not available here" in result.stderr
 
 
 # ---- peers ----------------------------------------------------------------------------------------------------------
@@ -465,6 +479,19 @@ def test_peers_that_run_graphs_give_our_result(engine, one_thread):
     pytest.importorskip(engine, reason=f"{engine} is not installed")
     rows = compare("int4_gemm", peer=engine, tokens=(2,))
     assert {row["compute"] for row in rows if row["peer"]} == {"exact", "w4a8"}
+
+
+@pytest.mark.parametrize("nothing", [{"shape": "nowhere"}, {"peer": "nobody"}], ids=str)
+def test_peers_refuses_to_compare_nothing(one_thread, nothing):
+    selection = peers.Selection(**{"shape": "tiny", "budget_s": 0.01, **nothing})
+    with pytest.raises(RequestError, match="no case matches"):
+        list(peers.compare(selection, LIMITS, skipped=pytest.fail))
+
+
+def test_peers_refuses_a_gguf_that_is_no_file(folder, tmp_path):
+    selection = peers.Selection(model=str(folder), gguf=str(tmp_path))
+    with pytest.raises(RequestError, match="gguf must be a file"):
+        peers.check(selection)
 
 
 def test_peers_skips_by_name_what_is_not_installed(monkeypatch, one_thread):

@@ -118,6 +118,8 @@ def _program(args: argparse.Namespace, programs: list[str], options: tuple[str, 
     for name in options:
         if (value := getattr(args, name)) is not None:
             arguments += ["--" + name.replace("_", "-"), value]
+    counts = [int(p) for p in (args.threads or "").split(",") if p.isascii() and p.isdigit()]
+    _check_cores(max(counts, default=1))  # what is no count the program refuses
     arguments += [f"--{name}" for name in ("quick", "json") if getattr(args, name)]
     sys.stdout.flush()
     return run_program(arguments)
@@ -205,6 +207,7 @@ def _e2e_one(args: argparse.Namespace, folder: str) -> None:
 def _e2e_folders(args: argparse.Namespace) -> int:
     """Each folder in a process of its own, so that one's peak memory is not the other's."""
     from kimi_native.bench.e2e import size_table
+    from kimi_native.bench.native import exit_code
 
     rows: list[dict[str, Any]] = []
     options = [f"--{name}" for name in ("quick",) if getattr(args, name)]
@@ -221,10 +224,10 @@ def _e2e_folders(args: argparse.Namespace) -> int:
         if (value := getattr(args, name)) is not None:
             options += ["--" + name.replace("_", "-"), str(value)]
     for folder in args.folders:
-        command = [sys.executable, "-m", "kimi_native", "bench", "e2e", folder, "--json", *options]
-        result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        command = [sys.executable, "-P", "-m", "kimi_native", "bench", "e2e", "--json", *options]
+        result = subprocess.run([*command, folder], stdout=subprocess.PIPE, text=True, check=False)
         if result.returncode != 0:
-            return result.returncode  # it has said why on stderr
+            return exit_code(result.returncode)  # it has said why on stderr
         rows += [json.loads(line) for line in result.stdout.splitlines()]
         if args.json:
             print(result.stdout, end="", flush=True)
@@ -303,13 +306,23 @@ def _plot(args: argparse.Namespace) -> int:
 
 
 def _threads(args: argparse.Namespace) -> int:
+    """How many to measure with, before anything is. Raises RuntimeError if the kernel tier asked for is not here."""
     from kimi_native import ops
 
+    ops.active_isa()
     if args.threads is None:
         return ops.num_threads()
     if args.threads < 1:
         raise RequestError(f"bench: threads must be at least 1 (got {args.threads})")
+    _check_cores(args.threads)
     return args.threads
+
+
+def _check_cores(threads: int) -> None:
+    """More threads than cores wait for each other by turns: no figure of such a run means anything."""
+    cores = os.cpu_count() or 1
+    if threads > cores:
+        raise RequestError(f"bench: threads must be at most the {cores} cores (got {threads})")
 
 
 def _counts(option: str, text: str) -> list[int]:

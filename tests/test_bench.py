@@ -240,6 +240,8 @@ def test_limits_share_counts_dots_where_both_factors_are_bf16():
     assert LIMITS.share(1.0, 1e9, 50e9, limbs=False, dots=True, isa="avx2") == ("fp32", 50.0)
     one_limb = {"limbs": True, "compute": "int8"}
     assert LIMITS.share(1.0, 1e9, 200e9, isa="avx512", **one_limb) == ("int8_dot", 50.0)
+    of_a_peer = {"limbs": True, "compute": "w4a8"}
+    assert LIMITS.share(1.0, 1e9, 200e9, isa="avx512", **of_a_peer) == ("int8_dot", 50.0)
     assert LIMITS.share(1.0, 1e9, 1000e9, isa="amx", **one_limb) == ("amx_int8", 49.98)
 
 

@@ -62,10 +62,10 @@ class Limits:
         limbs  integer weights: exact products may be two int8 limbs
         dots   both factors are bf16
         isa    the kernel tier: AMX counts in a tier that has it
-        compute  as of load(): activations in 8 bits are one limb
+        compute  as in a row: activations in 8 bits ("int8", a peer's "w4a8") are one limb
         """
         units = {"fp32": self.gflop_per_s["fp32"]}
-        suffix, num_limbs = ("", 1) if compute == "int8" else ("/2", 2)
+        suffix, num_limbs = ("", 1) if compute in ("int8", "w4a8") else ("/2", 2)
         if limbs:
             units[f"int8_dot{suffix}"] = self.gflop_per_s.get("int8_dot", 0.0) / num_limbs
         if dots and isa in ("avx512", "amx"):
@@ -146,7 +146,10 @@ def _digits(value: float) -> float:
 
 def row_line(row: dict[str, Any]) -> str:
     """One row as a line for people."""
-    who = row["op"] if row.get("peer") is None else f"  {row['peer']} ({row['compute']})"
+    form = "" if row["compute"] == "exact" else f" ({row['compute']})"
+    who = f"{row['op']}{form}"
+    if row.get("peer") is not None:
+        who = f"  {row['peer']} ({row['compute']})"
     text = (
         f"{who:<28} threads={row['threads']:<2} tokens={row['tokens']:<4} {row['shape']:<32} | "
         f"{row['time_us']:11.1f} us ±{100 * row['spread']:4.1f}% | {row['gb_per_s']:6.1f} GB/s | "

@@ -254,6 +254,8 @@ def test_row_is_the_median_with_its_spread():
     assert row["spread"] == round(0.5 * (4 - 2) / 2.5, 4)
     assert (row["limit"], row["percent_of_limit"]) == ("read", 20.0)
     assert "4 samples" in row_line(row)
+    assert row_line(row).startswith("int4_gemm  ")
+    assert row_line({**row, "compute": "int8"}).startswith("int4_gemm (int8)  ")
 
 
 def test_read_rows_names_the_line_that_is_none(tmp_path):
@@ -481,6 +483,27 @@ def test_peers_that_run_graphs_give_our_result(engine, one_thread):
     pytest.importorskip(engine, reason=f"{engine} is not installed")
     rows = compare("int4_gemm", peer=engine, tokens=(2,))
     assert {row["compute"] for row in rows if row["peer"]} == {"exact", "w4a8"}
+
+
+@pytest.mark.parametrize("op", ["int4_gemm", "moe_layer", "bf16_gemm"])
+def test_peers_of_ours_in_8_bits(op, one_thread):
+    """Our INT4 products, held against one limb's peak; what has no such form stays exact."""
+    rows = compare(op, tokens=(2,), compute="int8")
+    assert [row["compute"] for row in rows if row["peer"] is None] == [
+        "exact" if op == "bf16_gemm" else "int8"
+    ]
+    assert {row["limit"] for row in rows if row["compute"] == "int8"}.isdisjoint(
+        {"int8_dot/2", "amx_int8/2"}
+    )
+
+
+def test_peers_problem_computes_in_8_bits():
+    problem = peer_int4.Int4Gemm("tiny", 64, 128)
+    problem.set_tokens(2)
+    exact = problem.ours(0).float()
+    problem.compute = "int8"
+    error = (problem.ours(0).float() - exact).norm() / exact.norm()
+    assert 1e-3 < error < peers.TOLERANCES["int8"]
 
 
 @pytest.mark.parametrize("nothing", [{"shape": "nowhere"}, {"peer": "nobody"}], ids=str)

@@ -93,6 +93,7 @@ def _add_peers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR", help="checkpoint folder for e2e")
     parser.add_argument("--gguf", metavar="FILE", help="the same model for llama.cpp, for e2e")
     add_dense(parser)
+    add_compute(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -285,6 +286,7 @@ def _peers(args: argparse.Namespace) -> int:
         model=args.model,
         gguf=args.gguf,
         dense=args.dense,
+        compute=args.compute,
     )
     peers.check(selection)
     limits = measure_limits(_threads(args), quick=args.quick)

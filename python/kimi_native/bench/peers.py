@@ -2,7 +2,8 @@
 
 A peer that is not installed is skipped by name: none is a dependency of this package. Before timing, a peer's result
 is compared with ours. What is computed: `compute` is "exact" for INT4 weights times unrounded activations, "w4a8" where
-the engine rounds activations to 8 bits (not the same numbers), "bf16" and "fp32" for products in these formats.
+the engine rounds activations to 8 bits (not the same numbers), as ours does with "int8"; "bf16" and "fp32" for products
+in these formats.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from kimi_native.checkpoint import Checkpoint
 from kimi_native.errors import RequestError
 
 # Root-mean-square error that rounding alone explains, with room: bf16 keeps 8 bits, w4a8 seven per 32 activations.
-TOLERANCES = {"exact": 0.02, "bf16": 0.02, "fp32": 0.02, "w4a8": 0.03}
+TOLERANCES = {"exact": 0.02, "bf16": 0.02, "fp32": 0.02, "w4a8": 0.03, "int8": 0.03}
 
 # Op -> its problems, as (what makes it, shape). "e2e" is a whole model.
 PROBLEMS: dict[str, Callable[[], Iterator[tuple[Callable[[], Problem], str]]]] = {
@@ -62,6 +63,7 @@ class Selection:
     tokens            token counts in place of each op's own
     budget_s          seconds for one problem and one peer
     model, gguf       checkpoint folder and GGUF file for the op "e2e"; dense as of load()
+    compute           as of load(), of our INT4 products; other ops stay exact
     """
 
     ops: tuple[str, ...] = ()
@@ -73,6 +75,7 @@ class Selection:
     model: str | None = None
     gguf: str | None = None
     dense: str = "bf16"
+    compute: str = "exact"
 
 
 def check(selection: Selection) -> None:
@@ -139,6 +142,8 @@ def _compare_op(
         if selection.shape not in shape or (not selection.shape and shape.startswith("tiny")):
             continue
         problem = make()
+        if selection.compute in problem.computes:
+            problem.compute = selection.compute
         for peer in problem.peers:
             if selection.peer not in peer.name:
                 continue
@@ -169,6 +174,7 @@ def _compare_tokens(
         flops=problem.flops,
         limbs=problem.limbs,
         isa=ops.active_isa(),
+        compute=problem.compute,
         peer=contestant.name,
         peer_compute=contestant.compute,
         others=load.share(),
@@ -180,7 +186,7 @@ def _check_result(problem: Problem, result: Tensor, contestant: Contestant) -> N
     ours, theirs = result.float(), contestant(0).float()
     same_shape = ours.shape == theirs.shape
     error = float((ours - theirs).norm() / ours.norm()) if same_shape else float("nan")
-    if not error <= TOLERANCES[contestant.compute]:
+    if not error <= max(TOLERANCES[contestant.compute], TOLERANCES[problem.compute]):
         raise RuntimeError(
             f"bench peers: {contestant.name} must give our result for {problem.op} {problem.shape} "
             f"(got {list(theirs.shape)} for {list(ours.shape)}, relative difference {error:.3g})"
@@ -197,6 +203,7 @@ def _compare_e2e(
             limits=limits,
             prompts=list(selection.tokens or ((32,) if selection.quick else (128,))),
             dense=selection.dense,
+            compute=selection.compute,
             budget_s=selection.budget_s,
         )
     except PeerMissing as error:

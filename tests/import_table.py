@@ -393,7 +393,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         set(),
     ),
     "bench.native": (set(), set()),
-    "bench.rows": ({"argument_files", "bench.native"}, set()),
+    "bench.rows": ({"argument_files", "bench.load", "bench.native"}, set()),
     "bench.load": (set(), set()),
     "bench.loading": ({"bench.load", "checkpoint", "generate", "plan"}, set()),
     "bench.e2e": (

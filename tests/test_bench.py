@@ -26,7 +26,15 @@ from kimi_native.bench import (
 )
 from kimi_native.bench.load import OtherLoad
 from kimi_native.bench.problem import PeerMissing, num_copies
-from kimi_native.bench.rows import FIELDS, PEER_FIELDS, Limits, make_row, read_rows, row_line
+from kimi_native.bench.rows import (
+    FIELDS,
+    PEER_FIELDS,
+    Limits,
+    limits_line,
+    make_row,
+    read_rows,
+    row_line,
+)
 from kimi_native.errors import RequestError
 from kimi_native.loader import load_model
 from kimi_native.make_checkpoint import make_checkpoint
@@ -583,6 +591,18 @@ def test_other_load_is_that_of_others():
     ticks = (time.perf_counter() - started) * os.sysconf("SC_CLK_TCK")
     # Each of the seven counters read may be off by a tick or two.
     assert unknown - known > (spent - 12) / ticks / os.sysconf("SC_NPROCESSORS_ONLN")
+
+
+def test_other_load_is_not_that_of_a_child_that_ended():
+    began = load._own_ticks([os.getpid()])
+    spin = "import time\nwhile time.process_time() < 0.3: pass"
+    subprocess.run([sys.executable, "-c", spin], check=True)
+    assert load._own_ticks([os.getpid()]) - began >= 25  # of 30 at 100 a second
+
+
+def test_limits_line_tells_a_disturbed_machine():
+    assert "others" not in limits_line(LIMITS)
+    assert limits_line(Limits(1, 10.0, PEAKS, 0.4)).endswith("G/s | others 40 %")
 
 
 def test_problem_rotates_through_more_than_the_cache(monkeypatch):

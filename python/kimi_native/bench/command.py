@@ -344,7 +344,7 @@ def _print_limits(args: argparse.Namespace, limits: Any) -> None:
     if not args.json:
         print(limits_line(limits), flush=True)
         return
-    common = {"op": "limits", "threads": limits.threads}
+    common = {"op": "limits", "threads": limits.threads, "others": limits.others}
     print(json.dumps({**common, "limit": "read", "gb_per_s": limits.read_gb_per_s}))
     for unit, rate in limits.gflop_per_s.items():
         print(json.dumps({**common, "limit": unit, "gflop_per_s": rate}))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kimi_native.argument_files import read_text
+from kimi_native.bench.load import OtherLoad
 from kimi_native.bench.native import program_rows
 
 # Every row of a timed case has at least these.
@@ -40,11 +41,13 @@ class Limits:
 
     read_gb_per_s  streaming read, the best page size and pattern
     gflop_per_s    unit of arithmetic -> 1e9 operations per second, as kn_bench names them
+    others         share of the cores' time that others took meanwhile: then the machine reaches more than this
     """
 
     threads: int
     read_gb_per_s: float
     gflop_per_s: dict[str, float]
+    others: float | None = None
 
     def share(
         self,
@@ -83,10 +86,11 @@ class Limits:
 def measure_limits(threads: int, *, quick: bool) -> Limits:
     """Runs the limits program. Raises RuntimeError if it is missing or fails."""
     options = ["limits", "--threads", str(threads), *(["--quick"] if quick else [])]
+    load = OtherLoad()
     rows = list(program_rows(options))
     reads = [r["gb_per_s"] for r in rows if r["limit"] == "read"]
     peaks = {r["limit"]: r["gflop_per_s"] for r in rows if r["limit"] != "read"}
-    return Limits(threads, max(reads), peaks)
+    return Limits(threads, max(reads), peaks, load.share())
 
 
 def median_and_spread(seconds: Sequence[float]) -> tuple[float, float]:
@@ -157,14 +161,19 @@ def row_line(row: dict[str, Any]) -> str:
     )
     if row["samples"] < 20:
         text += f" | {row['samples']} samples"
-    if (row.get("others") or 0) > 0.1:  # a tick of the clock is 10 % of a tenth of a second
-        text += f" | others {100 * row['others']:.0f} %"
+    text += _others(row.get("others"))
     return text if row.get("ratio") is None else f"{text} | {row['ratio']:.2f} x our time"
+
+
+def _others(share: float | None) -> str:
+    """A tick of the clock is 10 % of a tenth of a second: less is not worth a word."""
+    return f" | others {100 * share:.0f} %" if (share or 0) > 0.1 else ""
 
 
 def limits_line(limits: Limits) -> str:
     peaks = ", ".join(f"{unit} {rate:.0f}" for unit, rate in limits.gflop_per_s.items())
-    return f"# limits, threads={limits.threads}: read {limits.read_gb_per_s:.1f} GB/s, {peaks} G/s"
+    read = f"read {limits.read_gb_per_s:.1f} GB/s"
+    return f"# limits, threads={limits.threads}: {read}, {peaks} G/s{_others(limits.others)}"
 
 
 # What a row of a timed case is drawn by.

@@ -393,7 +393,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         set(),
     ),
     "bench.native": (set(), set()),
-    "bench.rows": ({"bench.native"}, set()),
+    "bench.rows": ({"argument_files", "bench.load", "bench.native"}, set()),
     "bench.load": (set(), set()),
     "bench.loading": ({"bench.load", "checkpoint", "generate", "plan"}, set()),
     "bench.e2e": (
@@ -417,7 +417,8 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "bench.llama_worker": (set(), {"numpy", "llama_cpp"}),
     "bench.peers": (
-        {"ops", "bench.rows", "bench.load", "bench.turns", "bench.problem", "bench.peer_llama"}
+        {"ops", "checkpoint", "bench.rows", "bench.load", "bench.turns", "bench.problem"}
+        | {"bench.peer_llama"}
         | {f"bench.peer_{kind}" for kind in ("int4", "dense", "mla", "moe")},
         {"torch"},
     ),

@@ -26,7 +26,15 @@ from kimi_native.bench import (
 )
 from kimi_native.bench.load import OtherLoad
 from kimi_native.bench.problem import PeerMissing, num_copies
-from kimi_native.bench.rows import FIELDS, PEER_FIELDS, Limits, make_row, read_rows, row_line
+from kimi_native.bench.rows import (
+    FIELDS,
+    PEER_FIELDS,
+    Limits,
+    limits_line,
+    make_row,
+    read_rows,
+    row_line,
+)
 from kimi_native.errors import RequestError
 from kimi_native.loader import load_model
 from kimi_native.make_checkpoint import make_checkpoint
@@ -175,6 +183,7 @@ def test_kernels_refuses_with_a_word(arguments, code, says):
 def test_bench_hands_its_options_to_the_program(monkeypatch):
     given = []
     monkeypatch.setattr(native, "run_program", lambda arguments: given.append(arguments) or 0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert cli.main(["bench", "limits", "--threads", "1,2", "--json"]) == 0
     options = ["--threads", "1", "--tokens", "1,8", "--shape", "k2 gate", "--time-budget", "0.5"]
     assert cli.main(["bench", "kernels", "int4_gemm", *options, "--pages", "4k", "--quick"]) == 0
@@ -182,6 +191,26 @@ def test_bench_hands_its_options_to_the_program(monkeypatch):
         ["limits", "--threads", "1,2", "--json"],
         ["int4_gemm", *options, "--pages", "4k", "--quick"],
     ]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["limits"], ["kernels", "int4_gemm"], ["e2e"], ["peers"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_bench_refuses_more_threads_than_cores(monkeypatch, capsys, arguments):
+    """They would wait for each other by turns, for minutes where there are hundreds."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert cli.main(["bench", *arguments, "--threads", "3"]) == 1
+    assert "bench: threads must be at most the 2 cores (got 3)" in capsys.readouterr().err
+
+
+def test_bench_tells_a_signal_as_a_shell_does(monkeypatch, tmp_path):
+    ended = tmp_path / "kn_bench"
+    ended.write_text("#!/bin/sh\nkill -TERM $$\n")
+    ended.chmod(0o755)
+    monkeypatch.setattr(native, "PROGRAM", ended)
+    assert cli.main(["bench", "limits"]) == 128 + 15
 
 
 def test_bench_says_when_the_program_is_missing(monkeypatch, tmp_path, capsys):
@@ -219,6 +248,8 @@ def test_limits_share_counts_dots_where_both_factors_are_bf16():
     assert LIMITS.share(1.0, 1e9, 50e9, limbs=False, dots=True, isa="avx2") == ("fp32", 50.0)
     one_limb = {"limbs": True, "compute": "int8"}
     assert LIMITS.share(1.0, 1e9, 200e9, isa="avx512", **one_limb) == ("int8_dot", 50.0)
+    of_a_peer = {"limbs": True, "compute": "w4a8"}
+    assert LIMITS.share(1.0, 1e9, 200e9, isa="avx512", **of_a_peer) == ("int8_dot", 50.0)
     assert LIMITS.share(1.0, 1e9, 1000e9, isa="amx", **one_limb) == ("amx_int8", 49.98)
 
 
@@ -231,6 +262,8 @@ def test_row_is_the_median_with_its_spread():
     assert row["spread"] == round(0.5 * (4 - 2) / 2.5, 4)
     assert (row["limit"], row["percent_of_limit"]) == ("read", 20.0)
     assert "4 samples" in row_line(row)
+    assert row_line(row).startswith("int4_gemm  ")
+    assert row_line({**row, "compute": "int8"}).startswith("int4_gemm (int8)  ")
 
 
 def test_read_rows_names_the_line_that_is_none(tmp_path):
@@ -240,6 +273,14 @@ def test_read_rows_names_the_line_that_is_none(tmp_path):
         read_rows(file)
     file.write_text("[1]")
     with pytest.raises(ValueError, match="line 1 must be a row"):
+        read_rows(file)
+    timed = {"op": "a", "shape": "s", "threads": 1, "tokens": 1, "percent_of_limit": 50}
+    for field in ("shape", "threads", "tokens"):
+        file.write_text(json.dumps({**timed, field: None}))
+        with pytest.raises(ValueError, match=f"line 1 must have a right {field} \\(got None"):
+            read_rows(file)
+    file.write_bytes(b"\xff")
+    with pytest.raises(RequestError, match="must be UTF-8 text"):
         read_rows(file)
 
 
@@ -349,6 +390,22 @@ def test_e2e_of_several_folders_runs_each_in_its_own_process(folder, capfd):
     assert all(line.startswith("tiny ") for line in lines[1:])
 
 
+def test_e2e_table_of_folders_of_one_name():
+    """Each line has its own folder's figures: those of its first depth."""
+
+    def rows(gigabytes: int, times_ms: tuple[int, ...]) -> list[dict]:
+        decode = [
+            {"op": "e2e_decode", "shape": f"model depth={i}", "bytes": 1e9, "time_us": 1e3 * ms}
+            for i, ms in enumerate(times_ms)
+        ]
+        load = {"op": "e2e_load", "shape": "model", "file_bytes": 1e9 * gigabytes, "load_s": 0.1}
+        return [{"op": "limits"}, *({**d, "percent_of_limit": 50} for d in decode), load]
+
+    _, first, second = e2e.size_table(rows(2, (10, 11)) + rows(3, (20, 21)))
+    assert first.split() == ["model", "2.00", "0.10", "1.000", "10.00", "50"]
+    assert second.split() == ["model", "3.00", "0.10", "1.000", "20.00", "50"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -385,11 +442,25 @@ def test_bench_knows_the_forms_of_a_model(capsys, verb, option):
         (["peers", "no_such_op"], "op must be one of"),
         (["peers", "--model", "a"], "both --model and --gguf"),
         (["peers", "e2e"], "needs --model and --gguf"),
+        (["peers", "--model", "nowhere", "--gguf", "a"], "nowhere: must be a model folder"),
+        (["peers", "--time-budget", "-1"], "budget must be positive seconds (got -1.0)"),
+        (["peers", "--time-budget", "0"], "budget must be positive seconds (got 0.0)"),
+        (["peers", "--time-budget", "nan"], "budget must be positive seconds (got nan)"),
+        (["peers", "--tokens", ""], "--tokens must be counts"),
     ],
 )
 def test_bench_refuses_with_a_word(arguments, says, capsys):
     assert cli.main(["bench", *arguments]) == 1
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["e2e", "peers"])
+def test_bench_refuses_a_missing_tier_before_it_measures(verb):
+    command = [sys.executable, "-m", "kimi_native", "bench", verb, "--json"]
+    environment = {**os.environ, "KIMI_NATIVE_CPU_ISA": "no_such_tier"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "KIMI_NATIVE_CPU_ISA=no_such_tier is not available here" in result.stderr
 
 
 # ---- peers ----------------------------------------------------------------------------------------------------------
@@ -420,6 +491,40 @@ def test_peers_that_run_graphs_give_our_result(engine, one_thread):
     pytest.importorskip(engine, reason=f"{engine} is not installed")
     rows = compare("int4_gemm", peer=engine, tokens=(2,))
     assert {row["compute"] for row in rows if row["peer"]} == {"exact", "w4a8"}
+
+
+@pytest.mark.parametrize("op", ["int4_gemm", "moe_layer", "bf16_gemm"])
+def test_peers_of_ours_in_8_bits(op, one_thread):
+    """Our INT4 products, held against one limb's peak; what has no such form stays exact."""
+    rows = compare(op, tokens=(2,), compute="int8")
+    assert [row["compute"] for row in rows if row["peer"] is None] == [
+        "exact" if op == "bf16_gemm" else "int8"
+    ]
+    assert {row["limit"] for row in rows if row["compute"] == "int8"}.isdisjoint(
+        {"int8_dot/2", "amx_int8/2"}
+    )
+
+
+def test_peers_problem_computes_in_8_bits():
+    problem = peer_int4.Int4Gemm("tiny", 64, 128)
+    problem.set_tokens(2)
+    exact = problem.ours(0).float()
+    problem.compute = "int8"
+    error = (problem.ours(0).float() - exact).norm() / exact.norm()
+    assert 1e-3 < error < peers.TOLERANCES["int8"]
+
+
+@pytest.mark.parametrize("nothing", [{"shape": "nowhere"}, {"peer": "nobody"}], ids=str)
+def test_peers_refuses_to_compare_nothing(one_thread, nothing):
+    selection = peers.Selection(**{"shape": "tiny", "budget_s": 0.01, **nothing})
+    with pytest.raises(RequestError, match="no case matches"):
+        list(peers.compare(selection, LIMITS, skipped=pytest.fail))
+
+
+def test_peers_refuses_a_gguf_that_is_no_file(folder, tmp_path):
+    selection = peers.Selection(model=str(folder), gguf=str(tmp_path))
+    with pytest.raises(RequestError, match="gguf must be a file"):
+        peers.check(selection)
 
 
 def test_peers_skips_by_name_what_is_not_installed(monkeypatch, one_thread):
@@ -486,6 +591,18 @@ def test_other_load_is_that_of_others():
     ticks = (time.perf_counter() - started) * os.sysconf("SC_CLK_TCK")
     # Each of the seven counters read may be off by a tick or two.
     assert unknown - known > (spent - 12) / ticks / os.sysconf("SC_NPROCESSORS_ONLN")
+
+
+def test_other_load_is_not_that_of_a_child_that_ended():
+    began = load._own_ticks([os.getpid()])
+    spin = "import time\nwhile time.process_time() < 0.3: pass"
+    subprocess.run([sys.executable, "-c", spin], check=True)
+    assert load._own_ticks([os.getpid()]) - began >= 25  # of 30 at 100 a second
+
+
+def test_limits_line_tells_a_disturbed_machine():
+    assert "others" not in limits_line(LIMITS)
+    assert limits_line(Limits(1, 10.0, PEAKS, 0.4)).endswith("G/s | others 40 %")
 
 
 def test_problem_rotates_through_more_than_the_cache(monkeypatch):

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_logits(verb("logits", _logits, "tell what load()'s inexact options do to the logits"))
     _add_peers(measured(verb("peers", _peers, "time other engines and ours in one run")))
     plot = verb("plot", _plot, "draw percent of limit by token count")
-    plot.add_argument("rows", metavar="ROWS.json", help="what --json printed")
+    plot.add_argument("rows", metavar="ROWS.json", help="what --json printed; -: stdin")
     plot.add_argument("out", metavar="OUT.png", help="picture to write; .svg and .pdf work too")
     plot.add_argument("--threads", type=int, metavar="N", help="rows of this count (default: most)")
 
@@ -93,6 +93,7 @@ def _add_peers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR", help="checkpoint folder for e2e")
     parser.add_argument("--gguf", metavar="FILE", help="the same model for llama.cpp, for e2e")
     add_dense(parser)
+    add_compute(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -118,6 +119,8 @@ def _program(args: argparse.Namespace, programs: list[str], options: tuple[str, 
     for name in options:
         if (value := getattr(args, name)) is not None:
             arguments += ["--" + name.replace("_", "-"), value]
+    counts = [int(p) for p in (args.threads or "").split(",") if p.isascii() and p.isdigit()]
+    _check_cores(max(counts, default=1))  # what is no count the program refuses
     arguments += [f"--{name}" for name in ("quick", "json") if getattr(args, name)]
     sys.stdout.flush()
     return run_program(arguments)
@@ -205,6 +208,7 @@ def _e2e_one(args: argparse.Namespace, folder: str) -> None:
 def _e2e_folders(args: argparse.Namespace) -> int:
     """Each folder in a process of its own, so that one's peak memory is not the other's."""
     from kimi_native.bench.e2e import size_table
+    from kimi_native.bench.native import exit_code
 
     rows: list[dict[str, Any]] = []
     options = [f"--{name}" for name in ("quick",) if getattr(args, name)]
@@ -221,10 +225,10 @@ def _e2e_folders(args: argparse.Namespace) -> int:
         if (value := getattr(args, name)) is not None:
             options += ["--" + name.replace("_", "-"), str(value)]
     for folder in args.folders:
-        command = [sys.executable, "-m", "kimi_native", "bench", "e2e", folder, "--json", *options]
-        result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        command = [sys.executable, "-P", "-m", "kimi_native", "bench", "e2e", "--json", *options]
+        result = subprocess.run([*command, folder], stdout=subprocess.PIPE, text=True, check=False)
         if result.returncode != 0:
-            return result.returncode  # it has said why on stderr
+            return exit_code(result.returncode)  # it has said why on stderr
         rows += [json.loads(line) for line in result.stdout.splitlines()]
         if args.json:
             print(result.stdout, end="", flush=True)
@@ -276,12 +280,13 @@ def _peers(args: argparse.Namespace) -> int:
         ops=tuple(args.ops),
         peer=args.peer or "",
         shape=args.shape or "",
-        tokens=tuple(_counts("--tokens", args.tokens)) if args.tokens else None,
-        budget_s=args.time_budget or (0.5 if args.quick else 2.0),
+        tokens=None if args.tokens is None else tuple(_counts("--tokens", args.tokens)),
+        budget_s=_given(args.time_budget, 0.5 if args.quick else 2.0),
         quick=args.quick,
         model=args.model,
         gguf=args.gguf,
         dense=args.dense,
+        compute=args.compute,
     )
     peers.check(selection)
     limits = measure_limits(_threads(args), quick=args.quick)
@@ -303,13 +308,23 @@ def _plot(args: argparse.Namespace) -> int:
 
 
 def _threads(args: argparse.Namespace) -> int:
+    """How many to measure with, before anything is. Raises RuntimeError if the kernel tier asked for is not here."""
     from kimi_native import ops
 
+    ops.active_isa()
     if args.threads is None:
         return ops.num_threads()
     if args.threads < 1:
         raise RequestError(f"bench: threads must be at least 1 (got {args.threads})")
+    _check_cores(args.threads)
     return args.threads
+
+
+def _check_cores(threads: int) -> None:
+    """More threads than cores wait for each other by turns: no figure of such a run means anything."""
+    cores = os.cpu_count() or 1
+    if threads > cores:
+        raise RequestError(f"bench: threads must be at most the {cores} cores (got {threads})")
 
 
 def _counts(option: str, text: str) -> list[int]:
@@ -329,7 +344,7 @@ def _print_limits(args: argparse.Namespace, limits: Any) -> None:
     if not args.json:
         print(limits_line(limits), flush=True)
         return
-    common = {"op": "limits", "threads": limits.threads}
+    common = {"op": "limits", "threads": limits.threads, "others": limits.others}
     print(json.dumps({**common, "limit": "read", "gb_per_s": limits.read_gb_per_s}))
     for unit, rate in limits.gflop_per_s.items():
         print(json.dumps({**common, "limit": unit, "gflop_per_s": rate}))

@@ -345,18 +345,22 @@ def growth_table(rows: list[dict[str, Any]], read_gb_per_s: float) -> Iterator[s
 
 
 def size_table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Cost of a token against size on disk and load time: one line per folder, at its first depth."""
+    """Cost of a token against size on disk and load time: one line per folder, at its first depth.
+
+    rows  of one folder after the other; its e2e_load row is its last
+    """
     yield "folder                     GB on disk  load s  GB per token  ms per token  percent of limit"
-    for load in (r for r in rows if r["op"] == "e2e_load"):
-        name = load["shape"]
-        decode = next(
-            r for r in rows if r["op"] == "e2e_decode" and r["shape"].startswith(f"{name} ")
-        )
-        yield (
-            f"{name:<26} {load['file_bytes'] / 1e9:>10.2f}  {load['load_s']:>6.2f}  "
-            f"{decode['bytes'] / 1e9:>12.3f}  {decode['time_us'] / 1e3:>12.2f}  "
-            f"{decode['percent_of_limit']:>16.0f}"
-        )
+    decode = None
+    for row in rows:
+        if row["op"] == "e2e_decode":
+            decode = decode or row
+        elif row["op"] == "e2e_load":
+            yield (
+                f"{row['shape']:<26} {row['file_bytes'] / 1e9:>10.2f}  {row['load_s']:>6.2f}  "
+                f"{decode['bytes'] / 1e9:>12.3f}  {decode['time_us'] / 1e3:>12.2f}  "
+                f"{decode['percent_of_limit']:>16.0f}"
+            )
+            decode = None
 
 
 def memory_line(load: dict[str, Any]) -> str:

@@ -37,7 +37,7 @@ def _busy_ticks() -> int | None:
 
 
 def _own_ticks(pids: Iterable[int]) -> int | None:
-    """User and system time of some processes, all their threads."""
+    """User and system time of some processes, all their threads, and the children they have waited for."""
     total = 0
     for pid in pids:
         try:
@@ -45,5 +45,5 @@ def _own_ticks(pids: Iterable[int]) -> int | None:
         except OSError:
             return None
         fields = stat.rpartition(")")[2].split()  # a process name may hold spaces
-        total += int(fields[11]) + int(fields[12])
+        total += sum(int(ticks) for ticks in fields[11:15])
     return total

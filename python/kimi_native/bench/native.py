@@ -16,7 +16,12 @@ def run_program(arguments: Sequence[str]) -> int:
 
     Raises RuntimeError if this installation has no program.
     """
-    return subprocess.run(_command(arguments), check=False).returncode
+    return exit_code(subprocess.run(_command(arguments), check=False).returncode)
+
+
+def exit_code(returncode: int) -> int:
+    """Of a process, as subprocess tells it: one that a signal ended has 128 and its number, as in a shell."""
+    return returncode if returncode >= 0 else 128 - returncode
 
 
 def program_rows(arguments: Sequence[str]) -> Iterator[dict[str, Any]]:

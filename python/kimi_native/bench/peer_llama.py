@@ -27,27 +27,41 @@ MOST_TURNS = 20
 
 
 def compare_llama(
-    folder: str, gguf: str, *, limits: Limits, prompts: list[int], dense: str, budget_s: float
+    folder: str,
+    gguf: str,
+    *,
+    limits: Limits,
+    prompts: list[int],
+    dense: str,
+    compute: str,
+    budget_s: float,
 ) -> Iterator[dict[str, Any]]:
     """Rows of ours and llama.cpp's for each prompt length: the prefill, and decoding after it.
 
-    folder, gguf  one model's shape in both forms
-    budget_s      seconds for one comparison; each engine gets two turns in any case
+    folder, gguf    one model's shape in both forms
+    dense, compute  as of load()
+    budget_s        seconds for one comparison; each engine gets two turns in any case
 
     Raises PeerMissing without llama-cpp-python, RuntimeError if llama.cpp ends, with what it said last.
     """
     longest = max(prompts) + STEPS + 2
     theirs = Llama(gguf, threads=limits.threads, max_context=longest)
     try:
-        ours = LoadedModel(folder, max_context=longest, dense=dense)
+        ours = LoadedModel(folder, max_context=longest, dense=dense, compute=compute)
+        forms = {"dense": dense, "compute": compute}
         for tokens in prompts:
-            yield from _compare_prompt(ours, theirs, tokens, limits, dense, budget_s)
+            yield from _compare_prompt(ours, theirs, tokens, limits, forms, budget_s)
     finally:
         theirs.close()
 
 
 def _compare_prompt(
-    ours: LoadedModel, theirs: Llama, tokens: int, limits: Limits, dense: str, budget_s: float
+    ours: LoadedModel,
+    theirs: Llama,
+    tokens: int,
+    limits: Limits,
+    forms: dict[str, str],
+    budget_s: float,
 ) -> Iterator[dict[str, Any]]:
     common = {
         "limits": limits,
@@ -55,7 +69,7 @@ def _compare_prompt(
         "isa": ops.active_isa(),
         "peer": "llama-cpp",
         "peer_compute": "w4a8",
-        "dense": dense,
+        **forms,
     }
     load = OtherLoad([theirs.pid])
     samples = _turns(

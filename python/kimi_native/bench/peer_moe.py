@@ -40,6 +40,7 @@ SHAPES = (
 
 class MoeLayer(Problem):
     op = "moe_layer"
+    computes = ("exact", "int8")
     usual_tokens = (1, 4, 16, 128)
 
     def __init__(self, shape: Shape) -> None:
@@ -92,8 +93,10 @@ class MoeLayer(Problem):
         topk_ids, topk_weights = self.route(call)
         gate, up, down = self.weights[self.layer(call)]
         dispatch = ops.moe_dispatch(topk_ids, self.experts)
-        inner = ops.int4_grouped_swiglu(self.x, dispatch, gate, up)
-        rows = ops.int4_grouped_gemm(inner, dispatch, down, out_dtype=torch.float32)
+        inner = ops.int4_grouped_swiglu(self.x, dispatch, gate, up, compute=self.compute)
+        rows = ops.int4_grouped_gemm(
+            inner, dispatch, down, out_dtype=torch.float32, compute=self.compute
+        )
         return ops.moe_combine(rows, dispatch, topk_weights, None, out_dtype=torch.bfloat16)
 
 

@@ -2,13 +2,16 @@
 
 A peer that is not installed is skipped by name: none is a dependency of this package. Before timing, a peer's result
 is compared with ours. What is computed: `compute` is "exact" for INT4 weights times unrounded activations, "w4a8" where
-the engine rounds activations to 8 bits (not the same numbers), "bf16" and "fp32" for products in these formats.
+the engine rounds activations to 8 bits (not the same numbers), as ours does with "int8"; "bf16" and "fp32" for products
+in these formats.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -21,10 +24,11 @@ from kimi_native.bench.peer_llama import compare_llama
 from kimi_native.bench.problem import OurCalls, PeerMissing, Problem
 from kimi_native.bench.rows import Limits
 from kimi_native.bench.turns import pair_rows, take_turns
+from kimi_native.checkpoint import Checkpoint
 from kimi_native.errors import RequestError
 
 # Root-mean-square error that rounding alone explains, with room: bf16 keeps 8 bits, w4a8 seven per 32 activations.
-TOLERANCES = {"exact": 0.02, "bf16": 0.02, "fp32": 0.02, "w4a8": 0.03}
+TOLERANCES = {"exact": 0.02, "bf16": 0.02, "fp32": 0.02, "w4a8": 0.03, "int8": 0.03}
 
 # Op -> its problems, as (what makes it, shape). "e2e" is a whole model.
 PROBLEMS: dict[str, Callable[[], Iterator[tuple[Callable[[], Problem], str]]]] = {
@@ -59,6 +63,7 @@ class Selection:
     tokens            token counts in place of each op's own
     budget_s          seconds for one problem and one peer
     model, gguf       checkpoint folder and GGUF file for the op "e2e"; dense as of load()
+    compute           as of load(), of our INT4 products; other ops stay exact
     """
 
     ops: tuple[str, ...] = ()
@@ -70,10 +75,12 @@ class Selection:
     model: str | None = None
     gguf: str | None = None
     dense: str = "bf16"
+    compute: str = "exact"
 
 
 def check(selection: Selection) -> None:
-    """Raises RequestError on an unknown op, or when e2e lacks one of its two files."""
+    """Raises RequestError on an unknown op, a budget of no time, or when e2e lacks one of its two files; what
+    Checkpoint.open raises."""
     unknown = [op for op in selection.ops if op not in OPS]
     if unknown:
         raise RequestError(
@@ -83,6 +90,14 @@ def check(selection: Selection) -> None:
         raise RequestError("bench peers: e2e needs both --model and --gguf (got one)")
     if "e2e" in selection.ops and selection.model is None:
         raise RequestError("bench peers: e2e needs --model and --gguf (got none)")
+    if not 0 < selection.budget_s < math.inf:
+        raise RequestError(
+            f"bench peers: budget must be positive seconds (got {selection.budget_s})"
+        )
+    if selection.model is not None:
+        Checkpoint.open(selection.model)
+        if not Path(selection.gguf).is_file():
+            raise RequestError(f"bench peers: gguf must be a file (got {selection.gguf})")
 
 
 def compare(
@@ -92,11 +107,12 @@ def compare(
 
     skipped  called with a sentence for each peer that is not installed
 
-    Raises RuntimeError if a peer's result is not ours.
+    Raises RuntimeError if a peer's result is not ours, RequestError if no case is as selected.
     """
     ops.set_num_threads(limits.threads)
     torch.set_num_threads(limits.threads)
     missing: set[str] = set()
+    found = False
 
     def miss(error: PeerMissing) -> None:
         if str(error) not in missing:
@@ -105,20 +121,29 @@ def compare(
 
     with torch.no_grad():
         for op in selection.ops or OPS:
-            if op != "e2e":
-                yield from _compare_op(op, selection, limits, miss)
-            elif selection.model is not None:
-                yield from _compare_e2e(selection, limits, miss)
+            for row in _compare_op(op, selection, limits, miss):
+                found = True
+                yield row
+    if not found and not missing:
+        raise RequestError(
+            f"bench peers: no case matches (shape={selection.shape}, peer={selection.peer})"
+        )
 
 
 def _compare_op(
     op: str, selection: Selection, limits: Limits, miss: Callable[[PeerMissing], None]
 ) -> Iterator[dict[str, Any]]:
+    if op == "e2e":
+        if selection.model is not None:
+            yield from _compare_e2e(selection, limits, miss)
+        return
     for make, shape in PROBLEMS[op]():
         # Problems named "tiny" exist for tests.
         if selection.shape not in shape or (not selection.shape and shape.startswith("tiny")):
             continue
         problem = make()
+        if selection.compute in problem.computes:
+            problem.compute = selection.compute
         for peer in problem.peers:
             if selection.peer not in peer.name:
                 continue
@@ -149,6 +174,7 @@ def _compare_tokens(
         flops=problem.flops,
         limbs=problem.limbs,
         isa=ops.active_isa(),
+        compute=problem.compute,
         peer=contestant.name,
         peer_compute=contestant.compute,
         others=load.share(),
@@ -160,7 +186,7 @@ def _check_result(problem: Problem, result: Tensor, contestant: Contestant) -> N
     ours, theirs = result.float(), contestant(0).float()
     same_shape = ours.shape == theirs.shape
     error = float((ours - theirs).norm() / ours.norm()) if same_shape else float("nan")
-    if not error <= TOLERANCES[contestant.compute]:
+    if not error <= max(TOLERANCES[contestant.compute], TOLERANCES[problem.compute]):
         raise RuntimeError(
             f"bench peers: {contestant.name} must give our result for {problem.op} {problem.shape} "
             f"(got {list(theirs.shape)} for {list(ours.shape)}, relative difference {error:.3g})"
@@ -177,6 +203,7 @@ def _compare_e2e(
             limits=limits,
             prompts=list(selection.tokens or ((32,) if selection.quick else (128,))),
             dense=selection.dense,
+            compute=selection.compute,
             budget_s=selection.budget_s,
         )
     except PeerMissing as error:

@@ -58,7 +58,7 @@ def curves(
 def rows_title(rows: list[dict[str, Any]], threads: int | None) -> str:
     """What the rows share: kernel tier and threads."""
     timed = timed_rows(rows)
-    isas = sorted({r["isa"] for r in timed if r["isa"]})
+    isas = sorted({r["isa"] for r in timed if r.get("isa")})
     count = threads or max((r["threads"] for r in timed), default=0)
     return f"percent of the measured limit (threads: {count}, kernel tier: {', '.join(isas)})"
 

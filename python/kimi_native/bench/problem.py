@@ -27,6 +27,7 @@ class Problem:
     usual_tokens      token counts to time
     peers             classes made with (problem, threads), see peers.Contestant, with set_tokens(tokens)
     limbs             integer weights: exact products may be two int8 limbs
+    computes          what `ours` can do, as of load(compute=); `compute` is what it does
     num_calls         calls that differ: what `ours` is given is taken modulo this
     tokens, nbytes, flops  of the present number of tokens, after set_tokens
     """
@@ -36,6 +37,8 @@ class Problem:
     usual_tokens: Sequence[int] = (1, 4, 16, 64, 256)
     peers: Sequence[Any] = ()
     limbs = True
+    computes: Sequence[str] = ("exact",)
+    compute = "exact"
     num_calls: int
     tokens: int
     nbytes: float

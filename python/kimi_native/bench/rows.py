@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kimi_native.argument_files import read_text
+from kimi_native.bench.load import OtherLoad
 from kimi_native.bench.native import program_rows
 
 # Every row of a timed case has at least these.
@@ -39,11 +41,13 @@ class Limits:
 
     read_gb_per_s  streaming read, the best page size and pattern
     gflop_per_s    unit of arithmetic -> 1e9 operations per second, as kn_bench names them
+    others         share of the cores' time that others took meanwhile: then the machine reaches more than this
     """
 
     threads: int
     read_gb_per_s: float
     gflop_per_s: dict[str, float]
+    others: float | None = None
 
     def share(
         self,
@@ -61,10 +65,10 @@ class Limits:
         limbs  integer weights: exact products may be two int8 limbs
         dots   both factors are bf16
         isa    the kernel tier: AMX counts in a tier that has it
-        compute  as of load(): activations in 8 bits are one limb
+        compute  as in a row: activations in 8 bits ("int8", a peer's "w4a8") are one limb
         """
         units = {"fp32": self.gflop_per_s["fp32"]}
-        suffix, num_limbs = ("", 1) if compute == "int8" else ("/2", 2)
+        suffix, num_limbs = ("", 1) if compute in ("int8", "w4a8") else ("/2", 2)
         if limbs:
             units[f"int8_dot{suffix}"] = self.gflop_per_s.get("int8_dot", 0.0) / num_limbs
         if dots and isa in ("avx512", "amx"):
@@ -82,10 +86,11 @@ class Limits:
 def measure_limits(threads: int, *, quick: bool) -> Limits:
     """Runs the limits program. Raises RuntimeError if it is missing or fails."""
     options = ["limits", "--threads", str(threads), *(["--quick"] if quick else [])]
+    load = OtherLoad()
     rows = list(program_rows(options))
     reads = [r["gb_per_s"] for r in rows if r["limit"] == "read"]
     peaks = {r["limit"]: r["gflop_per_s"] for r in rows if r["limit"] != "read"}
-    return Limits(threads, max(reads), peaks)
+    return Limits(threads, max(reads), peaks, load.share())
 
 
 def median_and_spread(seconds: Sequence[float]) -> tuple[float, float]:
@@ -145,7 +150,10 @@ def _digits(value: float) -> float:
 
 def row_line(row: dict[str, Any]) -> str:
     """One row as a line for people."""
-    who = row["op"] if row.get("peer") is None else f"  {row['peer']} ({row['compute']})"
+    form = "" if row["compute"] == "exact" else f" ({row['compute']})"
+    who = f"{row['op']}{form}"
+    if row.get("peer") is not None:
+        who = f"  {row['peer']} ({row['compute']})"
     text = (
         f"{who:<28} threads={row['threads']:<2} tokens={row['tokens']:<4} {row['shape']:<32} | "
         f"{row['time_us']:11.1f} us ±{100 * row['spread']:4.1f}% | {row['gb_per_s']:6.1f} GB/s | "
@@ -153,28 +161,44 @@ def row_line(row: dict[str, Any]) -> str:
     )
     if row["samples"] < 20:
         text += f" | {row['samples']} samples"
-    if (row.get("others") or 0) > 0.1:  # a tick of the clock is 10 % of a tenth of a second
-        text += f" | others {100 * row['others']:.0f} %"
+    text += _others(row.get("others"))
     return text if row.get("ratio") is None else f"{text} | {row['ratio']:.2f} x our time"
+
+
+def _others(share: float | None) -> str:
+    """A tick of the clock is 10 % of a tenth of a second: less is not worth a word."""
+    return f" | others {100 * share:.0f} %" if (share or 0) > 0.1 else ""
 
 
 def limits_line(limits: Limits) -> str:
     peaks = ", ".join(f"{unit} {rate:.0f}" for unit, rate in limits.gflop_per_s.items())
-    return f"# limits, threads={limits.threads}: read {limits.read_gb_per_s:.1f} GB/s, {peaks} G/s"
+    read = f"read {limits.read_gb_per_s:.1f} GB/s"
+    return f"# limits, threads={limits.threads}: {read}, {peaks} G/s{_others(limits.others)}"
+
+
+# What a row of a timed case is drawn by.
+_DRAWN = {"shape": str, "threads": int, "tokens": int, "percent_of_limit": (int, float)}
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a file: one JSON object a line. Raises ValueError on a line that is none, OSError on the file."""
+    """The rows of a file, - for standard input: one JSON object a line.
+
+    Raises ValueError on a line that is none, RequestError on a file that is no text, OSError on the file.
+    """
     rows = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+    for number, line in enumerate(read_text(str(path)).splitlines(), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: line {number} must be a JSON object ({error})") from None
-        if not isinstance(row, dict) or "op" not in row:
+        if not isinstance(row, dict) or not isinstance(row.get("op"), str):
             raise ValueError(f"{path}: line {number} must be a row with an op (got {line[:60]})")
+        for field, kind in _DRAWN.items() if timed_rows([row]) else ():
+            if not isinstance(row.get(field), kind):
+                got = row.get(field)
+                raise ValueError(f"{path}: line {number} must have a right {field} (got {got!r})")
         rows.append(row)
     return rows
 

@@ -52,13 +52,15 @@ def pair_rows(
     flops: float,
     limbs: bool,
     isa: str,
+    compute: str,
     peer: str,
     peer_compute: str,
     **more: Any,
 ) -> list[dict[str, Any]]:
     """Our row, and the peer's with its name and the ratio of its time to ours; both count the problem's bytes.
 
-    case  op, shape, tokens
+    case     op, shape, tokens
+    compute  what ours computes; peer_compute: what the peer does
     """
     ours, theirs = samples
     common = {
@@ -71,7 +73,7 @@ def pair_rows(
     }
     ratio = median_and_spread(theirs)[0] / median_and_spread(ours)[0]
     return [
-        make_row(*case, ours, peer=None, ratio=None, **common),
+        make_row(*case, ours, compute=compute, peer=None, ratio=None, **common),
         make_row(
             *case,
             theirs,

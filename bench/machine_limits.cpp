@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "memory.h"
+#include "other_load.h"
 #include "peak_loops.h"
 
 namespace kn::bench {
@@ -170,11 +171,13 @@ double Limits::peak(const std::string& unit) const {
 }
 
 std::map<int, Limits> measure_limits(const std::vector<int>& thread_counts, int rounds) {
+  const OtherLoad load;
   std::map<int, Limits> limits;
   for (const int n : thread_counts) limits[n].threads = n;
   measure_reads(limits, rounds);
   for (const PeakLoop& peak : peak_loops())
     for (auto& [threads, l] : limits) l.peaks[peak.unit] = measure_peak(peak, threads, rounds + 2);
+  for (auto& [threads, l] : limits) l.others = load.share();
   return limits;
 }
 

@@ -15,6 +15,7 @@ struct ReadLimit {
 
 struct Limits {
   int threads = 0;
+  double others = 0.0;                  // share of the cores that others took meanwhile
   std::vector<ReadLimit> reads;         // every way of reading, in the order measured
   std::map<std::string, double> peaks;  // unit of peak_loops.h -> operations per second
 

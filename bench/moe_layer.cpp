@@ -1,5 +1,6 @@
 // moe_layer: moe_route, moe_dispatch, int4_grouped_swiglu, int4_grouped_gemm and moe_combine one
 // after the other, as a layer runs them; without the router's own product and the shared expert.
+#include "choice_check.h"
 #include "experts.h"
 
 namespace kn::bench {
@@ -31,8 +32,7 @@ class Layer {
 
   void run(const Routing& r) {
     const MoeShape& s = shape_;
-    cpu::moe_route({r.logits.data(), nullptr, ids_.data(), weights_.data(), tokens_, s.experts,
-                    s.topk, 1, 1, Scoring::kSigmoid, GroupScore::kTop2Sum, true, 1.0f});
+    cpu::moe_route(route_args(r));
     cpu::moe_dispatch({ids_.data(), token_index_.data(), row_index_.data(), offsets_.data(),
                        tokens_, s.topk, s.experts});
     cpu::int4_grouped_swiglu(swiglu_args(r));
@@ -41,13 +41,16 @@ class Layer {
                       DType::kFp32, DType::kBf16, tokens_, s.topk, s.hidden});
   }
 
-  // Column `o` of the last token by plain arithmetic: every expert's inner row in full.
-  void check(const Routing& r, const ExpertPool& pool) const {
+  // Every token's experts, and three columns of the last token: every inner row of it in full.
+  void check(const Routing& r, const ExpertPool& pool) {
+    const int64_t k = shape_.topk;
+    for (int64_t t = 0; t < tokens_; ++t)
+      check_choice(route_args(r), &r.logits[t * shape_.experts], &ids_[t * k], &weights_[t * k]);
     const int64_t t = tokens_ - 1, in = shape_.intermediate;
     constexpr int64_t kColumns[] = {0, 77, 101};
     double sum[3] = {}, magnitude[3] = {};
-    for (int64_t j = 0; j < shape_.topk; ++j) {
-      const int64_t m = r.matrix[ids_[t * shape_.topk + j]];
+    for (int64_t j = 0; j < k; ++j) {
+      const int64_t m = r.matrix[ids_[t * k + j]];
       std::vector<bf16> inner(in);
       for (int64_t i = 0; i < in; ++i) {
         const double g = int4_dot(&x_[t * shape_.hidden], pool.gate(m), i).value;
@@ -56,8 +59,8 @@ class Layer {
       }
       for (int c = 0; c < 3; ++c) {
         const Product p = int4_dot(inner.data(), pool.down(m), kColumns[c]);
-        sum[c] += weights_[t * shape_.topk + j] * p.value;
-        magnitude[c] += weights_[t * shape_.topk + j] * p.magnitude;
+        sum[c] += weights_[t * k + j] * p.value;
+        magnitude[c] += weights_[t * k + j] * p.magnitude;
       }
     }
     for (int c = 0; c < 3; ++c)  // an inner entry may round to the neighbouring bf16
@@ -66,6 +69,21 @@ class Layer {
   }
 
  private:
+  MoeRouteArgs route_args(const Routing& r) {
+    return {r.logits.data(),
+            nullptr,
+            ids_.data(),
+            weights_.data(),
+            tokens_,
+            shape_.experts,
+            shape_.topk,
+            1,
+            1,
+            Scoring::kSigmoid,
+            GroupScore::kTop2Sum,
+            true,
+            1.0f};
+  }
   Int4GroupedSwigluArgs swiglu_args(const Routing& r) const {
     return {x_.data(),           token_index_.data(), offsets_.data(),   r.gate.packed.data(),
             r.gate.scale.data(), r.up.packed.data(),  r.up.scale.data(), inner_.data(),

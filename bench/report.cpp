@@ -1,15 +1,12 @@
 #include "report.h"
 
-#include <sys/resource.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
-#include <fstream>
 #include <utility>
 
 #include "kimi_native/runtime.h"
+#include "other_load.h"
 
 namespace kn::bench {
 namespace {
@@ -18,22 +15,6 @@ using Clock = std::chrono::steady_clock;
 
 double since(Clock::time_point begin) {
   return std::chrono::duration<double>(Clock::now() - begin).count();
-}
-
-// Seconds that the cores were busy, all processes and the hypervisor's thefts together.
-double busy_seconds() {
-  std::ifstream file("/proc/stat");
-  std::string cpu;
-  double user = 0, nice = 0, system = 0, idle, iowait, irq = 0, softirq = 0, steal = 0;
-  file >> cpu >> user >> nice >> system >> idle >> iowait >> irq >> softirq >> steal;
-  return (user + nice + system + irq + softirq + steal) / double(sysconf(_SC_CLK_TCK));
-}
-
-double own_seconds() {
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
-  const auto seconds = [](const timeval& t) { return double(t.tv_sec) + double(t.tv_usec) * 1e-6; };
-  return seconds(usage.ru_utime) + seconds(usage.ru_stime);
 }
 
 // Text inside a JSON string: names and shapes are plain ASCII without quotes or backslashes.
@@ -54,17 +35,15 @@ Timing measure(const std::function<void(int64_t)>& run, double budget_s, bool qu
   const int64_t calls = std::max<int64_t>(1, int64_t(200e-6 / std::max(typical, 1e-9)));
   const size_t least = quick ? 3 : 20;
   std::vector<double> samples;
-  const double busy = busy_seconds(), own = own_seconds();
+  const OtherLoad load;
   const auto begin = Clock::now();
   while (samples.size() < least || (since(begin) < budget_s && samples.size() < 1000))
     samples.push_back(sample(calls));
-  const double wall = since(begin), cores = double(sysconf(_SC_NPROCESSORS_ONLN));
-  const double others = (busy_seconds() - busy) - (own_seconds() - own);
+  const double others = load.share();
   std::sort(samples.begin(), samples.end());
   const size_t n = samples.size();
   const double median = samples[n / 2];
-  return {median, 0.5 * (samples[n * 3 / 4] - samples[n / 4]) / median, int(n),
-          std::clamp(others / (wall * cores), 0.0, 1.0)};
+  return {median, 0.5 * (samples[n * 3 / 4] - samples[n / 4]) / median, int(n), others};
 }
 
 Report::Report(const Options& options, const std::vector<int>& thread_counts)
@@ -85,7 +64,9 @@ Report::Report(const Options& options, const std::vector<int>& thread_counts)
                 l.best_read().bytes_per_s * 1e-9, l.best_read().pages.c_str(),
                 l.best_read().pattern.c_str());
     for (const auto& [unit, peak] : l.peaks) std::printf(", %s %.0f", unit.c_str(), peak * 1e-9);
-    std::printf(" G/s\n");
+    std::printf(" G/s");
+    if (l.others > 0.1) std::printf(" | others %.0f %%", l.others * 100);
+    std::printf("\n");
   }
 }
 

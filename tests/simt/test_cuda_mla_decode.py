@@ -55,8 +55,8 @@ def expect(case):
     A score: one chain of the whole width (on Hopper; two of half of it elsewhere), at most 2 U an addition (a tensor
     core may truncate), two roundings of the scale. exp: 2 ulp (4 U), and U of the difference that it is taken of. A
     weight is then rounded to bf16 (2^-8); the sum that divides is of the rounded weights. Each of a split's tiles may
-    bring a new maximum: a factor with 4 U and U of the step, and a product; so may the splits of its group, up to four of
-    them, and the groups. Values: at most 512 additions in a split, 2 U each; splits: a multiply-add each; the division.
+    bring a new maximum: a factor with 4 U and U of the step, and a product; so may the splits of its group, up to four,
+    and the groups. Values: at most 512 additions in a split, 2 U each; splits: a multiply-add each; the division.
     """
     batch, heads, width = case.q.shape
     out = torch.zeros(batch, heads, case.latent, dtype=torch.float64)

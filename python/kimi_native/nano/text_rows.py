@@ -67,16 +67,17 @@ def read_rows(
     examples, bad = [], []
     readers = _Readers(encode, encode_chat, vocab_size)
     try:
-        with open(path, encoding="utf-8", errors="strict", newline="\n") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
                 try:
-                    examples.append(_checked(readers.example(json.loads(line)), max_tokens))
+                    row = json.loads(line.decode())
+                    examples.append(_checked(readers.example(row), max_tokens))
                 except (ValueError, RecursionError) as error:
                     bad.append((number, str(error) or type(error).__name__))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: must be a readable UTF-8 file (got {error})") from error
+    except OSError as error:
+        raise RequestError(f"{path}: must be a readable file (got {error.strerror})") from error
     rows = TextRows(Path(path), examples, bad)
     if not examples:
         raise RequestError(f"{path}: must have a row that can be used; {rows.report()}")
@@ -103,7 +104,7 @@ class _Readers:
         if not isinstance(row["text"], str):
             raise ValueError("text must be a string")
         ids = self.encode(row["text"])
-        return Example(ids, [False] + [True] * (len(ids) - 1))
+        return Example(ids, [i > 0 for i in range(len(ids))])
 
     def _ids(self, ids: Any, loss: Any) -> Example:
         if not _all_of(int, ids) or not _all_of(bool, loss):
@@ -123,6 +124,8 @@ class _Readers:
 def _checked(example: Example, max_tokens: int) -> Example:
     if not 2 <= len(example.ids) <= max_tokens:
         raise ValueError(f"must have 2 to {max_tokens} tokens (got {len(example.ids)})")
+    if not any(example.loss):
+        raise ValueError("must have something to be predicted (got no loss)")
     return example
 
 

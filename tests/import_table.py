@@ -331,7 +331,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         | {"folder_names", "nano.conversations"},
         {"rich"},
     ),
-    "nano.plot": ({"nano.train_log"}, {"matplotlib"}),
+    "nano.plot": ({"nano.train_log", "whole_file"}, {"matplotlib"}),
     "nano.published": (
         {"checkpoint", "weights", "nano.graph", "quant.fp8", "quant.int4"},
         {"torch"},

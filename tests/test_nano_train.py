@@ -408,6 +408,33 @@ def test_train_command_without_matplotlib_says_so_before_it_trains(tmp_path, cap
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none/log.png", r"none/log\.png: must be writable \(got No such file"),
+        (".", "plot: .* must end in one of .*png"),
+        ("log.txyz", r"plot: .*log\.txyz must end in one of .*png.* \(got 'txyz'\)"),
+    ],
+)
+def test_train_command_says_what_it_cannot_draw_before_it_trains(tmp_path, capsys, name, message):
+    arguments = [str(tmp_path / "run"), "--config", config_file(tmp_path), *SHORT]
+    assert train.main([*arguments, "--plot", str(tmp_path / name)]) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_command_exports_before_it_draws(tmp_path, capsys, monkeypatch):
+    def fail(log, picture):
+        raise RequestError(f"plot: {picture} cannot be written")
+
+    monkeypatch.setattr(train, "plot_log", fail)
+    arguments = [str(tmp_path / "run"), "--config", config_file(tmp_path), *SHORT]
+    assert train.main([*arguments, "--plot", str(tmp_path / "log.png")]) == 1
+    said = capsys.readouterr()
+    assert "cannot be written" in said.err
+    assert Checkpoint.open(json.loads(said.out)["path"]).tensors
+
+
 def test_plot_refuses_what_it_cannot_draw(whole, tmp_path):
     log = whole.folder.path / LOG_NAME
     with pytest.raises(RequestError, match=r"log\.txyz cannot be written"):

@@ -176,6 +176,23 @@ def test_claims_without_matplotlib_prints_tables(folder, small, tmp_path, monkey
     assert not (out / "interleaved.png").exists()
 
 
+def test_claims_tells_each_result_before_the_next_experiment(
+    folder, small, tmp_path, monkeypatch, capsys
+):
+    def fail(args):
+        raise RequestError("int4: broken")
+
+    monkeypatch.setitem(command.CLAIMS, "int4", fail)
+    out = tmp_path / "out"
+    argv = ["claims", "interleaved", "int4", "--model", str(folder), "--out", str(out)]
+    assert cli.main([*argv, "--max-context", "1024"]) == 1
+    said = capsys.readouterr()
+    assert "int4: broken" in said.err
+    assert "plan-first, 2 steps, 0 % fail" in said.out
+    assert "failures caught: of none" in said.out
+    assert (out / "interleaved.json").exists()
+
+
 def test_claims_bad_arguments_are_named(folder, tmp_path, capsys):
     assert cli.main(["claims", "magic", "--model", str(folder)]) == 1
     assert f"must be of {', '.join(command.CLAIMS)} (got magic)" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,15 +61,17 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError(f"claims: must be of {', '.join(CLAIMS)} (got {', '.join(unknown)})")
     folder = None if args.out is None else _made_folder(Path(args.out))
     import_torch()
-    results = {name: CLAIMS[name](args) for name in args.claims or CLAIMS}
-    if args.json:
-        print_json(results)
-    for name, result in results.items():
+    results = {}
+    for name in args.claims or CLAIMS:
+        results[name] = result = CLAIMS[name](args)  # hours: told before the next begins
         if not args.json:
             _TABLES[name](result)
+            sys.stdout.flush()
         if folder is not None:
             _write(folder / f"{name}.json", result)
             _draw(name, result, folder / f"{name}.png")
+    if args.json:
+        print_json(results)
     return 0
 
 

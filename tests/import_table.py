@@ -320,7 +320,14 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "nano.train_log": ({"checkpoint_writer"}, set()),
     "nano.trainer": (
-        {"checkpoint", "checkpoint_writer", "config", "quant.qat", *NANO_TRAINING},
+        {
+            "checkpoint",
+            "checkpoint_writer",
+            "config",
+            "quant.qat",
+            "nano.text_rows",
+            *NANO_TRAINING,
+        },
         {"torch"},
     ),
     "nano.train": (

@@ -20,6 +20,7 @@ from kimi_native.folder_names import NANO_FOLDER
 from kimi_native.nano import train
 from kimi_native.nano.plot import plot_log
 from kimi_native.nano.settings import TrainSettings
+from kimi_native.nano.text_rows import read_rows
 from kimi_native.nano.toy import CopyTask
 from kimi_native.nano.train_log import LOG_NAME, read_log
 from kimi_native.nano.train_state import COUNTS, STATE_NAME, save_state
@@ -277,6 +278,35 @@ def test_train_refuses_to_go_on_with_something_else(whole, tmp_path, changes, me
     (tmp_path / STATE_NAME).write_bytes((whole.folder.path / STATE_NAME).read_bytes())
     with pytest.raises(RequestError, match=message):
         trainer(tmp_path, **changes)
+
+
+def test_train_refuses_to_go_on_from_another_start(whole, tmp_path):
+    for seed in (5, 6):
+        export_checkpoint(small_graph(seed=seed), tmp_path / f"start-{seed}", VALUES)
+
+    def begun(seed: int | None) -> Trainer:
+        start = None if seed is None else Checkpoint.open(tmp_path / f"start-{seed}")
+        return Trainer(VALUES, TASK, tmp_path / "run", TrainSettings(**SETTINGS), start=start)
+
+    begun(5).save()
+    begun(5)
+    for seed in (6, None):
+        with pytest.raises(RequestError, match="another start: weights must be"):
+            begun(seed)
+
+
+def test_train_refuses_to_go_on_with_rows_that_were_changed(tmp_path):
+    def begun(text: str) -> Trainer:
+        (tmp_path / "rows").write_text("".join(f'{{"text": "{t}"}}\n' for t in ("abc", text)))
+        rows = read_rows(
+            tmp_path / "rows", lambda t: [ord(c) for c in t], vocab_size=128, max_tokens=9
+        )
+        return trainer(tmp_path / "run", rows)
+
+    begun("def").save()
+    begun("def")
+    with pytest.raises(RequestError, match="another dataset: rows must be"):
+        begun("deg")
 
 
 def test_train_refuses_a_broken_state(whole, tmp_path):

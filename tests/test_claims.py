@@ -105,7 +105,7 @@ def test_interleaved_plays_no_cell_twice(tmp_path):
 @pytest.mark.parametrize(
     ("text", "rule"),
     [
-        ('{"of": {"seed": 2}}\n', "must be of the same model and seed"),
+        ('{"of": {"seed": 2}}\n', "must be of the same model, settings and seed"),
         ("hello\n", "must hold JSON lines"),
         ('{"of": {"seed": 1}}\n{"row": 1}\n', "must hold JSON lines"),
         ("[]\n", "must hold JSON lines"),
@@ -150,6 +150,8 @@ def test_claims_prints_and_writes(folder, small, tmp_path, capsys):
     assert capsys.readouterr().out == text
     assert len((out / "interleaved-cells.jsonl").read_text().splitlines()) == 3
     assert cli.main([*argv, "--seed", "1"]) == 1
+    assert "name another folder" in capsys.readouterr().err
+    assert cli.main([*argv, "--dense", "int8"]) == 1
     assert "name another folder" in capsys.readouterr().err
     only = [*argv, "--json", "--lengths", "2,5", "--failure-rates", "0.5"]
     assert cli.main(only) == 0

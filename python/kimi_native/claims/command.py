@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 
 CONTEXT = 32768  # 200 steps with failing tools take some 25,000 tokens
 BATCH = 16
+_FORMS = {
+    "dtype": "bfloat16",
+    "dense": "bf16",
+    "cache": "exact",
+    "compute": "exact",
+    "max_context": None,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,8 +115,8 @@ def _interleaved(args: argparse.Namespace) -> dict[str, Any]:
 
     folder = NANO_FOLDER if args.model is None else Path(args.model)
     path = None if args.out is None else Path(args.out) / "interleaved-cells.jsonl"
-    subject = None if path is None else {"seed": args.seed, "weights": _weights_of(folder)}
-    kept = KeptRows(path, subject)
+    subject = {"seed": args.seed, "weights": _weights_of(folder), **_chosen_forms(args)}
+    kept = KeptRows(path, None if path is None else subject)
     context = args.max_context or CONTEXT
     options = {"max_context": context}
     model = load_model(argparse.Namespace(**{**vars(args), **options}), max_batch=BATCH)
@@ -135,6 +142,12 @@ def _interleaved(args: argparse.Namespace) -> dict[str, Any]:
     )
     calls = interleaved.calls_per_step(plan, seed=args.seed)
     return {"seed": args.seed, "cells": rows, "fits": list(interleaved.fits(rows, calls))}
+
+
+def _chosen_forms(args: argparse.Namespace) -> dict[str, Any]:
+    """What else decides what the weights say, where it is not the default."""
+    given = {name: getattr(args, name) for name in _FORMS}
+    return {name: value for name, value in given.items() if value != _FORMS[name]}
 
 
 def _weights_of(folder: Path) -> str:

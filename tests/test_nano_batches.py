@@ -202,7 +202,10 @@ def test_text_rows_counts_and_names_every_bad_row(tmp_path):
     for (_, reason), expected in zip(rows.bad, BAD.values(), strict=True):
         assert expected in reason
     assert f"2 rows used, {len(BAD)} not (line 2: Expecting" in rows.report()
-    assert rows.report().endswith(f"and {len(BAD) - 5} more)")
+    assert rows.report().endswith(f"; and {len(BAD) - 5} more: lines 7 to {len(BAD) + 1})")
+    scattered = read(tmp_path / "rows.jsonl", [*[GOOD[0], "x"] * 7, "x", *[GOOD[0], "x"] * 30])
+    assert "; and 33 more: lines 12, 14 to 15, 17, 19, 21," in scattered.report()
+    assert scattered.report().endswith(", 51, ...)")
 
 
 def test_text_rows_without_a_good_row_are_an_error(tmp_path):

@@ -15,7 +15,8 @@ from typing import Any
 from kimi_native.errors import RequestError
 from kimi_native.nano.dataset import Example
 
-SHOWN = 5  # bad rows that a message names
+SHOWN = 5  # bad rows whose reasons a message has; of the others it has the lines
+MOST_RANGES = 20
 EncodeChat = Callable[[list[Any], list[Any]], Example]  # messages, tools
 _KEYS = ({"text"}, {"ids", "loss"}, {"messages"}, {"messages", "tools"})
 
@@ -41,11 +42,24 @@ class TextRows:
         return self.examples[index]
 
     def report(self) -> str:
-        """One line: how many rows are used, how many are not, the first of those and why."""
+        """One line: how many rows are used, how many are not, and which; of the first of those, why."""
         used = f"{self.path}: {len(self.examples)} rows used, {len(self.bad)} not"
         named = "; ".join(f"line {line}: {reason}" for line, reason in self.bad[:SHOWN])
-        more = f"; and {len(self.bad) - SHOWN} more" if len(self.bad) > SHOWN else ""
+        others = [line for line, _ in self.bad[SHOWN:]]
+        more = f"; and {len(others)} more: lines {_ranges(others)}" if others else ""
         return f"{used} ({named}{more})" if self.bad else used
+
+
+def _ranges(lines: list[int]) -> str:
+    """Ascending line numbers in short: 3, 5 to 9, ..."""
+    runs: list[list[int]] = []
+    for line in lines:
+        if runs and line == runs[-1][1] + 1:
+            runs[-1][1] = line
+        else:
+            runs.append([line, line])
+    shown = [f"{a} to {b}" if b > a else str(a) for a, b in runs[:MOST_RANGES]]
+    return ", ".join(shown + ["..."] * (len(runs) > MOST_RANGES))
 
 
 def read_rows(

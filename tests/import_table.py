@@ -320,7 +320,14 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "nano.train_log": ({"checkpoint_writer"}, set()),
     "nano.trainer": (
-        {"checkpoint", "checkpoint_writer", "config", "quant.qat", *NANO_TRAINING},
+        {
+            "checkpoint",
+            "checkpoint_writer",
+            "config",
+            "quant.qat",
+            "nano.text_rows",
+            *NANO_TRAINING,
+        },
         {"torch"},
     ),
     "nano.train": (
@@ -331,7 +338,7 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
         | {"folder_names", "nano.conversations"},
         {"rich"},
     ),
-    "nano.plot": ({"nano.train_log"}, {"matplotlib"}),
+    "nano.plot": ({"nano.train_log", "whole_file"}, {"matplotlib"}),
     "nano.published": (
         {"checkpoint", "weights", "nano.graph", "quant.fp8", "quant.int4"},
         {"torch"},

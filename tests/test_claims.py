@@ -105,7 +105,7 @@ def test_interleaved_plays_no_cell_twice(tmp_path):
 @pytest.mark.parametrize(
     ("text", "rule"),
     [
-        ('{"of": {"seed": 2}}\n', "must be of the same model and seed"),
+        ('{"of": {"seed": 2}}\n', "must be of the same model, settings and seed"),
         ("hello\n", "must hold JSON lines"),
         ('{"of": {"seed": 1}}\n{"row": 1}\n', "must hold JSON lines"),
         ("[]\n", "must hold JSON lines"),
@@ -151,6 +151,8 @@ def test_claims_prints_and_writes(folder, small, tmp_path, capsys):
     assert len((out / "interleaved-cells.jsonl").read_text().splitlines()) == 3
     assert cli.main([*argv, "--seed", "1"]) == 1
     assert "name another folder" in capsys.readouterr().err
+    assert cli.main([*argv, "--dense", "int8"]) == 1
+    assert "name another folder" in capsys.readouterr().err
     only = [*argv, "--json", "--lengths", "2,5", "--failure-rates", "0.5"]
     assert cli.main(only) == 0
     (cell,) = json.loads(capsys.readouterr().out)["interleaved"]["cells"]
@@ -174,6 +176,23 @@ def test_claims_without_matplotlib_prints_tables(folder, small, tmp_path, monkey
     assert json.loads(said.out)["interleaved"]["cells"]
     assert "no picture: plot: matplotlib must be installed" in said.err
     assert not (out / "interleaved.png").exists()
+
+
+def test_claims_tells_each_result_before_the_next_experiment(
+    folder, small, tmp_path, monkeypatch, capsys
+):
+    def fail(args):
+        raise RequestError("int4: broken")
+
+    monkeypatch.setitem(command.CLAIMS, "int4", fail)
+    out = tmp_path / "out"
+    argv = ["claims", "interleaved", "int4", "--model", str(folder), "--out", str(out)]
+    assert cli.main([*argv, "--max-context", "1024"]) == 1
+    said = capsys.readouterr()
+    assert "int4: broken" in said.err
+    assert "plan-first, 2 steps, 0 % fail" in said.out
+    assert "failures caught: of none" in said.out
+    assert (out / "interleaved.json").exists()
 
 
 def test_claims_bad_arguments_are_named(folder, tmp_path, capsys):

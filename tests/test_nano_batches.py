@@ -166,6 +166,7 @@ BAD = {
     '{"text": 5}': "text must be a string",
     '{"messages": []}': "messages need a chat format that is known here (got none)",
     '{"tools": []}': "must be",
+    '{"text": ""}': r"2 to 8 tokens (got 0)",
     '{"text": "a"}': r"2 to 8 tokens (got 1)",
     '{"text": "abcdefghi"}': "2 to 8 tokens (got 9)",
     '{"ids": [1, true], "loss": [false, true]}': "list of integers",
@@ -173,12 +174,14 @@ BAD = {
     '{"ids": [1, 200], "loss": [false, true]}': "ids must be in [0, 128)",
     '{"ids": [1, 2, 3], "loss": [false, true]}': "same length (got 3 and 2)",
     '{"ids": [1, 2], "loss": [true, true]}': "first token",
+    '{"ids": [1, 2], "loss": [false, false]}': "must have something to be predicted",
+    '{"text": "\udce9t\udce9"}': "can't decode byte 0xe9",  # Latin-1
     "[" * 100_000: "recursion",
 }
 
 
 def read(path, lines):
-    path.write_text("\n".join(lines))
+    path.write_text("\n".join(lines), errors="surrogateescape")
     return read_rows(path, letters, vocab_size=128, max_tokens=8)
 
 
@@ -199,16 +202,19 @@ def test_text_rows_counts_and_names_every_bad_row(tmp_path):
     for (_, reason), expected in zip(rows.bad, BAD.values(), strict=True):
         assert expected in reason
     assert f"2 rows used, {len(BAD)} not (line 2: Expecting" in rows.report()
-    assert rows.report().endswith(f"and {len(BAD) - 5} more)")
+    assert rows.report().endswith(f"; and {len(BAD) - 5} more: lines 7 to {len(BAD) + 1})")
+    scattered = read(tmp_path / "rows.jsonl", [*[GOOD[0], "x"] * 7, "x", *[GOOD[0], "x"] * 30])
+    assert "; and 33 more: lines 12, 14 to 15, 17, 19, 21," in scattered.report()
+    assert scattered.report().endswith(", 51, ...)")
 
 
 def test_text_rows_without_a_good_row_are_an_error(tmp_path):
     with pytest.raises(RequestError, match=r"must have a row that can be used.*line 1: must be"):
         read(tmp_path / "rows.jsonl", [json.dumps([1])])
-    with pytest.raises(RequestError, match="readable UTF-8 file"):
+    with pytest.raises(RequestError, match=r"must be a readable file .*No such file"):
         read_rows(tmp_path / "none.jsonl", letters, vocab_size=128, max_tokens=8)
     (tmp_path / "latin").write_bytes(b'{"text": "\xe9t\xe9"}')
-    with pytest.raises(RequestError, match="readable UTF-8 file"):
+    with pytest.raises(RequestError, match=r"0 rows used, 1 not .*line 1: 'utf-8' codec can't"):
         read_rows(tmp_path / "latin", letters, vocab_size=128, max_tokens=8)
 
 

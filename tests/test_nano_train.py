@@ -20,6 +20,7 @@ from kimi_native.folder_names import NANO_FOLDER
 from kimi_native.nano import train
 from kimi_native.nano.plot import plot_log
 from kimi_native.nano.settings import TrainSettings
+from kimi_native.nano.text_rows import read_rows
 from kimi_native.nano.toy import CopyTask
 from kimi_native.nano.train_log import LOG_NAME, read_log
 from kimi_native.nano.train_state import COUNTS, STATE_NAME, save_state
@@ -279,6 +280,35 @@ def test_train_refuses_to_go_on_with_something_else(whole, tmp_path, changes, me
         trainer(tmp_path, **changes)
 
 
+def test_train_refuses_to_go_on_from_another_start(whole, tmp_path):
+    for seed in (5, 6):
+        export_checkpoint(small_graph(seed=seed), tmp_path / f"start-{seed}", VALUES)
+
+    def begun(seed: int | None) -> Trainer:
+        start = None if seed is None else Checkpoint.open(tmp_path / f"start-{seed}")
+        return Trainer(VALUES, TASK, tmp_path / "run", TrainSettings(**SETTINGS), start=start)
+
+    begun(5).save()
+    begun(5)
+    for seed in (6, None):
+        with pytest.raises(RequestError, match="another start: weights must be"):
+            begun(seed)
+
+
+def test_train_refuses_to_go_on_with_rows_that_were_changed(tmp_path):
+    def begun(text: str) -> Trainer:
+        (tmp_path / "rows").write_text("".join(f'{{"text": "{t}"}}\n' for t in ("abc", text)))
+        rows = read_rows(
+            tmp_path / "rows", lambda t: [ord(c) for c in t], vocab_size=128, max_tokens=9
+        )
+        return trainer(tmp_path / "run", rows)
+
+    begun("def").save()
+    begun("def")
+    with pytest.raises(RequestError, match="another dataset: rows must be"):
+        begun("deg")
+
+
 def test_train_refuses_a_broken_state(whole, tmp_path):
     content = (whole.folder.path / STATE_NAME).read_bytes()
     (tmp_path / STATE_NAME).write_bytes(content[:-5])
@@ -408,6 +438,33 @@ def test_train_command_without_matplotlib_says_so_before_it_trains(tmp_path, cap
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none/log.png", r"none/log\.png: must be writable \(got No such file"),
+        (".", "plot: .* must end in one of .*png"),
+        ("log.txyz", r"plot: .*log\.txyz must end in one of .*png.* \(got 'txyz'\)"),
+    ],
+)
+def test_train_command_says_what_it_cannot_draw_before_it_trains(tmp_path, capsys, name, message):
+    arguments = [str(tmp_path / "run"), "--config", config_file(tmp_path), *SHORT]
+    assert train.main([*arguments, "--plot", str(tmp_path / name)]) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_command_exports_before_it_draws(tmp_path, capsys, monkeypatch):
+    def fail(log, picture):
+        raise RequestError(f"plot: {picture} cannot be written")
+
+    monkeypatch.setattr(train, "plot_log", fail)
+    arguments = [str(tmp_path / "run"), "--config", config_file(tmp_path), *SHORT]
+    assert train.main([*arguments, "--plot", str(tmp_path / "log.png")]) == 1
+    said = capsys.readouterr()
+    assert "cannot be written" in said.err
+    assert Checkpoint.open(json.loads(said.out)["path"]).tensors
+
+
 def test_plot_refuses_what_it_cannot_draw(whole, tmp_path):
     log = whole.folder.path / LOG_NAME
     with pytest.raises(RequestError, match=r"log\.txyz cannot be written"):
@@ -452,7 +509,7 @@ def test_train_command_stops_at_an_interrupt_and_goes_on(tmp_path, capsys, monke
     [
         (["--steps", "0"], "steps must be at least 1"),
         (["--start", "nowhere"], "nowhere: must be a model folder (found none)"),
-        (["--data", "nowhere.jsonl"], "nowhere.jsonl: must be a readable UTF-8 file"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl: must be a readable file"),
     ],
 )
 def test_train_command_names_errors(tmp_path, capsys, arguments, message):

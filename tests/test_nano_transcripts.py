@@ -180,6 +180,21 @@ def test_transcripts_keep_to_their_split(split):
         assert bool(list(held_out_compositions(steps))) == (split == "held-out")
 
 
+@pytest.mark.parametrize(
+    "recipe", [Recipe(), Recipe(history=1.0), WINDOWS], ids=["all", "before", "long"]
+)
+def test_transcripts_for_training_show_no_held_out_composition(recipe):
+    """Whatever the kind of conversation, and in what came before; a list that is learned in part counts as a whole."""
+    lists = 0
+    for conversation in some(recipe):
+        for message in conversation.messages:
+            if message.role == "user" and (sheet := read_sheet(message.content)) is not None:
+                steps = tuple(step for step in sheet.steps.values() if step)
+                assert list(held_out_compositions(steps)) == []
+                lists += 1
+    assert lists > COUNT / 2
+
+
 def test_transcripts_windows_carry_out_some_steps_of_a_long_list():
     lengths, calls, reports = [], [], 0
     for conversation in some(WINDOWS):

@@ -118,7 +118,7 @@ def test_qat_goes_on_after_an_interrupt_and_does_not_overwrite(tmp_path, start, 
     ("change", "message"),
     [
         ({"model": "nowhere"}, "nowhere: must be a model folder (found none)"),
-        ({"data": "nowhere.jsonl"}, "nowhere.jsonl: must be a readable UTF-8 file"),
+        ({"data": "nowhere.jsonl"}, "nowhere.jsonl: must be a readable file"),
         ({"out": "start"}, "qat: MODEL, OUT and the run's folder must be three"),
         ({"--run": "out"}, "qat: MODEL, OUT and the run's folder must be three"),
         ({"--steps": "0"}, "train: steps must be at least 1 (got 0)"),

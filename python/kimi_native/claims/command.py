@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
 
 CONTEXT = 32768  # 200 steps with failing tools take some 25,000 tokens
 BATCH = 16
+_FORMS = {
+    "dtype": "bfloat16",
+    "dense": "bf16",
+    "cache": "exact",
+    "compute": "exact",
+    "max_context": None,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,15 +68,17 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError(f"claims: must be of {', '.join(CLAIMS)} (got {', '.join(unknown)})")
     folder = None if args.out is None else _made_folder(Path(args.out))
     import_torch()
-    results = {name: CLAIMS[name](args) for name in args.claims or CLAIMS}
-    if args.json:
-        print_json(results)
-    for name, result in results.items():
+    results = {}
+    for name in args.claims or CLAIMS:
+        results[name] = result = CLAIMS[name](args)  # hours: told before the next begins
         if not args.json:
             _TABLES[name](result)
+            sys.stdout.flush()
         if folder is not None:
             _write(folder / f"{name}.json", result)
             _draw(name, result, folder / f"{name}.png")
+    if args.json:
+        print_json(results)
     return 0
 
 
@@ -105,8 +115,8 @@ def _interleaved(args: argparse.Namespace) -> dict[str, Any]:
 
     folder = NANO_FOLDER if args.model is None else Path(args.model)
     path = None if args.out is None else Path(args.out) / "interleaved-cells.jsonl"
-    subject = None if path is None else {"seed": args.seed, "weights": _weights_of(folder)}
-    kept = KeptRows(path, subject)
+    subject = {"seed": args.seed, "weights": _weights_of(folder), **_chosen_forms(args)}
+    kept = KeptRows(path, None if path is None else subject)
     context = args.max_context or CONTEXT
     options = {"max_context": context}
     model = load_model(argparse.Namespace(**{**vars(args), **options}), max_batch=BATCH)
@@ -132,6 +142,12 @@ def _interleaved(args: argparse.Namespace) -> dict[str, Any]:
     )
     calls = interleaved.calls_per_step(plan, seed=args.seed)
     return {"seed": args.seed, "cells": rows, "fits": list(interleaved.fits(rows, calls))}
+
+
+def _chosen_forms(args: argparse.Namespace) -> dict[str, Any]:
+    """What else decides what the weights say, where it is not the default."""
+    given = {name: getattr(args, name) for name in _FORMS}
+    return {name: value for name, value in given.items() if value != _FORMS[name]}
 
 
 def _weights_of(folder: Path) -> str:

@@ -28,7 +28,7 @@ class KeptRows:
             objects = [json.loads(line) for line in whole]
             if objects and objects[0] != head:
                 raise RequestError(
-                    f"claims: {path} must be of the same model and seed: name another folder "
+                    f"claims: {path} must be of the same model, settings and seed: name another folder "
                     f"(got {objects[0]['of']}, not {head['of']})"
                 )
             self._rows = {json.dumps(o["key"]): o["row"] for o in objects[1:]}

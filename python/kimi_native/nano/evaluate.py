@@ -50,6 +50,8 @@ class Share:
         )
 
     def __str__(self) -> str:
+        if not self.trials:
+            return "of none"
         low, high = self.interval()
         return f"{100 * self.rate:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
 

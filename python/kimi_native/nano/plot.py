@@ -7,6 +7,7 @@ from typing import Any
 
 from kimi_native.errors import RequestError
 from kimi_native.nano.train_log import read_log
+from kimi_native.whole_file import check_writable
 
 
 def new_figure() -> Any:
@@ -18,6 +19,16 @@ def new_figure() -> Any:
             f"plot: matplotlib must be installed, pip install matplotlib (got {error})"
         ) from error
     return Figure(figsize=(9, 6), layout="constrained")
+
+
+def check_picture(picture: Path) -> None:
+    """Raises RequestError without matplotlib, on a name whose end it does not know, or where nothing can be written."""
+    known = new_figure().canvas.get_supported_filetypes()
+    if (end := picture.suffix[1:].lower()) not in known:
+        raise RequestError(
+            f"plot: {picture} must end in one of {', '.join(sorted(known))} (got {end!r})"
+        )
+    check_writable(picture)
 
 
 def plot_log(log: Path, picture: Path) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 from kimi_native.errors import RequestError
 from kimi_native.nano.dataset import Example
 
-SHOWN = 5  # bad rows that a message names
+SHOWN = 5  # bad rows whose reasons a message has; of the others it has the lines
+MOST_RANGES = 20
 EncodeChat = Callable[[list[Any], list[Any]], Example]  # messages, tools
 _KEYS = ({"text"}, {"ids", "loss"}, {"messages"}, {"messages", "tools"})
 
@@ -41,11 +42,24 @@ class TextRows:
         return self.examples[index]
 
     def report(self) -> str:
-        """One line: how many rows are used, how many are not, the first of those and why."""
+        """One line: how many rows are used, how many are not, and which; of the first of those, why."""
         used = f"{self.path}: {len(self.examples)} rows used, {len(self.bad)} not"
         named = "; ".join(f"line {line}: {reason}" for line, reason in self.bad[:SHOWN])
-        more = f"; and {len(self.bad) - SHOWN} more" if len(self.bad) > SHOWN else ""
+        others = [line for line, _ in self.bad[SHOWN:]]
+        more = f"; and {len(others)} more: lines {_ranges(others)}" if others else ""
         return f"{used} ({named}{more})" if self.bad else used
+
+
+def _ranges(lines: list[int]) -> str:
+    """Ascending line numbers in short: 3, 5 to 9, ..."""
+    runs: list[list[int]] = []
+    for line in lines:
+        if runs and line == runs[-1][1] + 1:
+            runs[-1][1] = line
+        else:
+            runs.append([line, line])
+    shown = [f"{a} to {b}" if b > a else str(a) for a, b in runs[:MOST_RANGES]]
+    return ", ".join(shown + ["..."] * (len(runs) > MOST_RANGES))
 
 
 def read_rows(
@@ -67,16 +81,17 @@ def read_rows(
     examples, bad = [], []
     readers = _Readers(encode, encode_chat, vocab_size)
     try:
-        with open(path, encoding="utf-8", errors="strict", newline="\n") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
                 try:
-                    examples.append(_checked(readers.example(json.loads(line)), max_tokens))
+                    row = json.loads(line.decode())
+                    examples.append(_checked(readers.example(row), max_tokens))
                 except (ValueError, RecursionError) as error:
                     bad.append((number, str(error) or type(error).__name__))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: must be a readable UTF-8 file (got {error})") from error
+    except OSError as error:
+        raise RequestError(f"{path}: must be a readable file (got {error.strerror})") from error
     rows = TextRows(Path(path), examples, bad)
     if not examples:
         raise RequestError(f"{path}: must have a row that can be used; {rows.report()}")
@@ -103,7 +118,7 @@ class _Readers:
         if not isinstance(row["text"], str):
             raise ValueError("text must be a string")
         ids = self.encode(row["text"])
-        return Example(ids, [False] + [True] * (len(ids) - 1))
+        return Example(ids, [i > 0 for i in range(len(ids))])
 
     def _ids(self, ids: Any, loss: Any) -> Example:
         if not _all_of(int, ids) or not _all_of(bool, loss):
@@ -123,6 +138,8 @@ class _Readers:
 def _checked(example: Example, max_tokens: int) -> Example:
     if not 2 <= len(example.ids) <= max_tokens:
         raise ValueError(f"must have 2 to {max_tokens} tokens (got {len(example.ids)})")
+    if not any(example.loss):
+        raise ValueError("must have something to be predicted (got no loss)")
     return example
 
 

@@ -27,7 +27,7 @@ from kimi_native.json_file import read_json
 from kimi_native.nano.chat_rows import chat_encoder
 from kimi_native.nano.conversations import Recipe
 from kimi_native.nano.dataset import Dataset
-from kimi_native.nano.plot import new_figure, plot_log
+from kimi_native.nano.plot import check_picture, plot_log
 from kimi_native.nano.settings import TrainSettings
 from kimi_native.nano.text_rows import read_rows
 from kimi_native.nano.toy import CopyTask
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     names = [f.name for f in dataclasses.fields(TrainSettings)]
     settings = TrainSettings(**{name: getattr(args, name) for name in names})
     if args.plot is not None:
-        new_figure()  # what cannot be drawn in the end is said before hours of training
+        check_picture(Path(args.plot))  # before hours of training
     start = None if args.start is None else Checkpoint.open(args.start)
     values = _values(args)
     files = _files(args, values)
@@ -106,18 +106,18 @@ def run(args: argparse.Namespace) -> int:
         note(f"going on after step {trainer.steps_done}")
     with progress_line(settings.steps, trainer.steps_done) as progress:
         complete = trainer.run(progress)
+    if complete:
+        format = "int4" if settings.qat_from is not None else "bf16"
+        folder = getattr(args, "checkpoint", None) or Path(args.out) / "checkpoint"
+        summary = export_checkpoint(
+            trainer.graph, folder, values, format=format, files=files, overwrite=True
+        )
+        print(json.dumps(summary))
+    else:
+        note(f"stopped after step {trainer.steps_done}; the same command goes on from there")
     if args.plot is not None:
         plot_log(Path(args.out) / LOG_NAME, Path(args.plot))
-    if not complete:
-        note(f"stopped after step {trainer.steps_done}; the same command goes on from there")
-        return INTERRUPTED
-    format = "int4" if settings.qat_from is not None else "bf16"
-    folder = getattr(args, "checkpoint", None) or Path(args.out) / "checkpoint"
-    summary = export_checkpoint(
-        trainer.graph, folder, values, format=format, files=files, overwrite=True
-    )
-    print(json.dumps(summary))
-    return 0
+    return 0 if complete else INTERRUPTED
 
 
 def _values(args: argparse.Namespace) -> dict[str, Any]:

@@ -31,8 +31,9 @@ from kimi_native.nano.dataset import Dataset
 from kimi_native.nano.divergence import check_loss, check_norms, norms
 from kimi_native.nano.graph import GraphOutput, KimiGraph
 from kimi_native.nano.muon import MuonAdamW, MuonSettings, qk_clip
-from kimi_native.nano.published import read_published
+from kimi_native.nano.published import published_tensors, read_published
 from kimi_native.nano.settings import TrainSettings
+from kimi_native.nano.text_rows import TextRows
 from kimi_native.nano.train_log import LOG_NAME, StepReport, append, cut_back
 from kimi_native.nano.train_state import STATE_NAME, check_same, read_run, restore, save_state
 from kimi_native.quant.qat import apply_qat
@@ -48,8 +49,8 @@ class Trainer:
     out_dir   made if missing; gets the state and the log
     start     a checkpoint of the same config whose weights to start from, instead of random ones
 
-    Raises RequestError if the folder holds a run of another config, dataset or settings; ModelFormatError on a broken
-    state; CheckpointWriteError if the folder cannot be written or another process trains in it.
+    Raises RequestError if the folder holds a run of another config, dataset, start or settings; ModelFormatError on a
+    broken state; CheckpointWriteError if the folder cannot be written or another process trains in it.
     """
 
     def __init__(
@@ -82,7 +83,8 @@ class Trainer:
         self._began = {
             "settings": settings.fixed(),
             "config": self.values,
-            "dataset": {"length": len(dataset), "first": _fingerprint(dataset)},
+            "dataset": {"length": len(dataset), **_fingerprint(dataset)},
+            "start": {"weights": None if start is None else _weights_of(self.graph)},
         }
         if (self.folder.path / STATE_NAME).exists():
             self._restore()
@@ -258,9 +260,20 @@ def _threads(num: int | None = None) -> dict[str, int]:
     return {"threads": torch.get_num_threads() if num is None else num}
 
 
-def _fingerprint(dataset: Dataset) -> str:
-    example = dataset.example(0)
-    return hashlib.sha256(repr((example.ids, example.loss)).encode()).hexdigest()
+def _fingerprint(dataset: Dataset) -> dict[str, str]:
+    """Of all rows that were read; of what a generator makes the first example, which its seed is seen in."""
+    is_read = isinstance(dataset, TextRows)
+    digest = hashlib.sha256()
+    for example in dataset.examples if is_read else [dataset.example(0)]:
+        digest.update(repr((example.ids, example.loss)).encode())
+    return {"rows" if is_read else "first": digest.hexdigest()}
+
+
+def _weights_of(graph: KimiGraph) -> str:
+    digest = hashlib.sha256()
+    for _, tensor in published_tensors(graph):
+        digest.update(tensor.cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

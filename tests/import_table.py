@@ -81,7 +81,15 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     "argument_files": (set(), set()),
     # which experts tokens choose
     "routing_cli": (
-        {"argument_files", "config", "generate", "model_arguments", "model_file", "routing"}
+        {
+            "argument_files",
+            "config",
+            "folder_names",
+            "generate",
+            "model_arguments",
+            "model_file",
+            "routing",
+        }
         | {"routing_page", "routing_plot", "routing_report", "routing_rows", "terminal"}
         | {"whole_file"},
         set(),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kimi_native.argument_files import STDIN, read_list, read_text
 from kimi_native.errors import RequestError
+from kimi_native.folder_names import NANO_FOLDER
 from kimi_native.model_arguments import add_machine, import_torch, load_model
 from kimi_native.terminal import note, print_json, print_table
 
@@ -21,7 +22,13 @@ FILES = ("json", "png", "html")
 
 
 def add_routing(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="checkpoint folder")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default=str(NANO_FOLDER),
+        metavar="MODEL",
+        help="checkpoint folder (default: kimi-nano, which is in the package)",
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", metavar="TEXT", help="text, or @FILE that holds it; -: stdin")
     what.add_argument("--messages", metavar="FILE", help="JSON list of messages; -: stdin")

@@ -41,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="minutes instead of hours")
     parser.add_argument(
-        "--lengths", type=_numbers, metavar="N,N,...", help="of interleaved: these numbers of steps"
+        "--lengths",
+        type=_numbers,
+        metavar="N,N,...",
+        help="of interleaved: of its problems those of so many steps",
     )
     parser.add_argument(
         "--failure-rates", type=_numbers, metavar="X,X,...", help="of interleaved: these rates"

@@ -15,6 +15,9 @@ struct CpuFeatures {
   // Zen 4 torch's products by it were twice as fast as ours by multiply-adds), not on Intel, where
   // it has a quarter of that (Granite Rapids).
   bool fast_bf16_dots = false;
+  // What comes from memory should be asked for well ahead, into L2: so on AMD (measured on Zen 4),
+  // where the few lines on their way to L1 bound what a core reads. On Intel that loses.
+  bool far_prefetch = false;
 };
 
 const CpuFeatures& detect_cpu_features();

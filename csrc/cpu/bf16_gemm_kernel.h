@@ -34,6 +34,13 @@ static constexpr int kGemmTokens = 2, kGemmRows = 1;
 static constexpr int64_t kStreamX = 32 << 10, kBlockX = 16 << 10;
 static constexpr int64_t kStreamTokens = 2;
 
+// One token needs a line at once; not on AMD (CpuFeatures::far_prefetch), whose tiles these are.
+#ifdef KN_BF16_DOTS
+static constexpr bool kNearToken = false;
+#else
+static constexpr bool kNearToken = true;
+#endif
+
 // Packed tokens of a task: half of a 1 MB L2.
 static constexpr int64_t kGemmTaskGroups = 256 / kGemmTokens, kGemmTaskBytes = 512 << 10;
 
@@ -190,7 +197,7 @@ static void gemm_piece(const bf16* const* rows, const X* x, int64_t columns, boo
     for (int r = 0; r < R; ++r) acc[v][r] = start ? zero_f32() : load(sums + v * 256 + r * 16);
   const char* next = fetch.next;
   for (int64_t k = 0; k + 32 <= columns; k += 32) {
-    __builtin_prefetch(next, 0, R == 1 && V == 1 ? 3 : 2);  // one token needs the line at once
+    __builtin_prefetch(next, 0, kNearToken && R == 1 && V == 1 ? 3 : 2);
     if (R > 1) __builtin_prefetch(next + 64, 0, 2);
     next += fetch.step;
     gemm_step<R, V>(row, x, acc);
@@ -246,8 +253,8 @@ static void gemm_store(const Bf16GemmTile& a, int64_t first, int64_t token, int6
 template <typename X>
 static void gemm_stream(const Bf16GemmTile& a) {
   // How far ahead of its use a row is fetched, in entries: 3 KB to L1 or 8 KB to L2. Good in noisy
-  // measurements of one machine, not proven best.
-  const int64_t ahead = a.tokens == 1 ? 1536 : 4096;
+  // measurements of two machines, not proven best.
+  const int64_t ahead = kNearToken && a.tokens == 1 ? 1536 : 4096;
   for (int64_t first = 0; first < a.rows; first += 16) {
     for (int64_t r = first; r < a.rows && r < first + 16; ++r) {
       const bf16* row = a.weight + r * a.in;

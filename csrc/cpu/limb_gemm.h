@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <span>
 
+#include "core/cpu_features.h"
 #include "core/error.h"
 #include "core/threads.h"
 #include "cpu/dispatch.h"
@@ -170,6 +171,7 @@ constexpr int64_t kGemmUnitRows = 16;
 template <typename Format>
 LimbTile gemm_tile(Format, const Matrix& m, int64_t row, int64_t rows, int64_t in) {
   LimbTile tile = {};
+  tile.far_prefetch = detect_cpu_features().far_prefetch;
   const int64_t half = std::min(rows, ceil_div(rows, kGemmUnitRows) * (kGemmUnitRows / 2));
   for (int p = 0; p < 2; ++p) {
     tile.rows[p] = p == 0 ? half : rows - half;

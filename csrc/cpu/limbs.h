@@ -83,6 +83,7 @@ struct LimbTile {
   int64_t y_stride;        // elements from token to token
   DType y_dtype;
   int64_t tokens, in;
+  bool far_prefetch;  // as in CpuFeatures
 };
 
 }  // namespace kn::cpu

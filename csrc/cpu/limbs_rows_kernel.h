@@ -40,36 +40,46 @@ struct RowPair {
   const bf16* scale[2];
 };
 
-// kTail: the block has only `left` inputs.
+// kTail: the block has only `left` inputs. Both rows use a token's values while they are in
+// registers: a core of a Zen 4 loads one register a cycle.
 template <typename Format, int T, bool kTail>
 KN_INLINE void row_step(const RowPair& rows, const uint8_t* const values[T],
                         const PreparedToken x[T], int64_t group, int64_t left, __m512 (*acc)[T]) {
-#pragma GCC unroll 2
-  for (int p = 0; p < 2; ++p) {
-    __m512i a[T][kBlockChunks];
+  __m512i a[2][T][kBlockChunks];
 #pragma GCC unroll 4
-    for (int c = 0; c < kBlockChunks; ++c) {
-      __m512i u[2];
-      const int64_t at = c * int64_t(Format::kChunkBytes);
-      decode_row(Format{}, rows.weight[p] + at,
-                 kTail ? row_bytes(Format{}, left) - at : int64_t(Format::kChunkBytes), u);
+  for (int c = 0; c < kBlockChunks; ++c) {
+    const int64_t at = c * int64_t(Format::kChunkBytes);
+    const int64_t bytes = kTail ? row_bytes(Format{}, left) - at : int64_t(Format::kChunkBytes);
+    __m512i u[2][2];
+    decode_row(Format{}, rows.weight[0] + at, bytes, u[0]);
+    decode_row(Format{}, rows.weight[1] + at, bytes, u[1]);
 #pragma GCC unroll 2
-      for (int t = 0; t < T; ++t) {
-        const uint8_t* v = values[t] + c * kChunkValueBytes;
-        __m512i d = _mm512_setzero_si512();
-        if constexpr (Format::kLimbs == 2) {
-          d = _mm512_dpbusd_epi32(d, u[0], _mm512_load_si512(v + 64));
-          d = _mm512_slli_epi32(_mm512_dpbusd_epi32(d, u[1], _mm512_load_si512(v + 192)), 8);
+    for (int t = 0; t < T; ++t) {
+      const uint8_t* v = values[t] + c * kChunkValueBytes;
+      __m512i d[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+      if constexpr (Format::kLimbs == 2) {
+        const __m512i first = _mm512_load_si512(v + 64), second = _mm512_load_si512(v + 192);
+#pragma GCC unroll 2
+        for (int p = 0; p < 2; ++p) {
+          d[p] = _mm512_dpbusd_epi32(d[p], u[p][0], first);
+          d[p] = _mm512_slli_epi32(_mm512_dpbusd_epi32(d[p], u[p][1], second), 8);
         }
-        d = _mm512_dpbusd_epi32(d, u[0], _mm512_load_si512(v));
-        a[t][c] = _mm512_dpbusd_epi32(d, u[1], _mm512_load_si512(v + 128));
+      }
+      const __m512i first = _mm512_load_si512(v), second = _mm512_load_si512(v + 128);
+#pragma GCC unroll 2
+      for (int p = 0; p < 2; ++p) {
+        d[p] = _mm512_dpbusd_epi32(d[p], u[p][0], first);
+        a[p][t][c] = _mm512_dpbusd_epi32(d[p], u[p][1], second);
       }
     }
+  }
+#pragma GCC unroll 2
+  for (int p = 0; p < 2; ++p) {
     const f32x16 s = kTail ? load(rows.scale[p], int(num_groups(left))) : load(rows.scale[p]);
 #pragma GCC unroll 2
     for (int t = 0; t < T; ++t) {
       const __m512i d =
-          _mm512_add_epi32(reduce_chunks(a[t]), _mm512_load_si512(x[t].offset + group));
+          _mm512_add_epi32(reduce_chunks(a[p][t]), _mm512_load_si512(x[t].offset + group));
       const __m512 f = _mm512_cvtepi32_ps(d);
       const __m512 factor = _mm512_mul_ps(s.v, _mm512_load_ps(x[t].step + group));
       // Chunks that are not there leave their sums alone: adding zero could turn a -0 into a 0.

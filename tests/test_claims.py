@@ -32,7 +32,7 @@ def test_interleaved_plans_play_what_they_claim():
             rates = {c.failure_rate for c in plan if c.mode == mode and c.num_steps == 20}
             assert {0.0, 0.1} <= rates
     lengths = {cell.num_steps for cell in interleaved.cells(quick=False)}
-    assert lengths == {5, 10, 20, 30, 50, 100, 200}
+    assert lengths == {5, 10, 20, 30, 50, 100, 150, 200}
 
 
 def test_interleaved_counts_calls_of_a_step():

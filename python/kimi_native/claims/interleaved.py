@@ -36,7 +36,7 @@ def cells(*, quick: bool) -> tuple[Cell, ...]:
         plan += [("plan-first", n, e, 50) for n in (5, 10, 20) for e in (0.0, 0.1)]
         plan += [("no-tools", n, 0.0, 50) for n in (5, 10)]
         return tuple(Cell(*row) for row in plan)
-    counts = {5: 200, 10: 200, 20: 200, 30: 100, 50: 100, 100: 40, 200: 20}
+    counts = {5: 200, 10: 200, 20: 200, 30: 100, 50: 100, 100: 40, 150: 40, 200: 20}
     rates = (0.0, 0.05, 0.1, 0.2)
     plan = [("interleaved", n, e, count) for n, count in counts.items() for e in rates]
     plan += [("plan-first", n, e, c) for n, c in counts.items() if n <= 50 for e in rates]

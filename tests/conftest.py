@@ -43,3 +43,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def thread_counts():
+    """Leaves them as they were."""
+    before = ops.num_threads(), torch.get_num_threads()
+    yield
+    ops.set_num_threads(before[0])
+    torch.set_num_threads(before[1])

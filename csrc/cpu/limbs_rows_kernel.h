@@ -19,19 +19,22 @@ namespace kn::cpu::KN_ISA {
 // cache. On AMD (far_prefetch) these bound the whole, and lines are asked for into L2 first.
 static constexpr int64_t kAheadBytes = 1024, kNearBytes = 512, kFarBytes = 4096;
 
-template <int kBytes>
-KN_INLINE void prefetch_row(const uint8_t* weight, const bf16* scale, bool far) {
-  const auto* scales = (const uint8_t*)scale;
+// For a step that uses `bytes` of a row.
+KN_INLINE void prefetch_weights(const uint8_t* weight, int64_t bytes, bool far) {
   const int64_t ahead = far ? kNearBytes : kAheadBytes;
 #pragma GCC unroll 8
-  for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(weight + ahead + b);
-  if (far) {
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(weight + ahead + b);
+  if (!far) return;
 #pragma GCC unroll 8
-    for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(weight + kFarBytes + b, 0, 2);
-    __builtin_prefetch(scales + kFarBytes / 4, 0, 2);
-  } else {
-    __builtin_prefetch(scales + kAheadBytes / 4);
-  }
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(weight + kFarBytes + b, 0, 2);
+}
+
+KN_INLINE void prefetch_scales(const bf16* scale, bool far) {
+  const auto* bytes = (const uint8_t*)scale;
+  if (far)
+    __builtin_prefetch(bytes + kFarBytes / 4, 0, 2);
+  else
+    __builtin_prefetch(bytes + kAheadBytes / 4);
 }
 
 // Rows of both panels, from one block on.
@@ -104,15 +107,16 @@ static void row_sums(RowPair rows, const PreparedToken x[T], int64_t in, bool fa
   int64_t group = 0;
   for (; group + kBlockGroups <= num_groups(in); group += kBlockGroups) {
 #pragma GCC unroll 2
-    for (int p = 0; p < 2; ++p) prefetch_row<kBytes>(rows.weight[p], rows.scale[p], far);
+    for (int p = 0; p < 2; ++p) {
+      prefetch_weights(rows.weight[p], kBytes, far);
+      prefetch_scales(rows.scale[p], far);
+    }
     row_step<Format, T, false>(rows, values, x, group, kInputs, acc);
     for (int p = 0; p < 2; ++p) rows.weight[p] += kBytes, rows.scale[p] += kBlockGroups;
     for (int t = 0; t < T; ++t) values[t] += kBlockChunks * kChunkValueBytes;
   }
   if (const int64_t left = in - group * kGroupSize; left > 0) {
-    for (int p = 0; p < 2; ++p)
-      for (int b = 0; b < row_bytes(Format{}, left); b += 64)
-        __builtin_prefetch(rows.weight[p] + kAheadBytes + b);
+    for (int p = 0; p < 2; ++p) prefetch_weights(rows.weight[p], row_bytes(Format{}, left), far);
     row_step<Format, T, true>(rows, values, x, group, left, acc);
   }
   for (int p = 0; p < 2; ++p)

@@ -51,8 +51,8 @@ void run(const Options& options) {
   if (threads.empty()) threads = {1};
   if (options.threads.empty() && num_threads() > 1) threads.push_back(num_threads());
   const int cores = int(std::max(1u, std::thread::hardware_concurrency()));
-  if (*std::max_element(threads.begin(), threads.end()) > cores)
-    throw UsageError{concat("--threads: must be at most the ", cores, " cores")};
+  if (const int most = *std::max_element(threads.begin(), threads.end()); most > cores)
+    throw UsageError{concat("--threads: must be at most the ", cores, " cores (got ", most, ")")};
   if (asked("limits")) {
     print_limits(measure_limits(threads, options.quick ? 2 : 12), options.json);
     if (options.programs.size() == 1) return;

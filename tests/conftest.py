@@ -13,7 +13,7 @@ from kimi_native import ops
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture(params=["generic", "avx2", "avx512", "amx"])
+@pytest.fixture(params=["generic", "avx2", "avx512", "avx512_bf16", "amx"])
 def isa(request):
     """Forces one kernel tier for the test; skips, by name, the tiers this machine lacks."""
     if request.param not in ops.supported_isas():

@@ -71,12 +71,17 @@ def mla_terms(length: int, width: int, *, isa: str, cache_dtype: torch.dtype) ->
     scaled query. At most 512 tokens in sequence, a rescaling of two roundings per 64. A multiply-add rounds once, in
     the generic tier twice. Matrix tiles (amx, bf16 cache): a product of 32 columns or tokens sums its even and its odd
     terms in chains of 16, adds the two, then adds to the tile; high and low limb are added, and a score is scaled. The
-    limbs are within 2**-17 of the query or the weight: 128 U. The sum of the weights is at most 512 additions.
+    limbs are within 2**-17 of the query or the weight: 128 U. The sum of the weights is at most 512 additions. Dot
+    instructions (avx512_bf16, bf16 cache): limbs as well; four partial sums a score, by pairs of columns mod 4, the low
+    limb's sum and on top of it the high one's; two limbs a token in sequence, a rescaling per 128 tokens.
     """
     tokens = min(length, 512)
     if isa == "amx" and cache_dtype == torch.bfloat16:
         score = 16 + 1 + math.ceil(width / 32) + 2 + 128
         return score, max(16 + 1 + 16 + 1 + 128, tokens)
+    if isa == "avx512_bf16" and cache_dtype == torch.bfloat16:
+        score = 2 * 2 * math.ceil(width / 8) + 2 + 1 + 128
+        return score, 2 * tokens + 2 * 4 + 128
     rounds, segment = (2, 144) if isa == "generic" else (1, 288)
     score = rounds * math.ceil(min(width, segment) / 4) + 2 + math.ceil(width / segment) - 1 + 1
     return score, rounds * tokens + 2 * 8

@@ -227,12 +227,12 @@ def test_mla_decode_rounds_its_fp32_result_once(isa):
 
 
 def test_mla_decode_of_a_bf16_cache_equals_that_of_the_same_values_in_fp32(isa):
-    # In the amx tier a bf16 cache has kernels of its own; both are then within their bounds.
+    # In some tiers a bf16 cache has a kernel of its own; both are then within their bounds.
     case = Case([100, 3], heads=7, q_dtype=FP32)
     out = case.check()
     case.cache = case.cache.float()
     widened = case.check()
-    if isa != "amx":
+    if isa not in ("avx512_bf16", "amx"):
         assert_same_bits(out, widened)
 
 

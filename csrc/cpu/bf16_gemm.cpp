@@ -115,11 +115,11 @@ void multiply_pass(const Bf16GemmArgs& a, const Bf16GemmKernels& k, const Plan& 
 }  // namespace
 
 int64_t bf16_gemm_workspace_bytes(const Bf16GemmArgs& a) {
-  return workspace_bytes(plan(a, bf16_gemm_kernels()));
+  return workspace_bytes(plan(a, kernels().bf16_gemm));
 }
 
 void bf16_gemm(const Bf16GemmArgs& a) {
-  const Bf16GemmKernels& k = bf16_gemm_kernels();
+  const Bf16GemmKernels& k = kernels().bf16_gemm;
   const Plan p = plan(a, k);
   if (a.tokens == 0) return;
   KN_REQUIRE(a.x && a.weight && a.y, "bf16_gemm: x, weight and y must not be null (got x=", a.x,

@@ -30,7 +30,7 @@ extern const Kernels table;
 
 #if defined(KN_HAVE_BF16_DOTS)
 namespace bf16_dots {
-extern const Bf16GemmKernels table;
+extern const DotKernels table;
 }
 #endif
 
@@ -45,8 +45,16 @@ struct Tier {
   const char* name;
   const Kernels* table;
   bool (*supported)(const CpuFeatures&);
-  bool has_bf16_dots = false;  // if the processor has
 };
+
+#if defined(KN_HAVE_BF16_DOTS)
+const Kernels avx512_bf16_table = [] {
+  Kernels k = avx512::table;
+  k.bf16_gemm = bf16_dots::table.bf16_gemm;
+  k.mla_decode_bf16 = bf16_dots::table.mla_decode_bf16;
+  return k;
+}();
+#endif
 
 // Best first. AVX-512 without VNNI gets avx2: the integer kernels are the point of the tier.
 const Tier kTiers[] = {
@@ -54,8 +62,12 @@ const Tier kTiers[] = {
     {"amx", &amx::table,
      [](const CpuFeatures& f) { return has_avx512(f) && f.avx512vbmi && f.amx_bf16; }},
 #endif
+#if defined(KN_HAVE_BF16_DOTS)
+    {"avx512_bf16", &avx512_bf16_table,
+     [](const CpuFeatures& f) { return has_avx512(f) && f.fast_bf16_dots; }},
+#endif
 #if defined(KN_HAVE_AVX512)
-    {"avx512", &avx512::table, has_avx512, true},
+    {"avx512", &avx512::table, has_avx512},
 #endif
 #if defined(KN_HAVE_AVX2)
     {"avx2", &avx2::table, [](const CpuFeatures& f) { return f.avx2 && f.fma && f.f16c; }},
@@ -93,14 +105,6 @@ const Tier& active_tier() {
 }  // namespace
 
 const Kernels& kernels() { return *active_tier().table; }
-
-const Bf16GemmKernels& bf16_gemm_kernels() {
-  const Tier& tier = active_tier();
-#if defined(KN_HAVE_BF16_DOTS)
-  if (tier.has_bf16_dots && detect_cpu_features().fast_bf16_dots) return bf16_dots::table;
-#endif
-  return tier.table->bf16_gemm;
-}
 
 }  // namespace kn::cpu
 

@@ -57,10 +57,16 @@ struct MlaDecodeChunk {
   int64_t heads, latent, width;  // width: latent + rope
   int64_t row_bytes, page_size, begin, end;
   float softmax_scale;
-  void* scratch;  // mla_decode_scratch_bytes, 64-byte aligned
+  void* scratch;  // MlaDecodeKernels::scratch_bytes, 64-byte aligned
   float* out;     // [heads, latent rounded up to 16]
   float* max;     // [heads]
   float* sum;     // [heads]
+};
+
+// mla_decode_kernel.h, mla_decode_amx_kernel.h, mla_decode_dots_kernel.h
+struct MlaDecodeKernels {
+  int64_t (*scratch_bytes)(int64_t heads, int64_t latent, int64_t width);
+  void (*chunk)(const MlaDecodeChunk&);
 };
 
 // The last step of mla_decode for one row of the result: its chunks, `chunk_stride` floats apart.
@@ -98,9 +104,7 @@ struct Kernels {
                           DType out_dtype, int64_t hidden);
 
   Bf16GemmKernels bf16_gemm;
-  // mla_decode_kernel.h
-  int64_t (*mla_decode_scratch_bytes)(int64_t heads, int64_t latent, int64_t width, DType cache);
-  void (*mla_decode_chunk)(const MlaDecodeChunk&);
+  MlaDecodeKernels mla_decode, mla_decode_bf16;  // by the dtype of the cache
   void (*mla_decode_combine)(const MlaDecodeRow&);
 
   // limbs_kernel.h: one token of `in` inputs to prepared_bytes(in) bytes, for weights of a format;
@@ -120,11 +124,14 @@ struct Kernels {
   int64_t (*int4_quantize_run)(const bf16* w, uint8_t* packed, bf16* scale, int64_t groups);
 };
 
+// bf16_dots.cpp: what the avx512_bf16 tier has in place of the avx512 tier's.
+struct DotKernels {
+  Bf16GemmKernels bf16_gemm;
+  MlaDecodeKernels mla_decode_bf16;
+};
+
 // The active tier's table (runtime.h: force_isa, KIMI_NATIVE_CPU_ISA, else the best this machine
 // supports).
 const Kernels& kernels();
-
-// Its bf16_gemm, or that of bf16_dots.cpp, which gives the same bits, where that is faster.
-const Bf16GemmKernels& bf16_gemm_kernels();
 
 }  // namespace kn::cpu

@@ -38,6 +38,9 @@
 #include "cpu/int4_grouped_swiglu_kernel.h"
 #include "cpu/int4_quantize_kernel.h"
 #include "cpu/int8_gemm_kernel.h"
+#if KN_TIER == 3
+#include "cpu/mla_decode_amx_kernel.h"
+#endif
 #include "cpu/mla_decode_kernel.h"
 #include "cpu/moe_combine_kernel.h"
 #include "cpu/rms_norm_kernel.h"
@@ -57,8 +60,12 @@ const Kernels table = {
     .swiglu_run = swiglu_run,
     .moe_combine_row = moe_combine_row,
     .bf16_gemm = kBf16Gemm,
-    .mla_decode_scratch_bytes = mla_decode_scratch_bytes,
-    .mla_decode_chunk = mla_decode_chunk,
+    .mla_decode = kMlaDecode,
+#if KN_TIER == 3
+    .mla_decode_bf16 = kMlaDecodeAmx,
+#else
+    .mla_decode_bf16 = kMlaDecode,
+#endif
     .mla_decode_combine = mla_decode_combine,
     .int4_prepare = int4_prepare,
     .int8_prepare = int8_prepare,

@@ -29,6 +29,10 @@ int64_t num_chunks(const MlaDecodeArgs& a, int64_t b) {
   return ceil_div(a.seq_lens[b], kMlaChunkTokens);
 }
 
+const MlaDecodeKernels& decode_kernels(const MlaDecodeArgs& a) {
+  return a.cache_dtype == DType::kBf16 ? kernels().mla_decode_bf16 : kernels().mla_decode;
+}
+
 struct Plan {
   int64_t latent16;  // rounded up to 16
   int64_t heads_per_task, head_blocks;
@@ -86,8 +90,8 @@ Plan plan(const MlaDecodeArgs& a) {
   }
   p.heads_per_task = choose_heads_per_task(a.heads, std::max<int64_t>(all_chunks, 1));
   p.head_blocks = ceil_div(a.heads, p.heads_per_task);
-  p.thread_bytes = kernels().mla_decode_scratch_bytes(
-      p.heads_per_task, a.kv_lora_rank, a.kv_lora_rank + a.qk_rope_head_dim, a.cache_dtype);
+  p.thread_bytes = decode_kernels(a).scratch_bytes(p.heads_per_task, a.kv_lora_rank,
+                                                   a.kv_lora_rank + a.qk_rope_head_dim);
   p.thread_bytes = round_up(p.thread_bytes, 64);
   p.offsets_bytes = round_up((a.batch + 1) * 8, 64);
   p.bytes = mul(num_threads(), p.thread_bytes);
@@ -120,7 +124,7 @@ void check_buffers(const MlaDecodeArgs& a, const Plan& p) {
 struct Round {
   const MlaDecodeArgs& a;
   const Plan& p;
-  const Kernels& k;
+  const MlaDecodeKernels& decode;
   int64_t begin, end;
   int64_t* offsets;
   char* scratch;    // thread_bytes for each thread
@@ -152,7 +156,7 @@ struct Round {
     c.out = to + head * p.latent16;
     c.max = to + a.heads * p.latent16 + head;
     c.sum = c.max + round_up(a.heads, 16);
-    k.mla_decode_chunk(c);
+    decode.chunk(c);
   }
 
   void combine_row(int64_t i, int64_t head) const {
@@ -171,7 +175,7 @@ struct Round {
     if (r.chunks == 0)
       std::memset(r.to, 0, bytes);  // all bits zero is 0.0 in both dtypes
     else
-      k.mla_decode_combine(r);
+      kernels().mla_decode_combine(r);
   }
 
   void run() const {
@@ -200,10 +204,10 @@ void mla_decode(const MlaDecodeArgs& a) {
   int64_t* offsets = (int64_t*)at;
   char* scratch = at + p.offsets_bytes;
   float* partials = (float*)(scratch + num_threads() * p.thread_bytes);
-  const Kernels& k = kernels();
+  const MlaDecodeKernels& decode = decode_kernels(a);
   for (int64_t b = 0, chunks; b < a.batch;) {
     const int64_t end = round_end(a, p, b, chunks);
-    Round{a, p, k, b, end, offsets, scratch, partials}.run();
+    Round{a, p, decode, b, end, offsets, scratch, partials}.run();
     b = end;
   }
 }

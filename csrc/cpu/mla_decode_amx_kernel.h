@@ -15,6 +15,7 @@
 // which block it is in. Memory is read once: pages are fetched 32 tokens ahead.
 #pragma once
 #include "cpu/exp_kernel.h"
+#include "cpu/mla_decode_rows_kernel.h"
 
 namespace kn::cpu::KN_ISA {
 
@@ -216,19 +217,14 @@ static void weight_tiles(const float* scores, int count, f32x16 largest, bool pa
   __m512i high[16], low[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) {
-    __m512i bits[2], rest[2];
+    f32x16 p[2];
     for (int j = 0; j < 2; ++j) {
-      const f32x16 p =
-          i * 2 + j < count ? exp_f32(sub(load(scores + (i * 2 + j) * 16), largest)) : zero_f32();
-      sum = add(sum, p);
-      // p is at most 1; a NaN shows in the sum, whatever its limbs.
-      bits[j] = _mm512_add_epi32(_mm512_castps_si512(p.v), _mm512_set1_epi32(0x8000));
-      rest[j] = _mm512_add_epi32(_mm512_castps_si512(_mm512_sub_ps(p.v, upper_half(bits[j]))),
-                                 _mm512_set1_epi32(0x8000));
+      const int t = i * 2 + j;
+      p[j] = t < count ? exp_f32(sub(load(scores + t * 16), largest)) : zero_f32();
+      sum = add(sum, p[j]);
     }
-    constexpr __mmask32 kOdd = 0xaaaaaaaa;
-    high[i] = _mm512_mask_blend_epi16(kOdd, _mm512_srli_epi32(bits[0], 16), bits[1]);
-    low[i] = _mm512_mask_blend_epi16(kOdd, _mm512_srli_epi32(rest[0], 16), rest[1]);
+    const WeightLimbs limbs = weight_limbs(p[0], p[1]);
+    high[i] = limbs.high, low[i] = limbs.low;
     if (packed) high[i] = _mm512_mask_mov_epi32(high[i], 0xff00, low[i]);
   }
   transpose16(high);
@@ -350,5 +346,8 @@ static void mla_decode_amx_chunk(const MlaDecodeChunk& a) {
   close_tiles();
   for (int64_t h = 0; h < a.heads; ++h) a.max[h] = c.max[h], a.sum[h] = c.sum[h];
 }
+
+static constexpr MlaDecodeKernels kMlaDecodeAmx = {.scratch_bytes = amx_scratch_bytes,
+                                                   .chunk = mla_decode_amx_chunk};
 
 }  // namespace kn::cpu::KN_ISA

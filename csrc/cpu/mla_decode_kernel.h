@@ -11,48 +11,12 @@
 // Source: online softmax, arXiv 1805.02867; absorbed attention, arXiv 2405.04434, section 2.1.
 #pragma once
 #include "cpu/exp_kernel.h"
-
-namespace kn::cpu::KN_ISA {
-
-KN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-KN_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-KN_INLINE int64_t round_up16(int64_t n) { return round_up(n, 16); }
-
-// What to fetch during a tile; `step` 0 keeps touching one line that is there already.
-struct Prefetch {
-  const char* ahead;
-  int64_t step;
-};
-
-// A byte of an fp8 row (cache_layout.h).
-struct fp8 {
-  uint8_t bits;
-};
-
-// The cache row of a token. Only used page ids are read.
-template <typename T>
-KN_INLINE const T* cache_row(const MlaDecodeChunk& a, int64_t token) {
-  const int64_t page = a.page_table[token / a.page_size];
-  return (const T*)((const char*)a.cache +
-                    (page * a.page_size + token % a.page_size) * a.row_bytes);
-}
-
-}  // namespace kn::cpu::KN_ISA
-
+#include "cpu/mla_decode_rows_kernel.h"
 #include "cpu/mla_decode_tiles_kernel.h"
-#if KN_TIER == 3
-#include "cpu/mla_decode_amx_kernel.h"
-#endif
 
 namespace kn::cpu::KN_ISA {
 
-static int64_t mla_decode_scratch_bytes(int64_t heads, int64_t latent, int64_t width,
-                                        DType cache_dtype) {
-#if KN_TIER == 3
-  if (cache_dtype == DType::kBf16) return amx_scratch_bytes(heads, latent, width);
-#else
-  (void)latent, (void)cache_dtype;
-#endif
+static int64_t mla_decode_scratch_bytes(int64_t heads, int64_t, int64_t width) {
   const int64_t q = round_up(heads, 4) * round_up(width, 4), heads16 = round_up16(heads);
   return 4 * (round_up16(q) + kWideFloats + (kTile + 3) * heads16);
 }
@@ -121,9 +85,6 @@ static void mla_decode_typed_chunk(const MlaDecodeChunk& a) {
 }
 
 static void mla_decode_chunk(const MlaDecodeChunk& a) {
-#if KN_TIER == 3
-  if (a.cache_dtype == DType::kBf16) return mla_decode_amx_chunk(a);
-#endif
   if (a.cache_dtype == DType::kFp8)
     mla_decode_typed_chunk<fp8>(a);
   else if (a.cache_dtype == DType::kBf16)
@@ -131,6 +92,9 @@ static void mla_decode_chunk(const MlaDecodeChunk& a) {
   else
     mla_decode_typed_chunk<float>(a);
 }
+
+static constexpr MlaDecodeKernels kMlaDecode = {.scratch_bytes = mla_decode_scratch_bytes,
+                                                .chunk = mla_decode_chunk};
 
 template <typename T>
 static void mla_store_row(const MlaDecodeRow& a, f32x16 scale) {

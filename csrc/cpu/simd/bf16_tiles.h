@@ -1,25 +1,14 @@
-// What feeds bf16 tiles (amx.h): 16 by 16 blocks of pairs transposed, fp32 numbers cut into limbs.
+// What feeds bf16 tiles (amx.h): limbs (bf16_limbs.h) and 16 by 16 blocks of pairs, transposed.
 #pragma once
 #include <immintrin.h>
 
 #include <cstdint>
 
+#include "cpu/simd/bf16_limbs.h"
+
 namespace kn::cpu::KN_ISA {
 
 static constexpr int64_t kTileBytes = 1024;  // 16 rows of 64 bytes
-
-// The upper half of each result is x to bf16, to nearest, halves away from zero. NaN and infinity
-// stay, and what would round to infinity is cut off instead: the low limb makes up for it.
-KN_INLINE __m512i limb_bits(__m512 x) {
-  const __m512i exponent = _mm512_set1_epi32(0x7f800000), u = _mm512_castps_si512(x);
-  const __m512i rounded = _mm512_add_epi32(u, _mm512_set1_epi32(0x8000));
-  const __mmask16 special = _mm512_cmpeq_epi32_mask(_mm512_and_si512(u, exponent), exponent) |
-                            _mm512_cmpeq_epi32_mask(_mm512_and_si512(rounded, exponent), exponent);
-  return _mm512_mask_mov_epi32(rounded, special, u);
-}
-KN_INLINE __m512 upper_half(__m512i bits) {
-  return _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(int(0xffff0000))));
-}
 
 // 16 rows of 16 32-bit entries become columns.
 KN_INLINE void transpose16(__m512i (&r)[16]) {

@@ -71,7 +71,7 @@ class Limits:
         suffix, num_limbs = ("", 1) if compute in ("int8", "w4a8") else ("/2", 2)
         if limbs:
             units[f"int8_dot{suffix}"] = self.gflop_per_s.get("int8_dot", 0.0) / num_limbs
-        if dots and isa in ("avx512", "amx"):
+        if dots and isa in ("avx512", "avx512_bf16", "amx"):
             units["bf16_dot"] = self.gflop_per_s.get("bf16_dot", 0.0)
         if isa == "amx":
             units["amx_bf16"] = self.gflop_per_s.get("amx_bf16", 0.0)

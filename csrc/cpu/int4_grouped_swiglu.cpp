@@ -31,7 +31,6 @@ void int4_grouped_swiglu(const Int4GroupedSwigluArgs& a) {
         const uint8_t* const packed[2] = {a.gate_packed[expert], a.up_packed[expert]};
         const bf16* const scale[2] = {a.gate_scale[expert], a.up_scale[expert]};
         LimbTile tile = {};
-        tile.far_prefetch = detect_cpu_features().far_prefetch;
         for (int p = 0; p < 2; ++p) {
           tile.weight[p] = packed[p] + row * int4_row_bytes(a.in);
           tile.scale[p] = scale[p] + row * num_groups(a.in);

@@ -171,7 +171,6 @@ constexpr int64_t kGemmUnitRows = 16;
 template <typename Format>
 LimbTile gemm_tile(Format, const Matrix& m, int64_t row, int64_t rows, int64_t in) {
   LimbTile tile = {};
-  tile.far_prefetch = detect_cpu_features().far_prefetch;
   const int64_t half = std::min(rows, ceil_div(rows, kGemmUnitRows) * (kGemmUnitRows / 2));
   for (int p = 0; p < 2; ++p) {
     tile.rows[p] = p == 0 ? half : rows - half;
@@ -218,6 +217,7 @@ void run_segments(const Args& a, int64_t x_rows, const int32_t* x_index, int64_t
   const auto place = [&](int64_t segment, int64_t row, int64_t num_rows) {
     const Segment s = segment_of(segment);
     LimbTile tile = make_tile(s, row, num_rows);
+    tile.far_prefetch = detect_cpu_features().far_prefetch;
     tile.y = (char*)a.y + (s.first_row * a.out + row) * dtype_bytes(a.y_dtype);
     tile.y_stride = a.out;
     tile.y_dtype = a.y_dtype;
@@ -241,8 +241,12 @@ void run_segments(const Args& a, int64_t x_rows, const int32_t* x_index, int64_t
     return;
   }
   const PreparedTokens tokens{a.x, a.x_dtype, x_rows, a.in, x, kernels.prepare};
-  run_units(tokens, work, [&](int64_t segment, int64_t row, int64_t num_rows, int) {
+  // Blocks take 16 rows of each panel, too.
+  const bool blocks = detect_cpu_features().row_blocks && rows >= kBlocksFrom * work.segments;
+  const RowUnits units{work.segments, work.rows, (blocks ? 2 : 1) * work.unit_rows};
+  run_units(tokens, units, [&](int64_t segment, int64_t row, int64_t num_rows, int) {
     LimbTile tile = place(segment, row, num_rows);
+    tile.blocks = blocks && tile.tokens >= kBlocksFrom;
     const int64_t first = segment_of(segment).first_row;
     tile.x = x_index ? x : x + first * prepared_bytes(a.in);
     tile.x_index = x_index ? x_index + first : nullptr;

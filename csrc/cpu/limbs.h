@@ -73,6 +73,8 @@ static constexpr int64_t row_bytes(Int8, int64_t in) { return in; }
 // Two panels of weight rows times some tokens. gemm: the second panel follows the first in the same
 // matrix and in y. swiglu: panel 0 is gate, panel 1 up, and y = silu(gate) * up.
 static constexpr int kPanelRows = 16;  // of a panel, done together
+// Tokens a segment, on average too, from which limbs_blocks_kernel.h is the faster.
+static constexpr int kBlocksFrom = 12;
 struct LimbTile {
   const uint8_t* weight[2];  // first row of each panel
   const bf16* scale[2];
@@ -84,6 +86,7 @@ struct LimbTile {
   DType y_dtype;
   int64_t tokens, in;
   bool far_prefetch;  // as in CpuFeatures
+  bool blocks;        // by limbs_blocks_kernel.h, where it is
 };
 
 }  // namespace kn::cpu

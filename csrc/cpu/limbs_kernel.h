@@ -3,6 +3,7 @@
 //
 //   limbs_rows_kernel.h   avx512, amx: one or two tokens; rows in the order of their addresses
 //   limbs_lanes_kernel.h  avx512, amx: more tokens; 4 rows x 4 groups are the lanes of a register
+//   limbs_blocks_kernel.h likewise: from twelve on, on AMD; 16 rows are the lanes of a register
 //   limbs_quads_kernel.h  generic, avx2: any number of tokens
 //
 // int4_tiles_kernel.h has the INT4 ops of many tokens on matrix tiles (amx), with the same bits.
@@ -50,6 +51,7 @@ KN_INLINE PreparedToken tile_token(const LimbTile& tile, int64_t token) {
 }  // namespace kn::cpu::KN_ISA
 
 #if KN_TIER >= 2
+#include "cpu/limbs_blocks_kernel.h"
 #include "cpu/limbs_lanes_kernel.h"
 #include "cpu/limbs_rows_kernel.h"
 
@@ -60,6 +62,10 @@ static void limb_tile(const LimbTile& tile) {
   if (tile.tokens == 1) return rows_tile<Format, Finish, 1>(tile);
   if (tile.tokens == 2) return rows_tile<Format, Finish, 2>(tile);
   for (int64_t row = 0; row < tile.rows[0]; row += kPanelRows) {
+    if (tile.blocks) {
+      blocks_tile<Format, Finish>(tile, row);
+      continue;
+    }
     NextRows next = rows_after<Format>(tile, row);
     for (int64_t first = 0; first < tile.tokens; first += kSumTokens, next = {})
       lanes_tile<Format, Finish>(tile, row, first, next);

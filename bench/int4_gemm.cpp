@@ -15,11 +15,12 @@ const Shape kShapes[] = {{"k2 gate/up", 2048, 7168},
                          {"moonlight down", 2048, 1408},
                          {"tiny", 64, 128}};
 
-void check(const Buffer<bf16>& x, const Int4Matrix& w, const Buffer<float>& y, int64_t tokens) {
+void check(const Buffer<bf16>& x, const Int4Matrix& w, const Buffer<float>& y, int64_t tokens,
+           Compute compute) {
   for (int64_t i = 0; i < 64; ++i) {
     const int64_t t = i * 7 % tokens, o = i * 131 % w.out;
     const Product p = int4_dot(&x[t * w.in], w, o);
-    expect_close("int4_gemm", y[t * w.out + o], p.value, 1e-4 * p.magnitude);
+    expect_close("int4_gemm", y[t * w.out + o], p.value, int4_tolerance(compute) * p.magnitude);
   }
 }
 
@@ -37,6 +38,7 @@ void time_tokens(const Shape& s, const std::string& text, int64_t tokens,
   a.out = s.out;
   a.in = s.in;
   a.group_size = kGroupSize;
+  a.compute = report.options().compute;
   const auto workspace = give_workspace(a, cpu::int4_gemm_workspace_bytes(a));
   const auto run = [&](int64_t call) {
     a.weight_packed = weights[call].packed;
@@ -44,11 +46,12 @@ void time_tokens(const Shape& s, const std::string& text, int64_t tokens,
     cpu::int4_gemm(a);
   };
   run(0);
-  check(x, weights[0], y, tokens);
+  check(x, weights[0], y, tokens, a.compute);
   const Work work{.bytes = double(weights.bytes() + tokens * (2 * s.in + 4 * s.out)),
                   .flops = 2.0 * double(tokens * s.out * s.in),
                   .cached = weights.fits_cache(),
-                  .limbs = true};
+                  .limbs = true,
+                  .compute = a.compute};
   report.time({"int4_gemm", text, tokens, work}, run);
 }
 

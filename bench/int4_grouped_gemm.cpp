@@ -5,12 +5,13 @@ namespace kn::bench {
 namespace {
 
 void check(const MoeShape& s, const Buffer<bf16>& x, const Buffer<float>& y, const Routing& r,
-           const ExpertPool& pool) {
+           const ExpertPool& pool, Compute compute) {
   const int64_t rows = int64_t(r.ids.size()), out = s.hidden, in = s.intermediate;
   for (int64_t i = 0; i < 32; ++i) {
     const int64_t row = i * 13 % rows, o = i * 131 % out;
     const Product p = int4_dot(&x[row * in], pool.down(r.matrix[r.expert_of(row)]), o);
-    expect_close("int4_grouped_gemm", y[row * out + o], p.value, 1e-4 * p.magnitude);
+    expect_close("int4_grouped_gemm", y[row * out + o], p.value,
+                 int4_tolerance(compute) * p.magnitude);
   }
 }
 
@@ -30,6 +31,7 @@ void time_tokens(const MoeShape& s, int64_t tokens, const ExpertPool& pool, Repo
   a.out = out;
   a.in = in;
   a.group_size = kGroupSize;
+  a.compute = report.options().compute;
   const auto take = [&](const Routing& r) {
     a.expert_offsets = r.offsets.data();
     a.weight_packed = r.down.packed.data();
@@ -42,12 +44,13 @@ void time_tokens(const MoeShape& s, int64_t tokens, const ExpertPool& pool, Repo
     cpu::int4_grouped_gemm(a);
   };
   run(0);
-  check(s, x, y, routings[0], pool);
+  check(s, x, y, routings[0], pool, a.compute);
   const Work work{
       .bytes = mean_hit(routings) * double(s.down_bytes()) + double(2 * rows * in + 4 * rows * out),
       .flops = 2.0 * double(rows * out * in),
       .cached = pool.fits_cache(),
-      .limbs = true};
+      .limbs = true,
+      .compute = a.compute};
   report.time({"int4_grouped_gemm", s.text(), tokens, work}, run);
 }
 

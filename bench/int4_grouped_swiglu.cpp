@@ -5,16 +5,15 @@ namespace kn::bench {
 namespace {
 
 void check(const MoeShape& s, const Buffer<bf16>& x, const Buffer<bf16>& y, const Routing& r,
-           const ExpertPool& pool) {
+           const ExpertPool& pool, Compute compute) {
   const int64_t rows = int64_t(r.ids.size()), out = s.intermediate;
   for (int64_t i = 0; i < 32; ++i) {
     const int64_t row = i * 13 % rows, o = i * 131 % out, m = r.matrix[r.expert_of(row)];
     const bf16* token = &x[r.token_index[row] * s.hidden];
     const Product g = int4_dot(token, pool.gate(m), o), u = int4_dot(token, pool.up(m), o);
-    const double silu = g.value / (1 + std::exp(-g.value));
-    expect_close("int4_grouped_swiglu", to_float(y[row * out + o]), silu * u.value,
-                 0x1p-8 * std::fabs(silu * u.value) +
-                     1e-3 * (g.magnitude * std::fabs(u.value) + u.magnitude * std::fabs(silu)));
+    const Swiglu expected(g, u, compute);
+    expect_close("int4_grouped_swiglu", to_float(y[row * out + o]), expected.value,
+                 0x1p-8 * std::fabs(expected.value) + expected.tolerance);
   }
 }
 
@@ -33,6 +32,7 @@ void time_tokens(const MoeShape& s, int64_t tokens, const ExpertPool& pool, Repo
   a.out = out;
   a.in = in;
   a.group_size = kGroupSize;
+  a.compute = report.options().compute;
   const auto take = [&](const Routing& r) {
     a.x_index = r.token_index.data();
     a.expert_offsets = r.offsets.data();
@@ -48,12 +48,13 @@ void time_tokens(const MoeShape& s, int64_t tokens, const ExpertPool& pool, Repo
     cpu::int4_grouped_swiglu(a);
   };
   run(0);
-  check(s, x, y, routings[0], pool);
+  check(s, x, y, routings[0], pool, a.compute);
   const Work work{.bytes = mean_hit(routings) * double(2 * s.up_bytes()) +
                            double(2 * tokens * in + 2 * rows * out),
                   .flops = 4.0 * double(rows * out * in),
                   .cached = pool.fits_cache(),
-                  .limbs = true};
+                  .limbs = true,
+                  .compute = a.compute};
   report.time({"int4_grouped_swiglu", s.text(), tokens, work}, run);
 }
 

@@ -9,8 +9,9 @@ namespace {
 // The buffers between the ops, and the ops' arguments that do not change from call to call.
 class Layer {
  public:
-  Layer(const MoeShape& s, int64_t tokens, const Routing& first)
+  Layer(const MoeShape& s, int64_t tokens, const Routing& first, Compute compute)
       : shape_(s),
+        compute_(compute),
         tokens_(tokens),
         rows_(tokens * s.topk),
         x_(tokens * s.hidden, [this] { return to_bf16(random_.sign()); }),
@@ -48,24 +49,28 @@ class Layer {
       check_choice(route_args(r), &r.logits[t * shape_.experts], &ids_[t * k], &weights_[t * k]);
     const int64_t t = tokens_ - 1, in = shape_.intermediate;
     constexpr int64_t kColumns[] = {0, 77, 101};
-    double sum[3] = {}, magnitude[3] = {};
+    double sum[3] = {}, tolerance[3] = {};
     for (int64_t j = 0; j < k; ++j) {
       const int64_t m = r.matrix[ids_[t * k + j]];
-      std::vector<bf16> inner(in);
+      std::vector<bf16> inner(in), off(in);
       for (int64_t i = 0; i < in; ++i) {
-        const double g = int4_dot(&x_[t * shape_.hidden], pool.gate(m), i).value;
-        const double u = int4_dot(&x_[t * shape_.hidden], pool.up(m), i).value;
-        inner[i] = to_bf16(float(g / (1 + std::exp(-g)) * u));
+        const bf16* x = &x_[t * shape_.hidden];
+        const Swiglu y(int4_dot(x, pool.gate(m), i), int4_dot(x, pool.up(m), i), compute_);
+        inner[i] = to_bf16(float(y.value));
+        // It may round to the neighbouring bf16.
+        off[i] = to_bf16(float(y.tolerance + 0x1p-8 * std::fabs(y.value)));
       }
       for (int c = 0; c < 3; ++c) {
         const Product p = int4_dot(inner.data(), pool.down(m), kColumns[c]);
+        const double inner_off = int4_dot(off.data(), pool.down(m), kColumns[c]).magnitude;
         sum[c] += weights_[t * k + j] * p.value;
-        magnitude[c] += weights_[t * k + j] * p.magnitude;
+        tolerance[c] +=
+            weights_[t * k + j] * (inner_off + 2 * int4_tolerance(compute_) * p.magnitude);
       }
     }
-    for (int c = 0; c < 3; ++c)  // an inner entry may round to the neighbouring bf16
+    for (int c = 0; c < 3; ++c)
       expect_close("moe_layer", to_float(out_[t * shape_.hidden + kColumns[c]]), sum[c],
-                   0x1p-8 * (std::fabs(sum[c]) + magnitude[c]));
+                   0x1p-8 * std::fabs(sum[c]) + 1.01 * tolerance[c]);
   }
 
  private:
@@ -85,11 +90,25 @@ class Layer {
             1.0f};
   }
   Int4GroupedSwigluArgs swiglu_args(const Routing& r) const {
-    return {x_.data(),           token_index_.data(), offsets_.data(),   r.gate.packed.data(),
-            r.gate.scale.data(), r.up.packed.data(),  r.up.scale.data(), inner_.data(),
-            DType::kBf16,        DType::kBf16,        tokens_,           rows_,
-            shape_.experts,      shape_.intermediate, shape_.hidden,     kGroupSize,
-            Compute::kExact,     workspace_.data(),   workspace_.size()};
+    return {x_.data(),
+            token_index_.data(),
+            offsets_.data(),
+            r.gate.packed.data(),
+            r.gate.scale.data(),
+            r.up.packed.data(),
+            r.up.scale.data(),
+            inner_.data(),
+            DType::kBf16,
+            DType::kBf16,
+            tokens_,
+            rows_,
+            shape_.experts,
+            shape_.intermediate,
+            shape_.hidden,
+            kGroupSize,
+            compute_,
+            workspace_.data(),
+            workspace_.size()};
   }
   Int4GroupedGemmArgs gemm_args(const Routing& r) const {
     return {inner_.data(),
@@ -106,13 +125,14 @@ class Layer {
             shape_.hidden,
             shape_.intermediate,
             kGroupSize,
-            Compute::kExact,
+            compute_,
             workspace_.data(),
             workspace_.size()};
   }
 
   Random random_;
   MoeShape shape_;
+  Compute compute_;
   int64_t tokens_, rows_;
   Buffer<bf16> x_, inner_;
   Buffer<float> outer_;
@@ -124,7 +144,7 @@ class Layer {
 
 void time_tokens(const MoeShape& s, int64_t tokens, const ExpertPool& pool, Report& report) {
   const std::vector<Routing> routings = make_routings(s, tokens, pool);
-  Layer layer(s, tokens, routings[0]);
+  Layer layer(s, tokens, routings[0], report.options().compute);
   layer.run(routings[0]);
   layer.check(routings[0], pool);
   const int64_t rows = tokens * s.topk;
@@ -132,7 +152,8 @@ void time_tokens(const MoeShape& s, int64_t tokens, const ExpertPool& pool, Repo
                            double(4 * tokens * s.experts + 4 * tokens * s.hidden),
                   .flops = 6.0 * double(rows * s.hidden * s.intermediate),
                   .cached = pool.fits_cache(),
-                  .limbs = true};
+                  .limbs = true,
+                  .compute = report.options().compute};
   report.time({"moe_layer", s.text(), tokens, work},
               [&](int64_t call) { layer.run(routings[call % routings.size()]); });
 }

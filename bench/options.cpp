@@ -41,6 +41,10 @@ void parse_option(Options& options, const std::string& name, const std::string& 
     options.pages = value == "4k" ? Pages::k4KiB : Pages::k2MiB;
   else if (name == "--pages")
     throw UsageError{"--pages: must be 4k or 2m (got " + value + ")"};
+  else if (name == "--compute" && (value == "exact" || value == "int8"))
+    options.compute = value == "exact" ? Compute::kExact : Compute::kInt8;
+  else if (name == "--compute")
+    throw UsageError{"--compute: must be exact or int8 (got " + value + ")"};
   else
     throw UsageError{name + ": unknown option"};
 }
@@ -70,12 +74,14 @@ Options parse_options(int argc, char** argv) {
 std::string usage(const std::vector<std::string>& programs) {
   std::string text =
       "usage: kn_bench [PROGRAM ...] [--threads N,...] [--tokens N,...] [--shape TEXT]\n"
-      "                [--time-budget SECONDS] [--quick] [--pages 4k|2m] [--json]\n"
+      "                [--time-budget SECONDS] [--quick] [--pages 4k|2m] [--compute exact|int8]\n"
+      "                [--json]\n"
       "Programs:";
   for (const std::string& name : programs) text += " " + name;
   return text +
          "\n(default: all but limits). --shape keeps the shapes whose text contains TEXT.\n"
-         "--time-budget is for one case. KIMI_NATIVE_CPU_ISA forces a kernel tier.\n";
+         "--compute is of the INT4 ops. --time-budget is for one case. KIMI_NATIVE_CPU_ISA forces "
+         "a kernel tier.\n";
 }
 
 }  // namespace kn::bench

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "kimi_native/types.h"
 #include "memory.h"
 
 namespace kn::bench {
@@ -17,6 +18,7 @@ struct Options {
   bool quick = false;                 // fewer cases, and 0.1 s each even for less than 20 samples
   bool json = false;                  // one JSON object per line
   Pages pages = Pages::k2MiB;         // under the weights
+  Compute compute = Compute::kExact;  // of the INT4 ops
 };
 
 // Raises UsageError.

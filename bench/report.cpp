@@ -93,21 +93,25 @@ void Report::time(const Case& c, const std::function<void(int64_t)>& run) {
 }
 
 // The limit that binds: time at the read limit against time at the peak of the fastest unit that
-// the kernel tier in use could form the exact result with. By int8 dot products that takes two
+// the kernel tier in use could form the result with. By int8 dot products an exact one takes two
 // products each (low and high limb of the activation).
 Report::Share Report::share_of_limit(const Timing& t, const Work& w) const {
   if (w.cached) return {"cache", 0.0};
   const Limits& l = limits_.at(num_threads());
   std::pair<std::string, double> unit = {"fp32", l.peak("fp32")};
-  const auto consider = [&](const char* name, double rate) {
+  const auto consider = [&](const std::string& name, double rate) {
     if (rate > unit.second) unit = {name, rate};
   };
-  if (w.limbs) consider("int8_dot/2", l.peak("int8_dot") / 2);
+  const bool one_limb = w.compute == Compute::kInt8;
+  const auto consider_limbs = [&](const std::string& name) {
+    consider(one_limb ? name : name + "/2", l.peak(name) / (one_limb ? 1 : 2));
+  };
+  if (w.limbs) consider_limbs("int8_dot");
   if (w.dots && active_isa().starts_with("a") && active_isa() != "avx2")
     consider("bf16_dot", l.peak("bf16_dot"));
   if (active_isa() == "amx") {
     consider("amx_bf16", l.peak("amx_bf16"));
-    if (w.limbs) consider("amx_int8/2", l.peak("amx_int8") / 2);
+    if (w.limbs) consider_limbs("amx_int8");
   }
   const double read = w.bytes / l.best_read().bytes_per_s, compute = w.flops / unit.second;
   if (read >= compute) return {"read", read / t.seconds};
@@ -116,8 +120,9 @@ Report::Share Report::share_of_limit(const Timing& t, const Work& w) const {
 
 void Report::print_text(const Case& c, const Timing& t, const Share& share) const {
   std::printf("%-20s %-7s threads=%-2d tokens=%-4d %-32s | %10.1f us ±%4.1f%% | %6.1f GB/s",
-              c.op.c_str(), active_isa().c_str(), num_threads(), int(c.tokens), c.shape.c_str(),
-              t.seconds * 1e6, t.spread * 100, c.work.bytes / t.seconds * 1e-9);
+              (c.op + (c.work.compute == Compute::kInt8 ? " (int8)" : "")).c_str(),
+              active_isa().c_str(), num_threads(), int(c.tokens), c.shape.c_str(), t.seconds * 1e6,
+              t.spread * 100, c.work.bytes / t.seconds * 1e-9);
   if (c.work.flops > 0) std::printf(" | %7.1f GFLOP/s", c.work.flops / t.seconds * 1e-9);
   if (c.work.cached)
     std::printf(" | in cache");
@@ -141,7 +146,8 @@ void Report::print_json(const Case& c, const Timing& t, const Share& share) cons
     std::printf("null, ");
   else
     std::printf("%.2f, ", share.part * 100);
-  std::printf("\"compute\": \"exact\", \"pages\": \"%s\"}\n",
+  std::printf("\"compute\": \"%s\", \"pages\": \"%s\"}\n",
+              c.work.compute == Compute::kInt8 ? "int8" : "exact",
               options_.pages == Pages::k2MiB ? "2m" : "4k");
 }
 

@@ -28,7 +28,8 @@ struct Work {
   double flops = 0.0;   // a multiply and an add are two
   bool cached = false;  // the data stays in cache: no share of the memory limit is given
   bool limbs = false;   // exact products may be two int8 limbs, as the integer weights allow
-  bool dots = false;    // both factors are bf16
+  Compute compute = Compute::kExact;  // kInt8: they are one limb
+  bool dots = false;                  // both factors are bf16
 };
 
 struct Case {

@@ -92,9 +92,17 @@ def test_kernels_narrows_to_one_case():
     assert [(row["op"], row["tokens"]) for row in timed] == [("int4_gemm", 3)]
 
 
-def test_kernels_percent_is_that_of_the_binding_limit():
+@pytest.mark.parametrize(
+    ("op", "tokens", "shape", "limbs", "compute"),
+    [
+        ("mla_decode", 1, "moonlight heads=16 length=1024", False, "exact"),
+        ("int4_gemm", 32, "moonlight gate/up", True, "exact"),
+        ("int4_gemm", 32, "moonlight gate/up", True, "int8"),
+    ],
+)
+def test_kernels_percent_is_that_of_the_binding_limit(op, tokens, shape, limbs, compute):
     """Cold weights: the row's percentage follows from the limits printed above it, by the rule that rows.py has too."""
-    case = ("mla_decode", "--shape", "moonlight heads=16 length=1024", "--tokens", "1")
+    case = (op, "--shape", shape, "--tokens", str(tokens), "--compute", compute)
     result = program(*case, "--threads", "1", "--quick", "--json")
     rows = json_lines(result.stdout)
     row = rows[-1]
@@ -103,10 +111,20 @@ def test_kernels_percent_is_that_of_the_binding_limit():
     seconds = row["time_us"] * 1e-6
     flops = row["gflop_per_s"] * seconds * 1e9
     limit, percent = Limits(1, read, peaks).share(
-        seconds, row["bytes"], flops, limbs=False, isa=row["isa"]
+        seconds, row["bytes"], flops, limbs=limbs, isa=row["isa"], compute=compute
     )
+    assert row["compute"] == compute
     assert row["limit"] == limit
     assert row["percent_of_limit"] == pytest.approx(percent, rel=5e-3)
+
+
+def test_kernels_checks_what_8_bits_give():
+    """Every INT4 op on its small shape: the program fails where a result is further off than 8 bits may be."""
+    ops = ("int4_gemm", "int4_grouped_swiglu", "int4_grouped_gemm", "moe_layer")
+    options = ("--shape", "tiny", "--threads", "1", "--quick", "--json", "--compute", "int8")
+    rows = [r for r in json_lines(program(*ops, *options).stdout) if r["op"] != "limits"]
+    assert {row["op"] for row in rows} == set(ops)
+    assert {row["compute"] for row in rows} == {"int8"}
 
 
 def test_kernels_runs_the_forced_tier():
@@ -123,6 +141,7 @@ def test_kernels_runs_the_forced_tier():
         (["--tokens", "1.5"], 2, "--tokens: must be counts"),
         (["--time-budget", "0"], 2, "--time-budget: must be positive"),
         (["--pages", "1g"], 2, "--pages: must be 4k or 2m (got 1g)"),
+        (["--compute", "int7"], 2, "--compute: must be exact or int8 (got int7)"),
         (["--no-such-option", "1"], 2, "--no-such-option: unknown option"),
         (["--threads"], 2, "--threads: a value must follow"),
         (["swiglu", "--shape", "nowhere", "--quick", "--threads", "1"], 1, "no case matches"),
@@ -141,10 +160,11 @@ def test_bench_hands_its_options_to_the_program(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert cli.main(["bench", "limits", "--threads", "1,2", "--json"]) == 0
     options = ["--threads", "1", "--tokens", "1,8", "--shape", "k2 gate", "--time-budget", "0.5"]
-    assert cli.main(["bench", "kernels", "int4_gemm", *options, "--pages", "4k", "--quick"]) == 0
+    options += ["--pages", "4k", "--compute", "int8"]
+    assert cli.main(["bench", "kernels", "int4_gemm", *options, "--quick"]) == 0
     assert given == [
         ["limits", "--threads", "1,2", "--json"],
-        ["int4_gemm", *options, "--pages", "4k", "--quick"],
+        ["int4_gemm", *options, "--quick"],
     ]
 
 

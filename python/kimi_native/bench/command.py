@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kernels.add_argument("--shape", metavar="TEXT", help="shapes whose text contains this")
     kernels.add_argument("--time-budget", metavar="S", help="seconds for one case (0.3)")
     kernels.add_argument("--pages", choices=("4k", "2m"), help="pages under the weights (2m)")
+    add_compute(kernels)
     _add_e2e(measured(verb("e2e", _e2e, "time whole models: prefill, decode, memory, growth")))
     _add_load(verb("load", _load, "time loading, page faults and memory of a folder"))
     _add_logits(verb("logits", _logits, "tell what load()'s inexact options do to the logits"))
@@ -109,7 +110,9 @@ def _limits(args: argparse.Namespace) -> int:
 
 
 def _kernels(args: argparse.Namespace) -> int:
-    return _program(args, args.ops, ("threads", "tokens", "shape", "time_budget", "pages"))
+    return _program(
+        args, args.ops, ("threads", "tokens", "shape", "time_budget", "pages", "compute")
+    )
 
 
 def _program(args: argparse.Namespace, programs: list[str], options: tuple[str, ...]) -> int:

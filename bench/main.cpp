@@ -73,6 +73,8 @@ int main(int argc, char** argv) {
     const Options options = parse_options(argc, argv);
     check_programs(options);
     run(options);
+    if (std::fflush(stdout) != 0 || std::ferror(stdout))
+      throw std::runtime_error("kn_bench: the results could not be written");
     return 0;
   } catch (const UsageError& error) {
     std::fprintf(stderr, "%s\n%s", error.text.c_str(), usage(program_names()).c_str());

@@ -154,6 +154,15 @@ def test_kernels_refuses_with_a_word(arguments, code, says):
     assert result.stdout.startswith("#") or result.stdout == ""
 
 
+def test_kernels_fails_where_its_results_cannot_be_written():
+    case = ["swiglu", "--shape", "tiny", "--threads", "1", "--quick"]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [native.PROGRAM, *case], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (result.returncode, result.stderr) == (1, "kn_bench: the results could not be written\n")
+
+
 def test_bench_hands_its_options_to_the_program(monkeypatch):
     given = []
     monkeypatch.setattr(native, "run_program", lambda arguments: given.append(arguments) or 0)

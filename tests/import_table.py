@@ -425,7 +425,11 @@ MODULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "bench.peer_dense": ({"ops", "weights", "quant.int8", "bench.problem"}, {"torch"}),
     "bench.peer_mla": ({"ops", "cache", "bench.problem"}, {"torch"}),
-    "bench.peer_moe": ({"ops", "weights", "bench.problem", "bench.peer_int4"}, {"torch"}),
+    "bench.peer_kt": ({"errors", "weights", "bench.problem"}, {"torch", "kt_kernel"}),
+    "bench.peer_moe": (
+        {"ops", "weights", "bench.problem", "bench.peer_int4", "bench.peer_kt"},
+        {"torch"},
+    ),
     "bench.peer_llama": (
         {"ops", "bench.llama_worker", "bench.turns", "bench.problem", *BENCH},
         set(),

@@ -52,6 +52,17 @@ def test_peers_that_run_graphs_give_our_result(engine, thread_counts):
     assert {row["compute"] for row in rows if row["peer"]} == {"exact", "w4a8"}
 
 
+def test_peers_kt_kernel_gives_our_result(thread_counts, capfd):
+    """What it prints by itself does not come among our rows."""
+    pytest.importorskip("kt_kernel", reason="kt-kernel is not installed")
+    rows = compare("moe_layer", peer="kt-kernel", tokens=(1, 20))
+    names = ["kt-kernel", "kt-kernel", "kt-kernel-spare", "kt-kernel-spare"]
+    assert [row["peer"] for row in rows if row["peer"]] == names
+    assert capfd.readouterr().out == ""
+    with pytest.raises(RequestError, match="tokens must be at most 4096"):
+        compare("moe_layer", peer="kt-kernel", tokens=(5000,))
+
+
 @pytest.mark.parametrize("op", ["int4_gemm", "moe_layer", "bf16_gemm"])
 def test_peers_of_ours_in_8_bits(op, thread_counts):
     """Our INT4 products, held against one limb's peak; what has no such form stays exact."""
@@ -87,7 +98,7 @@ def test_peers_refuses_a_gguf_that_is_no_file(folder, tmp_path):
 
 
 def test_peers_skips_by_name_what_is_not_installed(monkeypatch, thread_counts):
-    for engine in ("onnxruntime", "onnx", "openvino"):
+    for engine in ("onnxruntime", "onnx", "openvino", "kt_kernel"):
         monkeypatch.setitem(sys.modules, engine, None)
     skipped = []
     selection = peers.Selection(
@@ -98,6 +109,9 @@ def test_peers_skips_by_name_what_is_not_installed(monkeypatch, thread_counts):
     assert len(skipped) == 2
     assert "onnxruntime and onnx must be installed" in skipped[0]
     assert "openvino must be installed" in skipped[1]
+    selection = peers.Selection(ops=("moe_layer",), peer="kt", shape="tiny", budget_s=0.01)
+    assert list(peers.compare(selection, LIMITS, skipped=skipped.append)) == []
+    assert "kt-kernel must be installed" in skipped[2]
 
 
 @pytest.mark.parametrize(

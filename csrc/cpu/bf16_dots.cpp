@@ -9,6 +9,8 @@
 
 #include "cpu/simd/avx512.h"
 //
+#include "cpu/simd/bf16_limbs.h"
+//
 #include "cpu/bf16_gemm_kernel.h"
 #include "cpu/mla_decode_dots_kernel.h"
 

@@ -17,7 +17,6 @@
 #pragma once
 #include "cpu/exp_kernel.h"
 #include "cpu/mla_decode_rows_kernel.h"
-#include "cpu/simd/bf16_limbs.h"
 
 namespace kn::cpu::KN_ISA {
 

@@ -1,4 +1,5 @@
-"""A layer of experts beside torch's INT4 product in a loop over the hit experts; routing is part of both."""
+"""A layer of experts beside torch's INT4 product in a loop over the hit experts, and beside kt-kernel's; routing is
+part of all."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from kimi_native import ops
 from kimi_native.bench.peer_int4 import torch_int4_mm, torch_int4_pack
+from kimi_native.bench.peer_kt import KtKernel, KtKernelSpare
 from kimi_native.bench.problem import Problem, num_copies, random_bf16
 from kimi_native.weights import GROUP_SIZE, Int4ExpertWeights, Int4Weight
 
@@ -55,7 +57,7 @@ class MoeLayer(Problem):
             for _ in range(self.layers)
         ]
         self.num_calls = ROUTINGS * self.layers
-        self.peers = (TorchLoop,)
+        self.peers = (TorchLoop, KtKernel, KtKernelSpare)
 
     def _projection(self, nibbles: Tensor, scale: Tensor) -> Int4ExpertWeights:
         words = (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).view(torch.int32)

@@ -19,7 +19,7 @@
 #include "cpu/simd/limbs_avx512.h"
 #if KN_TIER == 3
 #include "cpu/simd/amx.h"
-#include "cpu/simd/bf16_tiles.h"
+#include "cpu/simd/bf16_limbs.h"
 #endif
 #elif KN_TIER == 1
 #include "cpu/simd/avx2.h"

@@ -174,8 +174,8 @@ KN_INLINE void group_step(const uint8_t (*weight)[2][64], const float (*scale)[1
   }
 }
 
-// What a quarter's groups are multiplied with: tokens now, whose values are in L1, and those that
-// come next, to be fetched there: from the chunk `next_chunk` on.
+// What a quarter's groups are multiplied with: tokens now, and those that come next, from the chunk
+// `next_chunk` on, which one limb has to have fetched to L1.
 struct StepTokens {
   const uint8_t *now[kStepTokens], *next[kStepTokens];
   int64_t next_chunk;

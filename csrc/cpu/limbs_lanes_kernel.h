@@ -1,6 +1,6 @@
-// The loops of limbs_kernel.h for three tokens or more, AVX-512: lane 4 r + g of a register belongs
-// to row r of a quad and group g of its chunk, so that nothing is summed across lanes until a row
-// is done.
+// The loops of limbs_kernel.h for three tokens or more, AVX-512 (on AMD up to eleven): lane 4 r + g
+// of a register belongs to row r of a quad and group g of its chunk, so that nothing is summed
+// across lanes until a row is done.
 //
 //   weights   4 rows x 64 B are shuffled once to 8 registers, each 4 bytes of every row and group
 //   x         16 B (4 bytes of each group) are broadcast to the four rows by the load ports

@@ -29,7 +29,7 @@ static constexpr int kStrip = 16 * kValueVectors;         // columns
 static constexpr int kPairs = kDotTokens / 2;
 
 // A tile: `tokens` <= kDotTokens rows and what is known of them.
-struct DotTile {
+struct DotTile : CachedRows<bf16, kDotTokens> {
   int64_t heads, heads16, latent, width, row_bytes, steps;  // of 8 columns
   int limbs;                                                // of the queries
   bool first;                  // tile of the chunk: nothing in `out` yet
@@ -41,8 +41,6 @@ struct DotTile {
   float* scores;               // [kDotTokens][heads16]
   float *max, *sum, *rescale;  // [heads16]
   float* out;                  // [heads][latent rounded up to 16]
-  int tokens, next_tokens;
-  const bf16 *rows[kDotTokens], *next_rows[kDotTokens];
 };
 
 static int64_t dots_scratch_bytes(int64_t heads, int64_t, int64_t width) {
@@ -102,9 +100,7 @@ static void start_dots(const MlaDecodeChunk& a, DotTile& m) {
     for (int64_t i = 0; i < kDotTokens * m.heads16; i += 16) store(m.scores + i, zero_f32());
 }
 
-// Scores of 8 tokens and one block of heads. The next tile is fetched evenly over the time this one
-// takes: the first half of its rows with the scores of the first block of heads, the second with
-// the values. Rows of a page follow each other, so the first address of a few stands for all.
+// Scores of 8 tokens and one block of heads.
 template <int G>
 static void dot_scores(const DotTile& m, const bf16* const* rows, const bf16* q, Prefetch prefetch,
                        float* scores) {
@@ -141,11 +137,6 @@ static void dot_scores(const DotTile& m, const bf16* const* rows, const bf16* q,
   }
 }
 
-KN_INLINE Prefetch fetch_rows(const DotTile& m, int row, int64_t offset, int64_t step) {
-  if (row >= m.next_tokens) return {(const char*)m.pairs, 0};
-  return {(const char*)m.next_rows[row] + offset, step};
-}
-
 // What is fetched with the scores of a block of heads for the tokens from t on: of the next tile,
 // as above; of the first one, which nobody has fetched, itself, two blocks of tokens ahead of its
 // use.
@@ -154,7 +145,7 @@ static Prefetch fetch_with_scores(const DotTile& m, int t, int64_t block) {
   if (block >= blocks) return {(const char*)m.q, 0};
   const int64_t bytes = (m.first ? kScoreTokens : kScoreTokens / 2) * m.row_bytes / blocks;
   const int64_t step = bytes / (m.limbs * m.steps);
-  if (!m.first) return fetch_rows(m, t / 2, 0, step);
+  if (!m.first) return fetch_rows(m, t / 2, 0, step, m.pairs);
   const int ahead = t + kFirstTokens < m.tokens ? t + kFirstTokens : t;
   return {(const char*)m.rows[ahead] + block * bytes, step};
 }
@@ -260,7 +251,7 @@ static void dot_value_columns(const DotTile& m, const uint32_t* value, int64_t c
   const int64_t blocks = ceil_div(m.heads, kValueHeads), step = bytes / blocks / kPairs;
   for (int64_t h = 0; h < m.heads; h += kValueHeads)
     dot_values_of<C>(m.heads - h, m, value, h, column,
-                     fetch_rows(m, first, h / kValueHeads * kPairs * step, step));
+                     fetch_rows(m, first, h / kValueHeads * kPairs * step, step, m.pairs));
 }
 
 // Columns [column, column + n) of the tile's rows as pairs of tokens, zero up to 32 columns.
@@ -296,19 +287,13 @@ static void mla_dot_values(const DotTile& m) {
 static void mla_decode_dots_chunk(const MlaDecodeChunk& a) {
   DotTile m;
   m.row_bytes = a.row_bytes;
-  const auto find_next_rows = [&a, &m](int64_t first) {
-    m.next_tokens = int(a.end - first < kDotTokens ? a.end - first : kDotTokens);
-    for (int t = 0; t < m.next_tokens; ++t) m.next_rows[t] = cache_row<bf16>(a, first + t);
-  };
-  find_next_rows(a.begin);
+  find_next_rows(a, a.begin, m);
   for (int t = 0; t < kFirstTokens && t < m.next_tokens; ++t)
     for (int64_t i = 0; i < m.row_bytes; i += 64)
       __builtin_prefetch((const char*)m.next_rows[t] + i, 0, 2);
   start_dots(a, m);
   for (int64_t first = a.begin; first < a.end; first += kDotTokens) {
-    m.tokens = m.next_tokens;
-    __builtin_memcpy(m.rows, m.next_rows, sizeof m.rows);
-    find_next_rows(first + m.tokens);
+    take_next_rows(a, first, m);
     mla_dot_scores(m);
     mla_dot_softmax(m);
     mla_dot_values(m);

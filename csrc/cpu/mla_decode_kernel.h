@@ -68,15 +68,9 @@ template <typename T>
 static void mla_decode_typed_chunk(const MlaDecodeChunk& a) {
   MlaTile<T> m;
   start_tiles(a, m);
-  const auto find_next_rows = [&](int64_t first) {
-    m.next_tokens = int(a.end - first < kTile ? a.end - first : kTile);
-    for (int t = 0; t < m.next_tokens; ++t) m.next_rows[t] = cache_row<T>(a, first + t);
-  };
-  find_next_rows(a.begin);
+  find_next_rows(a, a.begin, m);
   for (int64_t first = a.begin; first < a.end; first += kTile) {
-    m.tokens = m.next_tokens;
-    __builtin_memcpy(m.rows, m.next_rows, sizeof m.rows);
-    find_next_rows(first + m.tokens);
+    take_next_rows(a, first, m);
     mla_scores(m);
     mla_softmax(m);
     mla_values(m);

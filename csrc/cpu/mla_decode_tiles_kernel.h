@@ -36,15 +36,13 @@ static constexpr int kWideFloats =
 
 // A tile: `tokens` <= kTile rows and what is known of them.
 template <typename T>
-struct MlaTile {
+struct MlaTile : CachedRows<T, kTile> {
   int64_t heads, heads16, latent, width, row_bytes;
   const float* q;              // packed, softmax scale applied
   float* wide;                 // kWideFloats of scratch
   float* scores;               // [kTile][heads16]; then probabilities
   float *max, *sum, *rescale;  // [heads16]
   float* out;                  // [heads][latent rounded up to 16]
-  int tokens, next_tokens;
-  const T *rows[kTile], *next_rows[kTile];
 };
 
 // Four columns of each of the heads of a group, for all groups of a block: [step][G][4 heads][4].
@@ -158,16 +156,6 @@ static constexpr int score_tokens(int groups) {
   return tokens;
 }
 
-// The next tile is fetched evenly over the time this one takes: the memory serves a few lines at
-// once. The first half of its rows comes with the scores of the first block of heads, the second
-// with the values. Rows of a page follow each other, so the first address of a few stands for all.
-// Without a row to fetch, one line that is there already is touched.
-template <typename T>
-KN_INLINE Prefetch fetch_rows(const MlaTile<T>& m, int row, int64_t offset, int64_t step) {
-  if (row >= m.next_tokens) return {(const char*)m.wide, 0};
-  return {(const char*)m.next_rows[row] + offset, step};
-}
-
 // A piece of the tile's tokens from `first` on, one block of heads, one segment.
 template <int G, typename T>
 static void score_block(const MlaTile<T>& m, int first, int64_t head, int64_t column,
@@ -176,7 +164,8 @@ static void score_block(const MlaTile<T>& m, int first, int64_t head, int64_t co
   constexpr int64_t kStep = kTokens * 2 * sizeof(T);  // half of the bytes of 4 columns
   const float* q = m.q + head * round_up(m.width, 4) + column * G * 4;
   for (int t = first; t < first + kPiece && t < m.tokens; t += kTokens) {
-    const Prefetch prefetch = fetch_rows(m, head == 0 ? t / 2 : kTile, column / 4 * kStep, kStep);
+    const Prefetch prefetch =
+        fetch_rows(m, head == 0 ? t / 2 : kTile, column / 4 * kStep, kStep, m.wide);
     score_tile<G, kTokens>(m.wide + (t - first) * kSegment, q, ceil_div(columns, 4), prefetch,
                            column == 0, m.scores + t * m.heads16 + head, m.heads16);
   }
@@ -252,7 +241,7 @@ static void value_columns(const MlaTile<T>& m, const float* value, int64_t colum
   const int64_t blocks = ceil_div(m.heads, kValueHeads), step = bytes / blocks / kTile;
   for (int64_t h = 0; h < m.heads; h += kValueHeads)
     value_tile_of<C>(m.heads - h, m, value, h, column,
-                     fetch_rows(m, first, h / kValueHeads * kTile * step, step));
+                     fetch_rows(m, first, h / kValueHeads * kTile * step, step, m.wide));
 }
 
 template <typename T>

@@ -14,6 +14,8 @@
 
 namespace kn::cpu::KN_ISA {
 
+static constexpr int64_t kTileBytes = 1024;
+
 struct alignas(64) TileConfig {
   uint8_t palette, start_row, reserved[14];
   uint16_t row_bytes[16];

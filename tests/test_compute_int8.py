@@ -28,7 +28,7 @@ from oracle import (
 )
 
 BF16, FP32 = torch.bfloat16, torch.float32
-ROW_COUNTS = [1, 2, 3, 4, 5, 8, 17, 65]
+ROW_COUNTS = [1, 2, 3, 4, 5, 8, 17, 25, 65]
 INT8 = {"compute": "int8"}
 
 

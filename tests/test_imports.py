@@ -229,7 +229,8 @@ CPP_RULES: list[tuple[str, str, str | None]] = [
 ANY_STANDARD = r"\w+"  # <vector>, <cmath>: no dot, no folder
 # PTX; xgetbv; the switch of stacks; loops of one instruction, which a compiler given intrinsics would pad
 MAY_USE_ASM = (
-    r"csrc/cuda/ptx\w*\.cuh|csrc/core/cpu_features\.cpp|csrc/simt/fiber\.cpp|bench/peak_loops\.cpp"
+    r"csrc/cuda/ptx\w*\.cuh|csrc/cpu/simd/\w+\.h|csrc/core/cpu_features\.cpp|csrc/simt/fiber\.cpp"
+    r"|bench/peak_loops\.cpp"
 )
 # A launch, shared memory, a CUDA compiler's own code: kernels reach them through device.cuh, where the shim has twins.
 ONLY_IN_DEVICE_CUH = r"<<<|\b__shared__\b"

@@ -71,7 +71,7 @@ def test_int4_grouped_gemm_matches_reference_at_a_model_shape(isa):
     assert_within(ops.int4_grouped_gemm(x, dispatch, experts), expected, bound)
 
 
-@pytest.mark.parametrize("counts", [[3, 0, 1, 17, 8], [70, 260]])
+@pytest.mark.parametrize("counts", [[3, 0, 1, 17, 8], [64, 1, 2, 30], [40, 30, 1, 25], [70, 260]])
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_int4_grouped_gemm_rows_have_the_bits_of_int4_gemm_on_that_row_alone(isa, counts, dtype):
     experts = make_experts(len(counts), 37, 544)

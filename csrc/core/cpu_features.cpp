@@ -35,7 +35,7 @@ CpuFeatures detect() {
   uint32_t a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid(0, &a, &b, &c, &d)) return f;
   const bool amd = b == signature_AMD_ebx && c == signature_AMD_ecx && d == signature_AMD_edx;
-  f.far_prefetch = f.row_blocks = amd;
+  f.far_prefetch = amd;
   if (!__get_cpuid(1, &a, &b, &c, &d)) return f;
   const bool osxsave = c >> 27 & 1, avx = c >> 28 & 1;
   if (!osxsave || !avx) return f;

@@ -18,9 +18,6 @@ struct CpuFeatures {
   // What comes from memory should be asked for well ahead, into L2: so on AMD (measured on Zen 4),
   // where the few lines on their way to L1 bound what a core reads. On Intel that loses.
   bool far_prefetch = false;
-  // Many tokens are multiplied faster with weights decoded to L1 (limbs_blocks_kernel.h): measured
-  // on Zen 4; not timed on Intel.
-  bool row_blocks = false;
 };
 
 const CpuFeatures& detect_cpu_features();

@@ -107,15 +107,15 @@ struct Kernels {
   MlaDecodeKernels mla_decode, mla_decode_bf16;  // by the dtype of the cache
   void (*mla_decode_combine)(const MlaDecodeRow&);
 
-  // limbs_kernel.h: one token of `in` inputs to prepared_bytes(in) bytes, for weights of a format;
-  // and one tile of an op.
-  void (*int4_prepare)(const void* x, DType dtype, int64_t in, void* out);
-  void (*int8_prepare)(const void* x, DType dtype, int64_t in, void* out);
+  // limbs_kernel.h: one token of `in` inputs to prepared_bytes(in) bytes, for weights of a format
+  // and tiles with that by_rows; and one tile of an op.
+  void (*int4_prepare)(const void* x, DType dtype, int64_t in, void* out, bool by_rows);
+  void (*int8_prepare)(const void* x, DType dtype, int64_t in, void* out, bool by_rows);
   void (*int4_gemm_tile)(const LimbTile&);
   void (*int4_swiglu_tile)(const LimbTile&);
   void (*int8_gemm_tile)(const LimbTile&);
   // The same for Compute::kInt8.
-  void (*int4_prepare_one_limb)(const void* x, DType dtype, int64_t in, void* out);
+  void (*int4_prepare_one_limb)(const void* x, DType dtype, int64_t in, void* out, bool by_rows);
   void (*int4_gemm_tile_one_limb)(const LimbTile&);
   void (*int4_swiglu_tile_one_limb)(const LimbTile&);
   // int4_tiles_kernel.h: the same ops by matrix tiles; null where there are none.

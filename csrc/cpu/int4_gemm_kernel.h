@@ -4,13 +4,13 @@
 
 namespace kn::cpu::KN_ISA {
 
-static void int4_prepare(const void* x, DType dtype, int64_t in, void* out) {
-  prepare_token<Int4>(x, dtype, in, out);
+static void int4_prepare(const void* x, DType dtype, int64_t in, void* out, bool by_rows) {
+  prepare_token<Int4>(x, dtype, in, out, by_rows);
 }
 static void int4_gemm_tile(const LimbTile& tile) { limb_tile<Int4, StoreRows>(tile); }
 
-static void int4_prepare_one_limb(const void* x, DType dtype, int64_t in, void* out) {
-  prepare_token<Int4OneLimb>(x, dtype, in, out);
+static void int4_prepare_one_limb(const void* x, DType dtype, int64_t in, void* out, bool by_rows) {
+  prepare_token<Int4OneLimb>(x, dtype, in, out, by_rows);
 }
 static void int4_gemm_tile_one_limb(const LimbTile& tile) {
   limb_tile<Int4OneLimb, StoreRows>(tile);

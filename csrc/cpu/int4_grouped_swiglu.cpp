@@ -8,9 +8,10 @@ namespace {
 LimbKernels swiglu_kernels(Compute compute) {
   const Kernels& k = kernels();
   if (compute == Compute::kInt8)
-    return {k.int4_prepare_one_limb, k.int4_swiglu_tile_one_limb, k.int4_tiles.prepare_one_limb,
-            k.int4_tiles.swiglu};
-  return {k.int4_prepare, k.int4_swiglu_tile, k.int4_tiles.prepare, k.int4_tiles.swiglu};
+    return {Int4::kBlocksFrom, k.int4_prepare_one_limb, k.int4_swiglu_tile_one_limb,
+            k.int4_tiles.prepare_one_limb, k.int4_tiles.swiglu};
+  return {Int4::kBlocksFrom, k.int4_prepare, k.int4_swiglu_tile, k.int4_tiles.prepare,
+          k.int4_tiles.swiglu};
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ int64_t int8_gemm_workspace_bytes(const Int8GemmArgs& a) {
 void int8_gemm(const Int8GemmArgs& a) {
   int8_gemm_workspace_bytes(a);
   dense_limb_gemm("int8_gemm", Int8{}, a, {(const uint8_t*)a.weight, a.weight_scale}, 1,
-                  {kernels().int8_prepare, kernels().int8_gemm_tile});
+                  {Int8::kBlocksFrom, kernels().int8_prepare, kernels().int8_gemm_tile});
 }
 
 }  // namespace kn::cpu

@@ -5,8 +5,8 @@
 
 namespace kn::cpu::KN_ISA {
 
-static void int8_prepare(const void* x, DType dtype, int64_t in, void* out) {
-  prepare_token<Int8>(x, dtype, in, out);
+static void int8_prepare(const void* x, DType dtype, int64_t in, void* out, bool by_rows) {
+  prepare_token<Int8>(x, dtype, in, out, by_rows);
 }
 static void int8_gemm_tile(const LimbTile& tile) { limb_tile<Int8, StoreRows>(tile); }
 

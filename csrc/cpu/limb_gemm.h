@@ -64,14 +64,15 @@ struct PreparedTokens {
   DType dtype;
   int64_t tokens, in;
   uint8_t* out;
-  void (*prepare_token)(const void* x, DType dtype, int64_t in, void* out);
+  bool by_rows;
+  void (*prepare_token)(const void* x, DType dtype, int64_t in, void* out, bool by_rows);
 
   int64_t portions() const { return ceil_div(tokens, kPortion); }
   void prepare(int64_t portion) const {
     const int64_t end = std::min(tokens, (portion + 1) * kPortion);
     for (int64_t t = portion * kPortion; t < end; ++t)
       prepare_token((const char*)x + t * in * dtype_bytes(dtype), dtype, in,
-                    out + t * prepared_bytes(in));
+                    out + t * prepared_bytes(in), by_rows);
   }
 };
 
@@ -91,7 +92,7 @@ inline UnitRun claim_run(std::atomic<int64_t>& next, const RowUnits& work, int t
   int64_t begin = next.load(std::memory_order_relaxed), take;
   do {
     if (begin >= total) return {0, 0, 0};
-    take = std::max<int64_t>(1, (total - begin) / (2 * threads));
+    take = std::max<int64_t>(1, 3 * (total - begin) / (4 * threads));
     take = std::min(take, per_segment - begin % per_segment);
   } while (!next.compare_exchange_weak(begin, begin + take, std::memory_order_relaxed));
   const int64_t row = begin % per_segment * work.unit_rows;
@@ -116,10 +117,11 @@ void run_units(const Tokens& x, const RowUnits& work, RunTile run_tile) {
   });
 }
 
-// What prepares the tokens and does the tiles of an op; the second pair is null on tiers without
-// matrix tiles.
+// What prepares the tokens and does the tiles of an op, by rows up to fewer than blocks_from tokens
+// a segment on average; the second pair is null on tiers without matrix tiles.
 struct LimbKernels {
-  void (*prepare)(const void* x, DType dtype, int64_t in, void* out);
+  int64_t blocks_from;
+  void (*prepare)(const void* x, DType dtype, int64_t in, void* out, bool by_rows);
   void (*tile)(const LimbTile&);
   void (*prepare_block)(const Int4TilesPrepare&) = nullptr;
   void (*int4_tile)(const Int4Tile&) = nullptr;
@@ -127,9 +129,10 @@ struct LimbKernels {
 inline LimbKernels int4_gemm_kernels(Compute compute) {
   const Kernels& k = kernels();
   if (compute == Compute::kInt8)
-    return {k.int4_prepare_one_limb, k.int4_gemm_tile_one_limb, k.int4_tiles.prepare_one_limb,
-            k.int4_tiles.gemm};
-  return {k.int4_prepare, k.int4_gemm_tile, k.int4_tiles.prepare, k.int4_tiles.gemm};
+    return {Int4::kBlocksFrom, k.int4_prepare_one_limb, k.int4_gemm_tile_one_limb,
+            k.int4_tiles.prepare_one_limb, k.int4_tiles.gemm};
+  return {Int4::kBlocksFrom, k.int4_prepare, k.int4_gemm_tile, k.int4_tiles.prepare,
+          k.int4_tiles.gemm};
 }
 
 // The parts of the workspace. Tiles are for kTilesFrom tokens a segment and more, on average.
@@ -240,13 +243,13 @@ void run_segments(const Args& a, int64_t x_rows, const int32_t* x_index, int64_t
     });
     return;
   }
-  const PreparedTokens tokens{a.x, a.x_dtype, x_rows, a.in, x, kernels.prepare};
+  const bool by_rows = rows < kernels.blocks_from * work.segments;
+  const PreparedTokens tokens{a.x, a.x_dtype, x_rows, a.in, x, by_rows, kernels.prepare};
   // Blocks take 16 rows of each panel, too.
-  const bool blocks = detect_cpu_features().row_blocks && rows >= kBlocksFrom * work.segments;
-  const RowUnits units{work.segments, work.rows, (blocks ? 2 : 1) * work.unit_rows};
+  const RowUnits units{work.segments, work.rows, (by_rows ? 1 : 2) * work.unit_rows};
   run_units(tokens, units, [&](int64_t segment, int64_t row, int64_t num_rows, int) {
     LimbTile tile = place(segment, row, num_rows);
-    tile.blocks = blocks && tile.tokens >= kBlocksFrom;
+    tile.by_rows = by_rows;
     const int64_t first = segment_of(segment).first_row;
     tile.x = x_index ? x : x + first * prepared_bytes(a.in);
     tile.x_index = x_index ? x_index + first : nullptr;

@@ -35,7 +35,8 @@ static constexpr int64_t num_chunks(int64_t in) { return (in + kChunkInputs - 1)
 // A prepared token, 64-byte aligned: for each chunk 128 values v as two signed bytes or 16 bits, in
 // an order that the tier chooses; then what a tile needs to know about each group. `offset` is
 // -zero_point * sum(v) for weights stored as unsigned q + zero_point, 0 for signed ones. There are
-// as many chunks as fill whole blocks of four; everything past `in` is zero.
+// as many chunks as fill whole blocks of four; everything past `in` is zero. limbs_rows_kernel.h
+// has the same in another order and as many bytes.
 static constexpr int kBlockChunks = 4;  // 16 groups: one register of scales
 static constexpr int kBlockGroups = kBlockChunks * kChunkGroups;
 static constexpr int64_t padded_chunks(int64_t in) {
@@ -55,12 +56,12 @@ static inline PreparedToken prepared_token(const uint8_t* at, int64_t in) {
 }
 
 // The two weight formats (layout.h), as tags that kernels are templates on. kLimbs: bytes of a
-// value.
+// value. kBlocksFrom: tokens a segment from which limbs_blocks_kernel.h is the faster.
 struct Int4 {
-  enum : int { kChunkBytes = kChunkInputs / 2, kLimbs = 2 };
+  enum : int { kChunkBytes = kChunkInputs / 2, kLimbs = 2, kBlocksFrom = 24 };
 };
 struct Int8 {
-  enum : int { kChunkBytes = kChunkInputs, kLimbs = 2 };
+  enum : int { kChunkBytes = kChunkInputs, kLimbs = 2, kBlocksFrom = 16 };
 };
 // INT4 weights with values of one signed byte (Compute::kInt8). The layout of a prepared token is
 // that of Int4; what would be the high limbs is not written and not read.
@@ -73,8 +74,6 @@ static constexpr int64_t row_bytes(Int8, int64_t in) { return in; }
 // Two panels of weight rows times some tokens. gemm: the second panel follows the first in the same
 // matrix and in y. swiglu: panel 0 is gate, panel 1 up, and y = silu(gate) * up.
 static constexpr int kPanelRows = 16;  // of a panel, done together
-// Tokens a segment, on average too, from which limbs_blocks_kernel.h is the faster.
-static constexpr int kBlocksFrom = 12;
 struct LimbTile {
   const uint8_t* weight[2];  // first row of each panel
   const bf16* scale[2];
@@ -86,7 +85,7 @@ struct LimbTile {
   DType y_dtype;
   int64_t tokens, in;
   bool far_prefetch;  // as in CpuFeatures
-  bool blocks;        // by limbs_blocks_kernel.h, where it is
+  bool by_rows;       // by limbs_rows_kernel.h; x is prepared for it
 };
 
 }  // namespace kn::cpu

@@ -57,17 +57,6 @@ KN_INLINE void prefetch_rows(RowsAhead& ahead) {
     }
 }
 
-// Dwords of 4 x 4 registers' lanes of 128 bits transposed: lane 4 r + i of out[k] is dword k of
-// in[i]'s lane r.
-KN_INLINE void transpose_dwords(const __m512i in[4], __m512i out[4]) {
-  const __m512i ab0 = _mm512_unpacklo_epi32(in[0], in[1]);
-  const __m512i ab2 = _mm512_unpackhi_epi32(in[0], in[1]);
-  const __m512i cd0 = _mm512_unpacklo_epi32(in[2], in[3]);
-  const __m512i cd2 = _mm512_unpackhi_epi32(in[2], in[3]);
-  out[0] = _mm512_unpacklo_epi64(ab0, cd0), out[1] = _mm512_unpackhi_epi64(ab0, cd0);
-  out[2] = _mm512_unpacklo_epi64(ab2, cd2), out[3] = _mm512_unpackhi_epi64(ab2, cd2);
-}
-
 // 16 bytes at `at` of 16 rows: lane r of out[k] is dword k of row r.
 KN_INLINE void load_row_dwords(const uint8_t* const rows[kPanelRows], int64_t at, __m512i out[4]) {
   __m512i in[4];
@@ -277,7 +266,7 @@ static void blocks_tile(const LimbTile& tile, int64_t row) {
   BlockTokens x;
   x.offset_at = padded_chunks(tile.in) * kChunkValueBytes;
   x.step_at = x.offset_at + padded_chunks(tile.in) * kChunkGroups * 4;
-  for (int t = 0; t < tokens; ++t) x.at[t] = tile_token(tile, t).values;
+  for (int t = 0; t < tokens; ++t) x.at[t] = tile_token(tile, t);
   RowSums sums[kTileTokens];
   const BlockRows rows = block_rows<Format>(tile, row);
   const bool more = row + 2 * kPanelRows <= tile.rows[1];

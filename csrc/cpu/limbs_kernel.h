@@ -1,10 +1,9 @@
 // The tile that int4_gemm, int4_grouped_gemm, int4_grouped_swiglu and int8_gemm share: two panels
 // of weight rows times some prepared tokens (limbs.h has the arithmetic). The loops are in
 //
-//   limbs_rows_kernel.h   avx512, amx: one or two tokens; rows in the order of their addresses
-//   limbs_lanes_kernel.h  avx512, amx: more tokens; 4 rows x 4 groups are the lanes of a register
-//   limbs_blocks_kernel.h likewise: from twelve on, on AMD; 16 rows are the lanes of a register
-//   limbs_quads_kernel.h  generic, avx2: any number of tokens
+//   limbs_rows_kernel.h    avx512, amx: few tokens; 16 groups of a row are the lanes
+//   limbs_blocks_kernel.h  avx512, amx: many tokens; 16 rows are the lanes
+//   limbs_quads_kernel.h   generic, avx2: any number of tokens
 //
 // int4_tiles_kernel.h has the INT4 ops of many tokens on matrix tiles (amx), with the same bits.
 //
@@ -17,8 +16,6 @@
 #include "cpu/limbs_prepare_kernel.h"
 
 namespace kn::cpu::KN_ISA {
-
-static constexpr int kSumTokens = 16;  // tokens whose sums are kept until their tile is done
 
 // ---- what happens to the sums of a token: a for panel 0, b for panel 1 ----
 
@@ -43,36 +40,56 @@ KN_INLINE void finish(StoreRows, const LimbTile& tile, int64_t token, int64_t ro
     store_values(tile.y, tile.y_dtype, at + tile.rows[0], b, n);
 }
 
-KN_INLINE PreparedToken tile_token(const LimbTile& tile, int64_t token) {
-  const int64_t at = tile.x_index ? tile.x_index[token] : token;
-  return prepared_token(tile.x + at * prepared_bytes(tile.in), tile.in);
+// The prepared token that is number `token` of a tile.
+KN_INLINE const uint8_t* tile_token(const LimbTile& tile, int64_t token) {
+  return tile.x + (tile.x_index ? tile.x_index[token] : token) * prepared_bytes(tile.in);
 }
 
 }  // namespace kn::cpu::KN_ISA
 
 #if KN_TIER >= 2
 #include "cpu/limbs_blocks_kernel.h"
-#include "cpu/limbs_lanes_kernel.h"
 #include "cpu/limbs_rows_kernel.h"
 
 namespace kn::cpu::KN_ISA {
 
+template <typename Format, typename T>
+KN_INLINE void prepare_typed(const T* x, int64_t in, uint8_t* out, bool by_rows) {
+  if (by_rows)
+    prepare_blocks<Format>(x, in, out);
+  else
+    prepare_chunks<Format>(x, in, out);
+}
+
 template <typename Format, typename Finish>
 static void limb_tile(const LimbTile& tile) {
-  if (tile.tokens == 1) return rows_tile<Format, Finish, 1>(tile);
-  if (tile.tokens == 2) return rows_tile<Format, Finish, 2>(tile);
-  for (int64_t row = 0; row < tile.rows[0]; row += kPanelRows) {
-    if (tile.blocks) {
-      blocks_tile<Format, Finish>(tile, row);
-      continue;
-    }
-    NextRows next = rows_after<Format>(tile, row);
-    for (int64_t first = 0; first < tile.tokens; first += kSumTokens, next = {})
-      lanes_tile<Format, Finish>(tile, row, first, next);
-  }
+  if (tile.by_rows) return rows_tile<Format, Finish>(tile);
+  for (int64_t row = 0; row < tile.rows[0]; row += kPanelRows)
+    blocks_tile<Format, Finish>(tile, row);
 }
 
 }  // namespace kn::cpu::KN_ISA
 #else
 #include "cpu/limbs_quads_kernel.h"
+
+namespace kn::cpu::KN_ISA {
+
+template <typename Format, typename T>
+KN_INLINE void prepare_typed(const T* x, int64_t in, uint8_t* out, bool) {
+  prepare_chunks<Format>(x, in, out);
+}
+
+}  // namespace kn::cpu::KN_ISA
 #endif
+
+namespace kn::cpu::KN_ISA {
+
+template <typename Format>
+static void prepare_token(const void* x, DType dtype, int64_t in, void* out, bool by_rows) {
+  if (dtype == DType::kBf16)
+    prepare_typed<Format>((const bf16*)x, in, (uint8_t*)out, by_rows);
+  else
+    prepare_typed<Format>((const float*)x, in, (uint8_t*)out, by_rows);
+}
+
+}  // namespace kn::cpu::KN_ISA

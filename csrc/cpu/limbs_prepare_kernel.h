@@ -1,6 +1,6 @@
-// Activations to 16-bit block fixed point, or to bytes (limbs.h), one token at a time. A tier may
-// bring its own prepare_chunk (KN_OWN_PREPARE_CHUNK); the numbers are the same, the order of the
-// values its own.
+// Activations to 16-bit block fixed point, or to bytes (limbs.h), one token at a time, chunk by
+// chunk. A tier may bring its own prepare_chunk (KN_OWN_PREPARE_CHUNK); the numbers are the same,
+// the order of the values its own.
 #pragma once
 
 namespace kn::cpu::KN_ISA {
@@ -72,30 +72,28 @@ KN_INLINE void prepare_chunk(Format format, const T* x, uint8_t* values, int32_t
 
 #endif
 
+// Chunk c of a token, with zeros past its end.
 template <typename Format, typename T>
-static void prepare_typed(const T* x, int64_t in, uint8_t* out) {
+KN_INLINE void prepare_chunk_of(const T* x, int64_t in, int64_t c, uint8_t* values, int32_t* offset,
+                                float* step) {
+  const int64_t left = in - c * kChunkInputs;
+  const T* from = x + c * kChunkInputs;
+  T last[kChunkInputs] = {};
+  if (left < kChunkInputs) {
+    if (left > 0) std::memcpy(last, from, left * sizeof(T));
+    from = last;
+  }
+  prepare_chunk(Format{}, from, values, offset, step);
+}
+
+template <typename Format, typename T>
+static void prepare_chunks(const T* x, int64_t in, uint8_t* out) {
   const int64_t padded = padded_chunks(in);
   int32_t* offset = (int32_t*)(out + padded * kChunkValueBytes);
   float* step = (float*)(offset + padded * kChunkGroups);
-  for (int64_t c = 0; c < padded; ++c) {
-    const int64_t left = in - c * kChunkInputs;
-    const T* from = x + c * kChunkInputs;
-    T last[kChunkInputs] = {};
-    if (left < kChunkInputs) {
-      if (left > 0) std::memcpy(last, from, left * sizeof(T));
-      from = last;
-    }
-    prepare_chunk(Format{}, from, out + c * kChunkValueBytes, offset + c * kChunkGroups,
-                  step + c * kChunkGroups);
-  }
-}
-
-template <typename Format>
-static void prepare_token(const void* x, DType dtype, int64_t in, void* out) {
-  if (dtype == DType::kBf16)
-    prepare_typed<Format>((const bf16*)x, in, (uint8_t*)out);
-  else
-    prepare_typed<Format>((const float*)x, in, (uint8_t*)out);
+  for (int64_t c = 0; c < padded; ++c)
+    prepare_chunk_of<Format>(x, in, c, out + c * kChunkValueBytes, offset + c * kChunkGroups,
+                             step + c * kChunkGroups);
 }
 
 }  // namespace kn::cpu::KN_ISA

@@ -7,6 +7,7 @@ namespace kn::cpu::KN_ISA {
 
 static constexpr int kQuadRows = 4;
 static constexpr int kQuadTokens = 4;  // tokens of one step
+static constexpr int kSumTokens = 16;  // tokens whose sums are kept until 16 rows are done
 
 // Bytes from use to prefetch in each row's stream, which is followed by the rows that come next.
 static constexpr int64_t kPrefetchBytes = 8192;
@@ -105,7 +106,7 @@ static void quads_tile(const LimbTile& tile, int64_t row, int64_t first) {
   const int64_t left = tile.tokens - first;
   const int tokens = int(left < kSumTokens ? left : kSumTokens);
   PreparedToken x[kSumTokens];
-  for (int t = 0; t < tokens; ++t) x[t] = tile_token(tile, first + t);
+  for (int t = 0; t < tokens; ++t) x[t] = prepared_token(tile_token(tile, first + t), tile.in);
   for (int r = 0; r < rows_left(tile, 0, row); r += kQuadRows) {
     const QuadPair rows = quad_pair<Format>(tile, row + r);
     float (*out)[2 * kPanelRows] = (float (*)[2 * kPanelRows])(sums[0] + r);

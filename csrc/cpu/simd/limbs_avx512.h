@@ -1,31 +1,16 @@
-// Integer dot products of the INT4 and INT8 ops with VNNI. A quad of weight rows is decoded to 8
-// registers, {first, second} x 4: register k of them holds a dword (4 weights) of every group,
-// lane 4 r + g that of row r and group g.
+// Integer dot products of the INT4 and INT8 ops with VNNI. Weights are decoded to 8 registers,
+// {first, second} x 4: register k of them holds a dword (4 weights) of each lane's group, unsigned,
+// u = q + zero_point.
 //   INT4: dword k of a group's 16 bytes; first = even columns (low nibbles), second = odd ones
 //   INT8: first = dword 2 k of a group's 32 bytes, second = dword 2 k + 1
 // The prepared values of a chunk are {first, second} x {low, high} limbs x k x 4 groups, a dword
-// each. Weights stay or become unsigned: u = q + zero_point.
+// each.
 #pragma once
 
 namespace kn::cpu::KN_ISA {
 
 KN_INLINE int zero_point(Int4) { return kInt4ZeroPoint; }
 KN_INLINE int zero_point(Int8) { return 128; }
-
-// 16 bytes of memory, aligned to 16, to all four lanes of 128 bits.
-KN_INLINE __m512i broadcast_lane(const void* p) {
-  return _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)p));
-}
-
-// Sums of 4 rows by the fixed tree: acc[c] lane 4 r + g is partial sum 4 c + g of row r.
-KN_INLINE void store_row_sums(float* out, const float (*acc)[16]) {
-  const __m512 s = _mm512_add_ps(_mm512_add_ps(_mm512_load_ps(acc[0]), _mm512_load_ps(acc[2])),
-                                 _mm512_add_ps(_mm512_load_ps(acc[1]), _mm512_load_ps(acc[3])));
-  const __m512 pairs = _mm512_add_ps(s, _mm512_permute_ps(s, 0x4e));
-  const __m512 sums = _mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0xb1));
-  const __m512i each = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
-  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(each, sums)));
-}
 
 // Four times 16 bytes, one to each lane of 128 bits.
 KN_INLINE __m512i gather_lanes(const void* const p[4]) {
@@ -35,95 +20,119 @@ KN_INLINE __m512i gather_lanes(const void* const p[4]) {
   return _mm512_mask_broadcast_i32x4(a, 0xf000, _mm_loadu_si128((const __m128i*)p[3]));
 }
 
-// Scales of 4 rows x 8 groups to scale[c] lane 4 r + g = row r, group 4 c + g. A bf16 in the upper
-// half of a lane is its float value.
-KN_INLINE void load_two_chunk_scales(const bf16* const row[4], __m512 scale[2]) {
-  const void* const p[4] = {row[0], row[1], row[2], row[3]};
-  const __m512i a = gather_lanes(p), zero = _mm512_setzero_si512();
-  scale[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, a));
-  scale[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, a));
+// Dwords of 4 x 4 registers' lanes of 128 bits transposed: lane 4 r + i of out[k] is dword k of
+// in[i]'s lane r.
+KN_INLINE void transpose_dwords(const __m512i in[4], __m512i out[4]) {
+  const __m512i ab0 = _mm512_unpacklo_epi32(in[0], in[1]);
+  const __m512i ab2 = _mm512_unpackhi_epi32(in[0], in[1]);
+  const __m512i cd0 = _mm512_unpacklo_epi32(in[2], in[3]);
+  const __m512i cd2 = _mm512_unpackhi_epi32(in[2], in[3]);
+  out[0] = _mm512_unpacklo_epi64(ab0, cd0), out[1] = _mm512_unpackhi_epi64(ab0, cd0);
+  out[2] = _mm512_unpacklo_epi64(ab2, cd2), out[3] = _mm512_unpackhi_epi64(ab2, cd2);
 }
 
-// out[k] lane r of 128 bits = lane k of in[r].
-KN_INLINE void transpose_lanes(const __m512i in[4], __m512i out[4]) {
-  const __m512i ab_low = _mm512_shuffle_i64x2(in[0], in[1], 0x44);
-  const __m512i ab_high = _mm512_shuffle_i64x2(in[0], in[1], 0xee);
-  const __m512i cd_low = _mm512_shuffle_i64x2(in[2], in[3], 0x44);
-  const __m512i cd_high = _mm512_shuffle_i64x2(in[2], in[3], 0xee);
-  out[0] = _mm512_shuffle_i64x2(ab_low, cd_low, 0x88);
-  out[1] = _mm512_shuffle_i64x2(ab_low, cd_low, 0xdd);
-  out[2] = _mm512_shuffle_i64x2(ab_high, cd_high, 0x88);
-  out[3] = _mm512_shuffle_i64x2(ab_high, cd_high, 0xdd);
+// Keeps the compiler from reading memory again where it could have a register.
+KN_INLINE __m512i keep_in_register(__m512i a) {
+  asm("" : "+v"(a));
+  return a;
 }
 
-// One chunk of 4 rows to out[half][k].
-KN_INLINE void decode_quad(Int4, const uint8_t* const row[4], __m512i out[2][4]) {
-  // Dwords k and k + 1 of every group of two rows: lanes (a k) (b k) (a k + 1) (b k + 1).
-  const __m512i low = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
-  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(2));
-  const __m512i a = _mm512_loadu_si512(row[0]), b = _mm512_loadu_si512(row[1]);
-  const __m512i c = _mm512_loadu_si512(row[2]), d = _mm512_loadu_si512(row[3]);
-  const __m512i ab0 = _mm512_permutex2var_epi32(a, low, b);
-  const __m512i ab2 = _mm512_permutex2var_epi32(a, high, b);
-  const __m512i cd0 = _mm512_permutex2var_epi32(c, low, d);
-  const __m512i cd2 = _mm512_permutex2var_epi32(c, high, d);
-  const __m512i k[4] = {_mm512_shuffle_i64x2(ab0, cd0, 0x44), _mm512_shuffle_i64x2(ab0, cd0, 0xee),
-                        _mm512_shuffle_i64x2(ab2, cd2, 0x44), _mm512_shuffle_i64x2(ab2, cd2, 0xee)};
+// ---- a block of one row: 16 groups, lane 4 g + c is group g of chunk c ----
+
+// What there is of a row's last block: dwords of each 64 bytes, scales, and the lanes of chunks
+// that are there at all.
+struct BlockEnd {
+  __mmask16 dwords[2 * kBlockChunks], scales, lanes;
+};
+template <typename Format>
+KN_INLINE BlockEnd block_end(Format format, int64_t inputs) {
+  const auto first = [](int64_t n) {
+    return __mmask16(n >= 16 ? 0xffff : n > 0 ? (1 << n) - 1 : 0);
+  };
+  BlockEnd end;
+  for (int i = 0; i < 2 * kBlockChunks; ++i)
+    end.dwords[i] = first((row_bytes(format, inputs) - 64 * i) / 4);
+  end.scales = first(num_groups(inputs));
+  end.lanes = __mmask16(first(num_chunks(inputs)) * 0x1111);
+  return end;
+}
+
+template <bool kEnd>
+KN_INLINE __m512i load_block_part(const uint8_t* w, int i, const BlockEnd& end) {
+  return keep_in_register(kEnd ? _mm512_maskz_loadu_epi32(end.dwords[i], w + 64 * i)
+                               : _mm512_loadu_si512(w + 64 * i));
+}
+
+template <bool kEnd>
+KN_INLINE void decode_block(Int4, const uint8_t* w, const BlockEnd& end, __m512i out[8]) {
   const __m512i nibble = _mm512_set1_epi8(15);
+  __m512i chunk[4], dword[4];
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    out[0][i] = _mm512_and_si512(k[i], nibble);
-    out[1][i] = _mm512_and_si512(_mm512_srli_epi16(k[i], 4), nibble);
+  for (int c = 0; c < 4; ++c) chunk[c] = load_block_part<kEnd>(w, c, end);
+  transpose_dwords(chunk, dword);
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {
+    out[k] = _mm512_and_si512(dword[k], nibble);
+    out[4 + k] = _mm512_and_si512(_mm512_srli_epi16(dword[k], 4), nibble);
   }
 }
-KN_INLINE void decode_quad(Int8, const uint8_t* const row[4], __m512i out[2][4]) {
-  const __m512i even = _mm512_setr_epi32(0, 8, 16, 24, 2, 10, 18, 26, 4, 12, 20, 28, 6, 14, 22, 30);
-  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+template <bool kEnd>
+KN_INLINE void decode_block(Int8, const uint8_t* w, const BlockEnd& end, __m512i out[8]) {
   const __m512i flip = _mm512_set1_epi8(-128);  // signed q to unsigned q + 128
-  __m512i first[4], second[4];
+  __m512i dword[2][4];  // of two groups: dwords k and 4 + k of the first, of the second
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    __m512i part[4];
 #pragma GCC unroll 4
-  for (int r = 0; r < 4; ++r) {
-    const __m512i a = _mm512_xor_si512(_mm512_loadu_si512(row[r]), flip);
-    const __m512i b = _mm512_xor_si512(_mm512_loadu_si512(row[r] + 64), flip);
-    first[r] = _mm512_permutex2var_epi32(a, even, b);
-    second[r] = _mm512_permutex2var_epi32(a, odd, b);
+    for (int c = 0; c < 4; ++c)
+      part[c] = _mm512_xor_si512(load_block_part<kEnd>(w, 2 * c + half, end), flip);
+    transpose_dwords(part, dword[half]);
   }
-  transpose_lanes(first, out[0]);
-  transpose_lanes(second, out[1]);
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {
+    out[k % 2 * 4 + k / 2] = _mm512_shuffle_i64x2(dword[0][k], dword[1][k], 0x88);
+    out[k % 2 * 4 + 2 + k / 2] = _mm512_shuffle_i64x2(dword[0][k], dword[1][k], 0xdd);
+  }
 }
 
-// Up to 64 bytes of memory; the rest of the register is zero.
-KN_INLINE __m512i load_bytes(const uint8_t* p, int64_t n) {
-  if (n >= 64) return _mm512_loadu_si512(p);
-  return _mm512_maskz_loadu_epi8(n > 0 ? (uint64_t(1) << n) - 1 : 0, p);
+// A bf16 in the upper half of a lane is its float value.
+template <bool kEnd>
+KN_INLINE __m512 load_block_scales(const bf16* s, const BlockEnd& end) {
+  const __m512i from = _mm512_set_epi16(15, 15, 11, 11, 7, 7, 3, 3, 14, 14, 10, 10, 6, 6, 2, 2, 13,
+                                        13, 9, 9, 5, 5, 1, 1, 12, 12, 8, 8, 4, 4, 0, 0);
+  const __m256i a =
+      kEnd ? _mm256_maskz_loadu_epi16(end.scales, s) : _mm256_loadu_si256((const __m256i*)s);
+  return _mm512_castsi512_ps(
+      _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, from, _mm512_castsi256_si512(a)));
 }
 
-// One chunk of a single row, `n` bytes of it, to {first, second}: lane 4 k + g is dword k of group
-// g.
-KN_INLINE void decode_row(Int4, const uint8_t* w, int64_t n, __m512i out[2]) {
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const __m512i nibble = _mm512_set1_epi8(15);
-  const __m512i a = _mm512_permutexvar_epi32(order, load_bytes(w, n));
-  out[0] = _mm512_and_si512(a, nibble);
-  out[1] = _mm512_and_si512(_mm512_srli_epi16(a, 4), nibble);
-}
-KN_INLINE void decode_row(Int8, const uint8_t* w, int64_t n, __m512i out[2]) {
-  const __m512i even = _mm512_setr_epi32(0, 8, 16, 24, 2, 10, 18, 26, 4, 12, 20, 28, 6, 14, 22, 30);
-  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-  const __m512i flip = _mm512_set1_epi8(-128);  // signed q to unsigned q + 128
-  const __m512i a = _mm512_xor_si512(load_bytes(w, n), flip);
-  const __m512i b = _mm512_xor_si512(load_bytes(w + 64, n - 64), flip);
-  out[0] = _mm512_permutex2var_epi32(a, even, b);
-  out[1] = _mm512_permutex2var_epi32(a, odd, b);
+// Lanes 4 c + g to lanes 4 g + c.
+KN_INLINE __m512i to_block_order(__m512i a) {
+  const __m512i from = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_epi32(from, a);
 }
 
-// Sums the 4 lanes of 128 bits of each register: lane 4 c + g of the result comes from a[c].
-KN_INLINE __m512i reduce_chunks(const __m512i a[4]) {
-  const __m512i ab = _mm512_add_epi32(_mm512_shuffle_i64x2(a[0], a[1], 0x44),
-                                      _mm512_shuffle_i64x2(a[0], a[1], 0xee));
-  const __m512i cd = _mm512_add_epi32(_mm512_shuffle_i64x2(a[2], a[3], 0x44),
-                                      _mm512_shuffle_i64x2(a[2], a[3], 0xee));
-  return _mm512_add_epi32(_mm512_shuffle_i64x2(ab, cd, 0x88), _mm512_shuffle_i64x2(ab, cd, 0xdd));
+// The partial sums of 16 rows, a register each at p, `stride` floats apart, lane 4 g + c the
+// partial sum 4 c + g. Their sums by the fixed tree of limbs.h: lane r is row r.
+KN_INLINE f32x16 sum_rows(const float* p, int64_t stride) {
+  __m512 a[8], b[4];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const __m512d x = _mm512_castps_pd(_mm512_load_ps(p + 2 * i * stride));
+    const __m512d y = _mm512_castps_pd(_mm512_load_ps(p + (2 * i + 1) * stride));
+    a[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)),
+                         _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    b[i] = _mm512_add_ps(_mm512_shuffle_ps(a[2 * i], a[2 * i + 1], 0x88),
+                         _mm512_shuffle_ps(a[2 * i], a[2 * i + 1], 0xdd));
+  const __m512 low =
+      _mm512_add_ps(_mm512_shuffle_f32x4(b[0], b[1], 0x44), _mm512_shuffle_f32x4(b[0], b[1], 0xee));
+  const __m512 high =
+      _mm512_add_ps(_mm512_shuffle_f32x4(b[2], b[3], 0x44), _mm512_shuffle_f32x4(b[2], b[3], 0xee));
+  return {
+      _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd))};
 }
 
 // ---- activations ----
